@@ -1,0 +1,1 @@
+"""Tractable deep generative models by latent variable distillation, on Lightning."""

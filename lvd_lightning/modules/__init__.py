@@ -1,0 +1,35 @@
+"""LightningModules, one per stage of an experiment; each is imported when it is first asked for."""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "MAETeacher": "teacher",
+    "ConditionalStudent": "conditional",
+    "PriorStudent": "prior",
+    "JointStudent": "joint",
+    "CircuitBaseline": "baseline",
+    "StageContext": "stage",
+    "StageModule": "stage",
+}
+
+__all__ = [
+    "CircuitBaseline",
+    "ConditionalStudent",
+    "JointStudent",
+    "MAETeacher",
+    "PriorStudent",
+    "StageContext",
+    "StageModule",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """A circuit user does not pay for importing a teacher, and the other way round."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
