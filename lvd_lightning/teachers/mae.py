@@ -1,0 +1,259 @@
+"""Masked autoencoder for small images; a patch's feature is its encoding given chosen other patches.
+
+Shapes: B images, C channels, H x W pixels, P patches, E features, T tokens of a sequence, V visible patches, S sets of
+visible patches.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+from lvd_lightning.color import patchify, unpatchify
+
+__all__ = ["MAE", "MAEOutput"]
+
+# Tokens encoded at once: activations of one layer stay in the processor's cache, or keep a GPU busy in a few GiB.
+_MAX_TOKENS = {"cpu": 2048, "cuda": 262_144}
+
+
+class MAEOutput(NamedTuple):
+    """What a masked autoencoder makes of a batch.
+
+    loss: mean squared error over the masked patches of each image, with shape (B,); pixels scaled to [-1, 1].
+    reconstruction: the decoder's images in [-1, 1], visible patches included, with shape (B, C, H, W).
+    masked: which patches the encoder did not see, bool with shape (B, P).
+    """
+
+    loss: Tensor
+    reconstruction: Tensor
+    masked: Tensor
+
+
+class MAE(nn.Module):
+    """Masked autoencoder: an encoder of the visible patches and a light decoder that predicts the masked ones.
+
+    The transformer layers are those of `transformers`; masking, initialisation and loss are done here, because the
+    share of masked patches changes from call to call, and because transformers 5 leaves position embeddings built from
+    a config at zero. Position embeddings are fixed (sines and cosines); the class token is kept, and sees what the
+    patches see.
+
+    Args:
+        image_size: side of the square images, a multiple of `patch_size`.
+        patch_size: side of a patch.
+        hidden_size: width of the encoder and of the features, a multiple of 4 and of `num_heads`.
+        intermediate_size: hidden units of the encoder's MLPs; None: four times `hidden_size`. The decoder's likewise.
+
+    References:
+        He et al., Masked Autoencoders Are Scalable Vision Learners, 2022, arXiv:2111.06377.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 32,
+        patch_size: int = 4,
+        hidden_size: int = 128,
+        num_layers: int = 4,
+        num_heads: int = 4,
+        intermediate_size: int | None = None,
+        *,
+        decoder_hidden_size: int = 64,
+        decoder_num_layers: int = 2,
+        decoder_num_heads: int = 4,
+        decoder_intermediate_size: int | None = None,
+        num_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        if patch_size < 1 or image_size < 2 * patch_size or image_size % patch_size:
+            raise ValueError(
+                f"image_size is {image_size}, expected a multiple of patch_size {patch_size}, at least twice"
+            )
+        _check_width("hidden_size", hidden_size, num_heads)
+        _check_width("decoder_hidden_size", decoder_hidden_size, decoder_num_heads)
+        self.init_args: dict[str, int] = {
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "hidden_size": hidden_size,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "intermediate_size": intermediate_size or 4 * hidden_size,
+            "decoder_hidden_size": decoder_hidden_size,
+            "decoder_num_layers": decoder_num_layers,
+            "decoder_num_heads": decoder_num_heads,
+            "decoder_intermediate_size": decoder_intermediate_size or 4 * decoder_hidden_size,
+            "num_channels": num_channels,
+        }
+        self.image_shape = (num_channels, image_size, image_size)
+        self.patch_size = patch_size
+        self.num_patches = (image_size // patch_size) ** 2
+        self.num_features = hidden_size
+        self.vit_mae = ViTMAEForPreTraining(_config(self.init_args))
+        self._initialize()
+
+    def forward(self, images: Tensor, mask_ratio: float, noise: Tensor) -> MAEOutput:
+        """Hide patches, encode the rest, decode all of them.
+
+        Args:
+            images: uint8 with shape (B, C, H, W), as the datamodule gives them.
+            mask_ratio: the share of patches to hide, rounded to whole patches; at least one is hidden and one seen.
+            noise: any numbers with shape (B, P); of each image the patches with the largest are hidden.
+        """
+        if noise.shape != (len(images), self.num_patches):
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {(len(images), self.num_patches)}")
+        num_masked = self.num_masked(mask_ratio)
+        tokens_BPE = self._embed(images)
+        shuffled_BP = noise.argsort(dim=1)
+        restore_BP = shuffled_BP.argsort(dim=1)
+        visible_BV = shuffled_BP[:, : self.num_patches - num_masked]
+        tokens_BVE = tokens_BPE.gather(1, visible_BV[:, :, None].expand(-1, -1, self.num_features))
+        patches_BPX = self.vit_mae.decoder(self._encode(tokens_BVE), restore_BP).logits
+        masked_BP = restore_BP >= self.num_patches - num_masked
+        error_BP = (patches_BPX - patchify(_scale(images), self.patch_size)).square().mean(-1)
+        return MAEOutput(
+            loss=(error_BP * masked_BP).sum(1) / num_masked,
+            reconstruction=unpatchify(patches_BPX, self.patch_size, *self.image_shape[1:]),
+            masked=masked_BP,
+        )
+
+    def num_masked(self, mask_ratio: float) -> int:
+        """The number of patches that a mask ratio hides, 1 to P - 1."""
+        if not 0.0 <= mask_ratio <= 1.0:
+            raise ValueError(f"mask_ratio is {mask_ratio}, expected a share of the patches, 0 to 1")
+        return min(max(round(mask_ratio * self.num_patches), 1), self.num_patches - 1)
+
+    @torch.no_grad()
+    def features(self, images: Tensor, visible: Tensor | None = None, max_tokens: int | None = None) -> Tensor:
+        """The final encoding of every patch, each in a sequence of its own.
+
+        Patches that see the same set share one sequence; sequences of one length are encoded together, without padding
+        or attention masks, so a patch that is not visible cannot leak into a feature.
+
+        Args:
+            images: uint8 with shape (B, C, H, W), as the datamodule gives them.
+            visible: bool with shape (P, P); row i says which patches are seen while patch i is encoded, i itself always
+                is. None: each patch alone.
+            max_tokens: encode at most about so many tokens at once; None chooses by device.
+
+        Returns:
+            Features with shape (B, P, E), float32.
+        """
+        if visible is None:
+            visible = torch.eye(self.num_patches, dtype=torch.bool)
+        max_tokens = max_tokens or _MAX_TOKENS.get(images.device.type, _MAX_TOKENS["cpu"])
+        tokens_BPE = self._embed(images)
+        features_BPE = torch.empty_like(tokens_BPE, dtype=torch.float32)
+        for group in _group_by_size(visible, self.num_patches, max_tokens):
+            num_sets, num_visible = group.sets.shape
+            step = max(1, max_tokens // (num_sets * (num_visible + 1)))
+            for start in range(0, len(images), step):
+                tokens_bSVE = tokens_BPE[start : start + step, group.sets]
+                encoded_bSTE = self._encode(tokens_bSVE.flatten(0, 1)).unflatten(0, (-1, num_sets))
+                features_BPE[start : start + step, group.patches] = encoded_bSTE[
+                    :, group.set_of, group.slot + 1
+                ].float()
+        return features_BPE
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """Patch embeddings with their positions, with shape (B, P, E); nothing flows between patches here."""
+        if images.dtype != torch.uint8 or images.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"images are {images.dtype} with shape {tuple(images.shape)}, expected uint8 with shape "
+                f"(B, {', '.join(map(str, self.image_shape))})"
+            )
+        embeddings = self.vit_mae.vit.embeddings
+        return embeddings.patch_embeddings(_scale(images)) + embeddings.position_embeddings[:, 1:]
+
+    def _encode(self, tokens_NVE: Tensor) -> Tensor:
+        """Encodings of a class token and the given tokens, with shape (N, 1 + V, E)."""
+        embeddings = self.vit_mae.vit.embeddings
+        class_token = embeddings.cls_token + embeddings.position_embeddings[:, :1]
+        hidden_NTE = torch.cat([class_token.expand(len(tokens_NVE), -1, -1), tokens_NVE], dim=1)
+        for layer in self.vit_mae.vit.layers:
+            hidden_NTE = layer(hidden_NTE)
+        return self.vit_mae.vit.layernorm(hidden_NTE)
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """The published initialisation: Xavier for matrices, sines and cosines for positions, small tokens."""
+        encoder, decoder = self.vit_mae.vit.embeddings, self.vit_mae.decoder
+        for module in self.vit_mae.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(encoder.cls_token, std=0.02)
+        nn.init.normal_(decoder.mask_token, std=0.02)
+        grid = self.image_shape[1] // self.patch_size
+        for positions in (encoder.position_embeddings, decoder.decoder_pos_embed):
+            positions[:, :1] = 0.0
+            positions[:, 1:] = _position_embeddings(grid, positions.shape[-1])
+
+
+class _Group(NamedTuple):
+    """Sets of visible patches of one size, and the patches whose features are taken from them.
+
+    sets: patches of each set, with shape (S, V); patches, set_of, slot: for each patch of the group its index, its set
+    and its place in that set.
+    """
+
+    sets: Tensor
+    patches: Tensor
+    set_of: Tensor
+    slot: Tensor
+
+
+def _scale(images: Tensor) -> Tensor:
+    """uint8 images as floats in [-1, 1]."""
+    return images.float() / 127.5 - 1.0
+
+
+def _group_by_size(visible: Tensor, num_patches: int, max_tokens: int) -> list[_Group]:
+    """Distinct rows of `visible`, grouped by how many patches they hold, at most `max_tokens` tokens in a group."""
+    if visible.dtype != torch.bool or visible.shape != (num_patches, num_patches):
+        raise ValueError(
+            f"visible is {visible.dtype} with shape {tuple(visible.shape)}, expected bool with shape "
+            f"({num_patches}, {num_patches}): one row of visible patches per patch"
+        )
+    seen_PP = visible.cpu() | torch.eye(num_patches, dtype=torch.bool)
+    sets_SP, set_of_P = seen_PP.unique(dim=0, return_inverse=True)
+    size_S = sets_SP.sum(1)
+    groups = []
+    for size in size_S.unique().tolist():
+        for members in (size_S == size).nonzero()[:, 0].split(max(1, max_tokens // (size + 1))):
+            sets_SV = sets_SP[members].nonzero()[:, 1].view(len(members), size)
+            patches, set_of = (set_of_P[:, None] == members).nonzero(as_tuple=True)
+            slot = (sets_SV[set_of] == patches[:, None]).nonzero()[:, 1]
+            groups.append(_Group(sets_SV, patches, set_of, slot))
+    return groups
+
+
+def _position_embeddings(grid: int, width: int) -> Tensor:
+    """Sines and cosines of both coordinates of a square grid, row by row, with shape (grid * grid, width)."""
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)
+    rows, columns = wave[:, None].expand(-1, grid, -1), wave[None].expand(grid, -1, -1)
+    return torch.cat([columns, rows], dim=2).flatten(0, 1).float()
+
+
+def _check_width(name: str, width: int, num_heads: int) -> None:
+    if width % 4 or width % num_heads:
+        raise ValueError(f"{name} is {width}, expected a multiple of 4 and of the number of heads, {num_heads}")
+
+
+def _config(args: dict[str, int]) -> ViTMAEConfig:
+    return ViTMAEConfig(
+        image_size=args["image_size"],
+        patch_size=args["patch_size"],
+        num_channels=args["num_channels"],
+        hidden_size=args["hidden_size"],
+        num_hidden_layers=args["num_layers"],
+        num_attention_heads=args["num_heads"],
+        intermediate_size=args["intermediate_size"],
+        decoder_hidden_size=args["decoder_hidden_size"],
+        decoder_num_hidden_layers=args["decoder_num_layers"],
+        decoder_num_attention_heads=args["decoder_num_heads"],
+        decoder_intermediate_size=args["decoder_intermediate_size"],
+        layer_norm_eps=1e-6,
+    )
