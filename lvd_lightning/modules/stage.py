@@ -59,6 +59,7 @@ class StageContext:
     data: the stage's datamodule, set up.
     shared: the config's shared values (patch_size, color, region, ...).
     stages: the names of the experiment's stages in order; None: what the run directory holds is the experiment.
+    device: the device of this process, for stages that compute outside a Trainer.
     """
 
     run_dir: Path
@@ -67,6 +68,7 @@ class StageContext:
     data: Any
     shared: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[str, ...] | None = None
+    device: torch.device = torch.device("cpu")
 
     @property
     def dir(self) -> Path:
