@@ -1,0 +1,25 @@
+"""Probabilistic circuits in plain PyTorch: graphs, folded layers, EM, exact queries, files."""
+
+from lvd_lightning.circuits.circuit import Circuit
+from lvd_lightning.circuits.distributions import Bernoulli, Categorical, Distribution, Gaussian, SoftEvidence
+from lvd_lightning.circuits.em import Anemone, CircuitEM
+from lvd_lightning.circuits.graph import CircuitGraph, Node
+from lvd_lightning.circuits.io import load, save
+from lvd_lightning.circuits.structures import chow_liu_tree, hclt
+
+__all__ = [
+    "Anemone",
+    "Bernoulli",
+    "Categorical",
+    "Circuit",
+    "CircuitEM",
+    "CircuitGraph",
+    "Distribution",
+    "Gaussian",
+    "Node",
+    "SoftEvidence",
+    "chow_liu_tree",
+    "hclt",
+    "load",
+    "save",
+]

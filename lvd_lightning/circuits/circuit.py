@@ -1,0 +1,539 @@
+"""Circuit: one graph, or a batch of independent graphs, compiled into folded layers.
+
+Shapes: G circuits, B batch, D variables, H heads, F folded nodes, V and E the row spaces of `plan.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lvd_lightning.circuits import queries
+from lvd_lightning.circuits.graph import CircuitGraph, Node
+from lvd_lightning.circuits.layers import InputLayer, Layer, Workspace, WorkspacePool, initialise_constants
+from lvd_lightning.circuits.plan import ParameterGroup, compile_plan
+
+__all__ = ["Batch", "Circuit"]
+
+
+@dataclass
+class Batch:
+    """Checked inputs, one entry per input layer: values (F, B), or (F, B, K) for evidence, and masks (F, B)."""
+
+    values: list[Tensor]
+    observed: list[Tensor] | None
+    size: int
+
+
+class Circuit(nn.Module):
+    r"""A probabilistic circuit, or several independent ones that run as one.
+
+    p(x) of every head is computed in one pass over the levels of the graph, whatever the number of nodes; the backward
+    pass is exact, so flows are gradients: F_nc = theta_nc * d log p / d theta_nc (method of Peharz et al. 2020,
+    arXiv 2004.06231, section 3). Parameters are stored normalised, in a few tensors of shape (nodes, units, ...).
+
+    Args:
+        graph: a CircuitGraph, or a sequence of them over equally many variables.
+        parameterization: "probabilities" (for EM), or "logits" (for gradient optimizers).
+    """
+
+    def __init__(
+        self,
+        graph: CircuitGraph | Sequence[CircuitGraph],
+        *,
+        parameterization: Literal["probabilities", "logits"] = "probabilities",
+    ) -> None:
+        super().__init__()
+        self.batched = not isinstance(graph, CircuitGraph)
+        graphs = [graph] if isinstance(graph, CircuitGraph) else list(graph)
+        if not graphs:
+            raise ValueError("Circuit: got an empty list of graphs, expected at least one")
+        if parameterization not in ("probabilities", "logits"):
+            raise ValueError(f"parameterization: expected 'probabilities' or 'logits', got {parameterization!r}")
+        graphs = [_with_sum_root(found) for found in graphs]
+        for found in graphs:
+            found.validate()
+        sizes = {found.num_variables for found in graphs}
+        if len(sizes) > 1:
+            raise ValueError(f"Circuit: all graphs must have equally many variables, got {sorted(sizes)}")
+        self.parameterization = parameterization
+        self.num_circuits = len(graphs)
+        self.num_variables = sizes.pop()
+        self.num_heads = max(found.num_heads for found in graphs)
+        self.structures = [found.structure() for found in graphs]
+        self.plan = compile_plan(graphs)
+        self.input_layers = nn.ModuleList(InputLayer(plan, self.num_variables) for plan in self.plan.inputs)
+        self.layers = nn.ModuleList(Layer(plan, number) for number, plan in enumerate(self.plan.layers))
+        self._mark_shared_rows()
+        self.root_parameters = self._find_root_parameters(graphs)
+        self.register_buffer("roots", torch.from_numpy(self.plan.roots), persistent=False)
+        self.tables = nn.ParameterList()
+        for number, group in enumerate(self.plan.groups):
+            table, mask = _stack(graphs, group)
+            self.register_buffer(f"mask{number}", mask, persistent=False)
+            self.tables.append(nn.Parameter(self._encode(table, group, mask)))
+        self.pool = WorkspacePool()
+        self.gradient_pool: dict[int, Tensor] = {}
+        self.statistics: dict[int, Tensor] = {}
+        self._is_evidence = self._check_evidence()
+
+    def extra_repr(self) -> str:
+        return (
+            f"circuits={self.num_circuits}, variables={self.num_variables}, heads={self.num_heads}, "
+            f"levels={self.plan.num_levels}, parameters={self.num_parameters}"
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters and of everything computed from them."""
+        return self.tables[0].dtype if len(self.tables) else torch.get_default_dtype()
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the circuit."""
+        return self.roots.device  # type: ignore[return-value]
+
+    @property
+    def num_parameters(self) -> int:
+        """Free parameters of live edges and input units, over all circuits; tied ones count once."""
+        total = 0
+        for number, group in enumerate(self.plan.groups):
+            for row, (g, index) in enumerate(group.owners):
+                node = self.structures[g].nodes[index]
+                if node.distribution is not None:
+                    total += node.num_units * node.distribution.num_free
+                elif node.mask is None:
+                    total += node.num_units * (self._inner_size(g, node) - 1)
+                else:
+                    total += int(node.mask.sum()) - node.num_units
+        return total
+
+    def log_prob(self, x: Tensor, head: int | Tensor | None = None, observed: Tensor | None = None) -> Tensor:
+        """Log-likelihood in nats.
+
+        Args:
+            x: (B, D); for a batch of circuits (G, B, D), or (B, D) given to all of them. Evidence has one more
+                dimension, the states.
+            head: None for all heads; an int, or a tensor (B,) ((G, B) for a batch of circuits), for one per example.
+            observed: bool, the shape of x without states; False marginalises the variable.
+
+        Returns:
+            (B, H) or, with `head`, (B,); for a batch of circuits (G, B, H) or (G, B). Heads that a circuit of the
+            batch lacks are -inf.
+
+        Raises:
+            ValueError: a value outside the support of its variable, a wrong shape, or NaN in an observed variable.
+        """
+        batch = self.prepare(x, observed)
+        tables = self.probabilities()
+        wanted = [*tables, x] if self._is_evidence else tables
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)
+        evidence = x if self._is_evidence else None
+        log_GHB = _LogProb.apply(self, batch, keep, evidence, *tables)
+        log_GBH = log_GHB.transpose(1, 2)
+        if head is not None:
+            index = self.head_index(head, batch.size)
+            log_GB = log_GBH.gather(2, index[..., None])[..., 0]
+            return log_GB if self.batched else log_GB[0]
+        return log_GBH if self.batched else log_GBH[0]
+
+    def forward(self, x: Tensor, head: int | Tensor | None = None, observed: Tensor | None = None) -> Tensor:
+        """Same as `log_prob`."""
+        return self.log_prob(x, head, observed)
+
+    def sample(
+        self,
+        n: int | None = None,
+        *,
+        head: int | Tensor = 0,
+        x: Tensor | None = None,
+        observed: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Exact samples: `n` of them, (n, D), or one per row of `x` (B, D) given its `observed` variables.
+
+        For a batch of circuits every shape is led by G. Rows whose evidence is impossible raise a ValueError.
+        """
+        return queries.sample(self, n, head=head, x=x, observed=observed, generator=generator)
+
+    def mpe(self, x: Tensor, observed: Tensor | None = None, head: int | Tensor = 0) -> tuple[Tensor, Tensor]:
+        """Max-product decoding: the joint maximum over unobserved variables and all latents.
+
+        Returns the assignment (B, D) and its log-value (B,) in nats, that of variables and latents together.
+        """
+        return queries.mpe(self, x, observed=observed, head=head)
+
+    def posterior(self, x: Tensor, node: int, observed: Tensor | None = None, head: int | Tensor = 0) -> Tensor:
+        """p(latent of `node` = k, node reached | x), shape (B, K); `node` is the variable's index in an HCLT."""
+        return queries.posterior(self, x, node, observed=observed, head=head)
+
+    def to_graph(self) -> CircuitGraph | list[CircuitGraph]:
+        """The graph, or list of graphs, with current parameters (copies)."""
+        graphs = [structure.structure() for structure in self.structures]
+        for group, table in zip(self.plan.groups, self.probabilities(), strict=True):
+            table = table.detach()
+            for row, (g, index) in enumerate(group.owners):
+                node = graphs[g].nodes[index]
+                inner = self._inner_size(g, node) if node.kind == "sum" else group.shape[1]
+                value = table[row, : node.num_units, :inner].clone()
+                if node.kind == "sum":
+                    node.weight = value
+                else:
+                    node.params = value
+        for graph in graphs:
+            for node in graph.nodes:
+                if node.tied_to is not None:
+                    owner = graph.nodes[node.tied_to]
+                    node.weight, node.params = owner.weight, owner.params
+        return graphs if self.batched else graphs[0]
+
+    # What follows is for the engine's own modules.
+
+    def prepare(self, x: Tensor, observed: Tensor | None) -> Batch:
+        """Check `x` and `observed` and hand every input layer its rows."""
+        shape = (x.shape[:-1] if self._is_evidence else x.shape) if isinstance(x, Tensor) else None
+        if shape is None or len(shape) not in ((2, 3) if self.batched else (2,)):
+            raise ValueError(f"x: expected a tensor of shape {self._expected_shape()}, got {_describe(x)}")
+        if shape[-1] != self.num_variables or (len(shape) == 3 and shape[0] != self.num_circuits):
+            raise ValueError(f"x: expected shape {self._expected_shape()}, got {tuple(x.shape)}")
+        if observed is not None and (observed.dtype != torch.bool or observed.shape != shape):
+            raise ValueError(
+                f"observed: expected a bool tensor of shape {tuple(shape)}, got {_describe(observed)} {observed.dtype}"
+            )
+        if x.device != self.device:
+            raise ValueError(f"x: is on {x.device}, the circuit is on {self.device}; move one of them")
+        shared = len(shape) == 2
+        values, masks = [], []
+        columns = _variables_first(x.detach(), shared)
+        mask_columns = None if observed is None else _variables_first(observed, shared)
+        for layer in self.input_layers:
+            assert isinstance(layer, InputLayer)
+            found = layer.select(columns, shared)
+            if mask_columns is not None:
+                mask = layer.select(mask_columns, shared)
+                found = found.masked_fill(~mask if found.ndim == 2 else ~mask[..., None], 0)
+                masks.append(mask)
+            layer.distribution.check_values(found)
+            values.append(
+                found if found.is_floating_point() and not layer.distribution.is_table else _whole(found, layer)
+            )
+        return Batch(values, None if observed is None else masks, shape[-2])
+
+    def probabilities(self) -> list[Tensor]:
+        """The normalised parameters of all groups: the stored tensors, or a function of the logits."""
+        if self.parameterization == "probabilities":
+            return list(self.tables)
+        return [
+            self._decode(logits, group, self.mask(number))
+            for number, (logits, group) in enumerate(zip(self.tables, self.plan.groups, strict=True))
+        ]
+
+    def mask(self, group: int) -> Tensor | None:
+        """Live edges of a parameter group, or None if all are."""
+        return getattr(self, f"mask{group}")
+
+    def head_index(self, head: int | Tensor, size: int) -> Tensor:
+        """Heads as an int64 tensor (G, B), checked."""
+        if isinstance(head, Tensor):
+            expected = (self.num_circuits, size) if self.batched else (size,)
+            if head.shape != expected or head.is_floating_point():
+                raise ValueError(
+                    f"head: expected an int or an integer tensor of shape {expected}, got {_describe(head)}"
+                )
+            index = head.to(self.device, torch.int64).view(self.num_circuits, size)
+        else:
+            index = torch.full((self.num_circuits, size), int(head), device=self.device)
+        if index.numel():
+            low, high = (int(bound) for bound in index.aminmax())
+            if low < 0 or high >= self.num_heads:
+                raise ValueError(f"head: expected 0..{self.num_heads - 1}, got {low if low < 0 else high}")
+        return index
+
+    def run_forward(self, batch: Batch, tables: Sequence[Tensor], keep: bool, space: Workspace) -> None:
+        """Fill a workspace with the values of all rows."""
+        initialise_constants(space.values)
+        self.run_inputs(batch, tables, space.values)
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            layer(space, tables[layer.group] if layer.is_sum else None, keep)
+
+    def run_inputs(self, batch: Batch, tables: Sequence[Tensor], values: Tensor) -> None:
+        """Fill the input rows."""
+        for number, layer in enumerate(self.input_layers):
+            assert isinstance(layer, InputLayer)
+            observed = None if batch.observed is None else batch.observed[number]
+            layer(values, tables[layer.group] if layer.group >= 0 else None, batch.values[number], observed)
+
+    def run_backward(
+        self, space: Workspace, tables: Sequence[Tensor], inner_grad: Tensor, grads: Sequence[Tensor | None]
+    ) -> None:
+        """From the gradient of the heads in `inner_grad` (see `head_rows`) to that of all inner units and weights."""
+        for layer in reversed(self.layers):  # type: ignore[call-overload]
+            if layer.is_sum:
+                layer.backward(space, tables[layer.group], inner_grad, grads[layer.group])
+            else:
+                layer.backward(space, None, inner_grad, None)
+
+    def head_rows(self, inner: Tensor) -> Tensor:
+        """The rows of an E matrix that belong to the heads, shape (G, H, B)."""
+        return inner[1 : 1 + self.roots.numel()].view(*self.roots.shape, -1)  # type: ignore[operator]
+
+    def top_down(self, share_GH: Tensor) -> list[Tensor]:
+        """TD(n), the top-down probability of every parameter row (rows, units), given that of every head."""
+        with torch.no_grad():
+            tables = self.probabilities()
+            inner = share_GH.new_zeros(self.plan.num_edge_rows, 1)
+            self.head_rows(inner)[..., 0] = share_GH
+            out = [table.new_zeros(table.shape[:2]) for table in tables]
+            for layer in reversed(self.layers):  # type: ignore[call-overload]
+                found_FH = layer.pass_down(tables[layer.group] if layer.is_sum else None, inner)
+                if found_FH is not None:
+                    out[layer.group].index_add_(0, layer.parameter_rows, found_FH)
+            for layer in self.input_layers:
+                assert isinstance(layer, InputLayer)
+                if layer.group >= 0:
+                    found_FK = layer.gradient_of(inner, 0, layer.num_folds)[..., 0]
+                    out[layer.group].index_add_(0, layer.parameter_rows, found_FK)  # type: ignore[arg-type]
+        return out
+
+    def lease(self, size: int, keep: bool) -> Lease:
+        """Buffers for a forward pass over `size` examples."""
+        rows, edges = self.plan.num_value_rows, self.plan.num_edge_rows
+        if keep:
+            sizes = (rows * size, edges * size, rows * size)
+        else:
+            inner, outer = self._largest_chunk(size)
+            sizes = (rows * size, inner, outer)
+        return Lease(self.pool, sizes, self._like(), size, keep)
+
+    def _like(self) -> Tensor:
+        return torch.empty(0, dtype=self.dtype, device=self.device)
+
+    def _largest_chunk(self, size: int) -> tuple[int, int]:
+        inner = outer = 1
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            if layer.is_sum:
+                a, b = next(layer.chunks(max(layer.inner_units, layer.outer_units) * size, self.device))
+                inner = max(inner, (b - a) * layer.inner_units * size)
+                outer = max(outer, (b - a) * layer.outer_units * size)
+        return inner, outer
+
+    def _inner_size(self, g: int, node: Node) -> int:
+        nodes = self.structures[g].nodes
+        return sum(nodes[child].num_units for child in node.children)
+
+    def _expected_shape(self) -> str:
+        shape = f"(batch, {self.num_variables}"
+        if self._is_evidence:
+            shape += f", {self.plan.inputs[0].num_units}"
+        return f"{shape})" + (f" or ({self.num_circuits}, {shape[1:]})" if self.batched else "")
+
+    def _check_evidence(self) -> bool:
+        kinds = {plan.distribution.is_evidence for plan in self.plan.inputs}
+        if kinds == {True, False}:
+            raise ValueError("Circuit: soft evidence and ordinary inputs in one circuit are not supported")
+        if True in kinds and len(self.plan.inputs) > 1:
+            raise ValueError("Circuit: all soft evidence must have the same number of states")
+        return True in kinds
+
+    def _find_root_parameters(self, graphs: Sequence[CircuitGraph]) -> list[tuple[int, int, int]]:
+        """Where the weights of every circuit's heads are: (group, row, number of heads)."""
+        place = {
+            owner: (number, row)
+            for number, group in enumerate(self.plan.groups)
+            for row, owner in enumerate(group.owners)
+        }
+        return [(*place[g, graph.root], graph.num_heads) for g, graph in enumerate(graphs)]
+
+    def _mark_shared_rows(self) -> None:
+        uses = [torch.zeros(len(group.owners), dtype=torch.int64) for group in self.plan.groups]
+        folded = [*self.input_layers, *self.layers]
+        for layer in folded:
+            if layer.group >= 0:
+                uses[layer.group].index_add_(0, layer.parameter_rows, torch.ones(layer.num_folds, dtype=torch.int64))
+        for layer in folded:
+            if layer.group >= 0 and bool((uses[layer.group] > 1).any()):
+                layer.accumulate = True
+        self._zeroed = {layer.group for layer in folded if layer.accumulate}
+
+    def _encode(self, table: Tensor, group: ParameterGroup, mask: Tensor | None) -> Tensor:
+        if self.parameterization == "probabilities":
+            return table
+        if group.distribution is not None:
+            return group.distribution.to_logits(table)
+        return table.clamp_min(torch.finfo(table.dtype).tiny).log()
+
+    def _decode(self, logits: Tensor, group: ParameterGroup, mask: Tensor | None) -> Tensor:
+        if group.distribution is not None:
+            return group.distribution.from_logits(logits)
+        if mask is None:
+            return logits.softmax(-1)
+        kept = mask.clone()
+        kept[..., 0] |= ~mask.any(-1)  # rows that only pad: any distribution will do
+        return logits.masked_fill(~kept, -torch.inf).softmax(-1)
+
+
+class Lease:
+    """A workspace from the pool; it goes back when nothing refers to it any more."""
+
+    def __init__(self, pool: WorkspacePool, sizes: tuple[int, ...], like: Tensor, batch: int, keep: bool) -> None:
+        self.pool = pool
+        self.buffers = pool.take(sizes, like)
+        values, inner, sums = self.buffers
+        if keep:
+            self.space = Workspace(values.view(-1, batch), inner.view(-1, batch), sums.view(-1, batch))
+        else:
+            self.space = Workspace(values.view(-1, batch), inner, sums)
+
+    def __del__(self) -> None:
+        self.pool.give(self.buffers)
+
+
+class _LogProb(torch.autograd.Function):
+    """log p of all heads, shape (G, H, B), with its closed-form backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, circuit: Circuit, batch: Batch, keep: bool, evidence: Tensor | None, *tables: Tensor
+    ) -> Tensor:
+        if batch.size == 0:
+            ctx.lease = None
+            ctx.shapes = (None if evidence is None else evidence.shape, [table.shape for table in tables])
+            return tables[0].new_empty(*circuit.roots.shape, 0)  # type: ignore[misc]
+        lease = circuit.lease(batch.size, keep)
+        circuit.run_forward(batch, tables, keep, lease.space)
+        if keep:
+            ctx.lease, ctx.circuit, ctx.batch = lease, circuit, batch
+            ctx.evidence_shape = None if evidence is None else evidence.shape
+            ctx.save_for_backward(*tables)
+        return lease.space.values[circuit.roots]  # type: ignore[index]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_GHB: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
+        if ctx.lease is None:
+            evidence_shape, shapes = ctx.shapes
+            evidence_grad = grad_GHB.new_zeros(evidence_shape) if needed[3] else None
+            grads = [
+                grad_GHB.new_zeros(shape) if need else None for shape, need in zip(shapes, needed[4:], strict=True)
+            ]
+            return (None, None, None, evidence_grad, *grads)
+        circuit, batch, tables = ctx.circuit, ctx.batch, ctx.saved_tensors
+        size = (circuit.plan.num_edge_rows * batch.size,)
+        buffers = circuit.pool.take(size, circuit._like())
+        inner_grad = buffers[0].view(-1, batch.size)
+        inner_grad[0] = 0.0
+        circuit.head_rows(inner_grad).copy_(grad_GHB)
+        grads = [
+            _gradient_buffer(circuit, number, table) if need else None
+            for number, (table, need) in enumerate(zip(tables, needed[4:], strict=True))
+        ]
+        circuit.run_backward(ctx.lease.space, tables, inner_grad, grads)
+        evidence_grad = None
+        for number, layer in enumerate(circuit.input_layers):
+            if layer.group < 0:
+                if needed[3]:
+                    evidence_grad = _evidence_gradient(circuit, layer, inner_grad, batch, ctx.evidence_shape)
+            elif grads[layer.group] is not None:
+                observed = None if batch.observed is None else batch.observed[number]
+                statistics = _statistics(circuit, layer, tables[layer.group])
+                layer.backward(
+                    inner_grad, tables[layer.group], batch.values[number], observed, grads[layer.group], statistics
+                )
+        circuit.pool.give(buffers)
+        return (None, None, None, evidence_grad, *grads)
+
+
+def _gradient_buffer(circuit: Circuit, number: int, table: Tensor) -> Tensor:
+    found = circuit.gradient_pool.pop(number, None)
+    if found is None or found.shape != table.shape or found.dtype != table.dtype or found.device != table.device:
+        found = torch.empty_like(table)
+    return found.zero_() if number in circuit._zeroed else found
+
+
+def _statistics(circuit: Circuit, layer: InputLayer, table: Tensor) -> Tensor | None:
+    if not hasattr(layer.distribution, "statistics"):
+        return None
+    found = circuit.statistics.get(layer.group)
+    if found is None or found.device != table.device or found.dtype != table.dtype:
+        found = table.new_zeros(*table.shape[:2], 3)
+        circuit.statistics[layer.group] = found
+    return found
+
+
+def _evidence_gradient(
+    circuit: Circuit, layer: InputLayer, inner_grad: Tensor, batch: Batch, shape: torch.Size
+) -> Tensor:
+    """Gradient for the evidence: several folds may look at one variable."""
+    grad_FKB = layer.gradient_of(inner_grad, 0, layer.num_folds)
+    if batch.observed is not None:
+        grad_FKB = grad_FKB.masked_fill(~batch.observed[0][:, None, :], 0.0)
+    shared = len(shape) == 3
+    index = layer.variables if shared else layer.columns
+    rows = circuit.num_variables * (1 if shared else circuit.num_circuits)
+    out_VBK = grad_FKB.new_zeros(rows, shape[-3], shape[-1])
+    out_VBK.index_add_(0, index, grad_FKB.transpose(1, 2))  # type: ignore[arg-type]
+    if shared:
+        return out_VBK.transpose(0, 1)
+    return out_VBK.view(circuit.num_circuits, circuit.num_variables, *out_VBK.shape[1:]).transpose(1, 2)
+
+
+def _variables_first(x: Tensor, shared: bool) -> Tensor:
+    """(B, D, ...) or (G, B, D, ...) to (variables, B, ...)."""
+    return x.transpose(0, 1) if shared else x.transpose(1, 2).flatten(0, 1)
+
+
+def _whole(found: Tensor, layer: InputLayer) -> Tensor:
+    return found.long() if layer.distribution.is_table else found
+
+
+def _describe(x: object) -> str:
+    return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def _with_sum_root(graph: CircuitGraph) -> CircuitGraph:
+    """The heads are units of a sum node; any other root gets one on top that passes its units on."""
+    if not 0 <= graph.root < len(graph.nodes) or graph.nodes[graph.root].kind == "sum":
+        return graph
+    out = CircuitGraph(list(graph.nodes), graph.root, dict(graph.latents))
+    eye = torch.eye(graph.num_heads, dtype=_graph_dtype(graph))
+    out.add_sum([graph.root], graph.num_heads, weight=eye, mask=eye > 0)
+    return out
+
+
+def _graph_dtype(graph: CircuitGraph) -> torch.dtype:
+    for node in graph.nodes:
+        found = node.weight if node.weight is not None else node.params
+        if found is not None:
+            return found.dtype
+    return torch.get_default_dtype()
+
+
+def _stack(graphs: Sequence[CircuitGraph], group: ParameterGroup) -> tuple[Tensor, Tensor | None]:
+    """Parameters of a group, padded, shape (rows, *group.shape), and the mask of live edges."""
+    nodes = [graphs[g].nodes[index] for g, index in group.owners]
+    found = [node.weight if group.kind == "sum" else node.params for node in nodes]
+    if any(tensor is None for tensor in found):
+        raise ValueError("Circuit: the graph has no parameters; it is a structure only")
+    tensors = [tensor for tensor in found if tensor is not None]
+    exact = all(tensor.shape == group.shape for tensor in tensors)
+    if exact:
+        table = torch.stack(tensors)
+    else:
+        table = tensors[0].new_zeros(len(tensors), *group.shape)
+        for row, tensor in enumerate(tensors):
+            table[row, : tensor.shape[0], : tensor.shape[1]] = tensor
+            table[row, tensor.shape[0] :] = tensor[0].new_zeros(group.shape[1])
+            table[row, tensor.shape[0] :, : tensor.shape[1]] = tensor[0]  # padding is a copy: valid, and never used
+    if group.kind != "sum" or (exact and all(node.mask is None for node in nodes)):
+        return table, None
+    mask = torch.zeros(table.shape, dtype=torch.bool, device=table.device)
+    for row, (node, tensor) in enumerate(zip(nodes, tensors, strict=True)):
+        mask[row, : tensor.shape[0], : tensor.shape[1]] = True if node.mask is None else node.mask
+    return table, mask

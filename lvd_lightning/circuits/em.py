@@ -1,0 +1,296 @@
+"""Expectation maximisation as optimizers: flows are read off the gradients.
+
+Shapes: P parameter rows, X units, Y alternatives (children or categories), G circuits, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lvd_lightning.circuits.circuit import Circuit
+from lvd_lightning.circuits.distributions import Gaussian
+from lvd_lightning.circuits.layers import CACHE_SIZE
+
+__all__ = ["Anemone", "CircuitEM"]
+
+#: Flows of examples long past; below this they only cost time, as denormal numbers.
+FORGOTTEN = 1e-30
+
+
+class _CircuitOptimizer(torch.optim.Optimizer):
+    """What both EM rules share: which circuits, sums over ranks, chunks that fit the cache.
+
+    `module` is a module that contains circuits, or parameter groups {"params": module, "lr": ...} of such modules.
+    """
+
+    def __init__(self, module: nn.Module | Iterable[dict[str, Any]], defaults: dict[str, Any]) -> None:
+        wanted = [{"params": module}] if isinstance(module, nn.Module) else [dict(group) for group in module]
+        groups: list[dict[str, Any]] = []
+        self.circuits: list[Circuit] = []
+        for group in wanted:
+            for circuit in group["params"].modules():
+                if isinstance(circuit, Circuit) and not any(circuit is known for known in self.circuits):
+                    if circuit.parameterization != "probabilities":
+                        raise ValueError(
+                            f"{type(self).__name__}: EM needs parameterization='probabilities', the circuit has "
+                            f"{circuit.parameterization!r}: use a gradient optimizer or rebuild it from its graph"
+                        )
+                    self.circuits.append(circuit)
+                    groups.append({**group, "params": list(circuit.tables)})
+        if not groups:
+            raise ValueError(f"{type(self).__name__}: found no Circuit in the module")
+        super().__init__(groups, defaults)
+        for group in self.param_groups:
+            self._check(group)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        if not 0 < group["lr"] <= 1:
+            raise ValueError(f"lr: the EM step size must lie in (0, 1], got {group['lr']}")
+        if group["pseudocount"] < 0:
+            raise ValueError(f"pseudocount: must be 0 or larger, got {group['pseudocount']}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One EM step from the accumulated gradients of -(weighted) log-likelihood, summed over all ranks."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._reduce()
+        for circuit, group in zip(self.circuits, self.param_groups, strict=True):
+            if any(table.grad is not None for table in group["params"]):
+                self._step_circuit(circuit, group)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the flows; their memory is kept for the next backward pass."""
+        for circuit in self.circuits:
+            for statistics in circuit.statistics.values():
+                statistics.zero_()
+            for number, table in enumerate(circuit.tables):
+                if table.grad is None:
+                    continue
+                if set_to_none:
+                    circuit.gradient_pool[number] = table.grad
+                    table.grad = None
+                else:
+                    table.grad.zero_()
+
+    def _step_circuit(self, circuit: Circuit, group: dict[str, Any]) -> None:
+        raise TypeError(f"{type(self).__name__} is abstract")
+
+    def _reduce(self) -> None:
+        """Sum gradients and statistics over ranks; a rank without examples contributes zeros."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        sums: list[Tensor] = []
+        for circuit in self.circuits:
+            for number, (table, group) in enumerate(zip(circuit.tables, circuit.plan.groups, strict=True)):
+                if not table.requires_grad:
+                    continue
+                if table.grad is None:
+                    table.grad = torch.zeros_like(table)
+                sums.append(table.grad)
+                if isinstance(group.distribution, Gaussian):
+                    empty = table.new_zeros(*table.shape[:2], 3)
+                    sums.append(circuit.statistics.setdefault(number, empty))
+        for kind in {tensor.dtype for tensor in sums}:
+            same = [tensor for tensor in sums if tensor.dtype == kind]
+            flat = torch.cat([tensor.reshape(-1) for tensor in same])
+            dist.all_reduce(flat)
+            for tensor, part in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+
+class CircuitEM(_CircuitOptimizer):
+    r"""Mini-batch EM that averages parameters.
+
+    .. math:: \theta \leftarrow (1 - s) \theta + s (F_{nc} + a / |ch(n)|) / (F_n + a)
+
+    A node without flow keeps its parameters. With lr = 1, the flows of a whole data set and pseudocount 0 this is EM,
+    which never lowers the likelihood.
+
+    Args:
+        module: every Circuit in it is trained.
+        lr: step size s in (0, 1].
+        pseudocount: a, per sum node (or input unit) and step, in examples.
+    """
+
+    def __init__(
+        self, module: nn.Module | Iterable[dict[str, Any]], lr: float = 0.1, *, pseudocount: float = 0.01
+    ) -> None:
+        super().__init__(module, {"lr": lr, "pseudocount": pseudocount})
+
+    def _step_circuit(self, circuit: Circuit, group: dict[str, Any]) -> None:
+        step, pseudocount = group["lr"], group["pseudocount"]
+        for number, table in enumerate(circuit.tables):
+            if table.grad is None:
+                continue
+            if isinstance(circuit.plan.groups[number].distribution, Gaussian):
+                self._step_gaussian(circuit, number, table, step, pseudocount)
+                continue
+            for at in _chunks(table):
+                theta_PXY = table[at]
+                target_PXY = torch.mul(theta_PXY, table.grad[at]).neg_()
+                flow_PX1 = target_PXY.sum(-1, keepdim=True)
+                _add_pseudocount(target_PXY, circuit.mask(number), at, pseudocount)
+                target_PXY.div_((flow_PX1 + pseudocount).clamp_min_(torch.finfo(table.dtype).tiny))
+                theta_PXY.lerp_(target_PXY, step * (flow_PX1 > 0).to(table.dtype))
+
+    def _step_gaussian(self, circuit: Circuit, number: int, table: Tensor, step: float, pseudocount: float) -> None:
+        sums_PX3 = circuit.statistics[number].double()
+        old_PX2 = _moments(table)
+        flow_PX1 = sums_PX3[..., :1]
+        target_PX2 = (sums_PX3[..., 1:] + pseudocount * old_PX2) / (flow_PX1 + pseudocount).clamp_min(1e-300)
+        _set_moments(table, torch.lerp(old_PX2, target_PX2, step), flow_PX1 > 0, circuit, number)
+
+
+class Anemone(_CircuitOptimizer):
+    r"""EM that averages statistics (flows) rather than parameters, with momentum.
+
+    With F the bias-corrected moving average of flows, N that of the root flow and TD(n) the top-down probability of n:
+
+    .. math:: F' = (s / N) F + (1 - s) TD(n) \theta_{nc}, \quad
+              \theta \leftarrow (N F'_{nc} + a / |ch(n)|) / (N F'_n + a)
+
+    A node that is rarely visited moves as little as its flow says. Nodes without any flow keep their parameters.
+
+    Args:
+        module: every Circuit in it is trained; each Circuit object has its own N.
+        lr: step size s in (0, 1].
+        momentum: of the moving averages.
+        pseudocount: a, per sum node (or input unit), in examples.
+
+    References:
+        Liu et al., Anemone, 2025 (arXiv 2505.19982).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module | Iterable[dict[str, Any]],
+        lr: float = 0.4,
+        *,
+        momentum: float = 0.9,
+        pseudocount: float = 1e-6,
+    ) -> None:
+        super().__init__(module, {"lr": lr, "momentum": momentum, "pseudocount": pseudocount})
+
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        if not 0 <= group["momentum"] < 1:
+            raise ValueError(f"momentum: must lie in [0, 1), got {group['momentum']}")
+
+    def _step_circuit(self, circuit: Circuit, group: dict[str, Any]) -> None:
+        momentum = group["momentum"]
+        for number, table in enumerate(circuit.tables):
+            if table.grad is not None:
+                self._average(circuit, number, table, momentum)
+        root_GH = self._root_flow(circuit)
+        total = root_GH.sum()
+        if not bool(total > 0):
+            return
+        top_down = circuit.top_down((root_GH / total).to(circuit.dtype))
+        for number, table in enumerate(circuit.tables):
+            if table.grad is None:
+                continue
+            correction = 1 - momentum ** self.state[table]["step"]
+            scale_PX1 = ((1 - group["lr"]) * total).to(table.dtype) * top_down[number][..., None]
+            if isinstance(circuit.plan.groups[number].distribution, Gaussian):
+                self._step_gaussian(circuit, number, table, scale_PX1, correction, group)
+                continue
+            flows = self.state[table]["flow"]
+            for at in _chunks(table):
+                theta_PXY, flow_PXY = table[at], flows[at]
+                new_PXY = flow_PXY * (group["lr"] / correction)
+                visited_PX1 = flow_PXY.sum(-1, keepdim=True) > 0
+                new_PXY.addcmul_(theta_PXY, scale_PX1[at])
+                _add_pseudocount(new_PXY, circuit.mask(number), at, group["pseudocount"])
+                new_PXY.div_(new_PXY.sum(-1, keepdim=True).clamp_min_(torch.finfo(table.dtype).tiny))
+                torch.where(visited_PX1, new_PXY, theta_PXY, out=theta_PXY)
+
+    def _average(self, circuit: Circuit, number: int, table: Tensor, momentum: float) -> None:
+        """Update the moving average of the flows of one parameter tensor."""
+        assert table.grad is not None
+        state = self.state[table]
+        gaussian = isinstance(circuit.plan.groups[number].distribution, Gaussian)
+        if not state:
+            state["step"] = 0
+            state["flow"] = torch.zeros_like(circuit.statistics[number] if gaussian else table)
+        state["step"] += 1
+        if gaussian:
+            state["flow"].lerp_(circuit.statistics[number], 1 - momentum)
+            return
+        for at in _chunks(table):
+            new_PXY = torch.mul(table[at], table.grad[at]).neg_()
+            flow_PXY = state["flow"][at]
+            flow_PXY.lerp_(new_PXY, 1 - momentum)
+            functional.threshold_(flow_PXY, FORGOTTEN, 0.0)
+
+    def _root_flow(self, circuit: Circuit) -> Tensor:
+        """The averaged flow of every head, (G, H), bias-corrected."""
+        out_GH = torch.zeros(circuit.roots.shape, dtype=torch.float64, device=circuit.device)  # type: ignore[arg-type]
+        for g, (number, row, heads) in enumerate(circuit.root_parameters):
+            state = self.state.get(circuit.tables[number])
+            if state:
+                correction = 1 - self.param_groups[self._group(circuit)]["momentum"] ** state["step"]
+                out_GH[g, :heads] = state["flow"][row, :heads].sum(-1).double() / correction
+        return out_GH
+
+    def _group(self, circuit: Circuit) -> int:
+        return next(index for index, found in enumerate(self.circuits) if found is circuit)
+
+    def _step_gaussian(
+        self,
+        circuit: Circuit,
+        number: int,
+        table: Tensor,
+        scale_PX1: Tensor,
+        correction: float,
+        group: dict[str, Any],
+    ) -> None:
+        sums_PX3 = self.state[table]["flow"].double() * (group["lr"] / correction)
+        old_PX2 = _moments(table)
+        prior_PX1 = scale_PX1.double() + group["pseudocount"]
+        weight_PX1 = sums_PX3[..., :1] + prior_PX1
+        target_PX2 = (sums_PX3[..., 1:] + prior_PX1 * old_PX2) / weight_PX1.clamp_min(1e-300)
+        _set_moments(table, target_PX2, sums_PX3[..., :1] > 0, circuit, number)
+
+
+def _chunks(table: Tensor) -> Iterator[slice]:
+    """Ranges of parameter rows, so that several operations on a range find it in the cache."""
+    rows = len(table)
+    step = rows if table.device.type != "cpu" else max(1, CACHE_SIZE // max(table[0].numel(), 1))
+    for low in range(0, rows, step):
+        yield slice(low, min(low + step, rows))
+
+
+def _add_pseudocount(target_PXY: Tensor, mask: Tensor | None, at: slice, pseudocount: float) -> None:
+    """Spread `pseudocount` evenly over the live alternatives of every row."""
+    if pseudocount == 0:
+        return
+    if mask is None:
+        target_PXY.add_(pseudocount / target_PXY.shape[-1])
+        return
+    live_PXY = mask[at].to(target_PXY.dtype)
+    target_PXY.add_(live_PXY * (pseudocount / live_PXY.sum(-1, keepdim=True).clamp_min_(1)))
+
+
+def _moments(table: Tensor) -> Tensor:
+    """(E x, E x^2) of Gaussians stored as (mean, std), in float64: their difference is a small number."""
+    mean, std = table.double().unbind(-1)
+    return torch.stack([mean, mean.square() + std.square()], -1)
+
+
+def _set_moments(table: Tensor, moments_PX2: Tensor, visited_PX1: Tensor, circuit: Circuit, number: int) -> None:
+    distribution = circuit.plan.groups[number].distribution
+    assert isinstance(distribution, Gaussian)
+    mean, second = moments_PX2.unbind(-1)
+    std = (second - mean.square()).clamp_min(distribution.min_std**2).sqrt()
+    new_PX2 = torch.stack([mean, std], -1).to(table.dtype)
+    table.copy_(torch.where(visited_PX1, new_PX2, table))

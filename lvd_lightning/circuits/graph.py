@@ -1,0 +1,251 @@
+"""CircuitGraph: vector nodes and their unit-level edges, the only thing that structure code edits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lvd_lightning.circuits.distributions import Distribution
+
+__all__ = ["CircuitGraph", "Node"]
+
+
+@dataclass(eq=False)
+class Node:
+    """A vector of `num_units` units of one kind and one scope.
+
+    kind "input": `distribution` of `variable`, with `params` of shape (num_units, distribution.size) or None.
+    kind "product": unit k multiplies unit `units[k, j]` of every child j; `units` None means unit k of every child.
+    kind "sum": unit n is the mixture of all units of all children, concatenated, with the row `weight[n]`, which sums
+        to one. `mask` (same shape) marks the live edges; None means all of them.
+
+    `tied_to` names the node whose parameters this node shares; then `params` or `weight` is that node's.
+    """
+
+    kind: Literal["input", "product", "sum"]
+    num_units: int
+    children: tuple[int, ...] = ()
+    variable: int = -1
+    distribution: Distribution | None = None
+    params: Tensor | None = None
+    units: Tensor | None = None
+    weight: Tensor | None = None
+    mask: Tensor | None = None
+    tied_to: int | None = None
+
+
+@dataclass(eq=False)
+class CircuitGraph:
+    """A probabilistic circuit as a list of vector nodes, children before parents.
+
+    `root` is the node whose units are the heads. `latents` names latent variables: for an HCLT the variable's index
+    maps to the product node whose unit k stands for "the latent of this variable is k".
+    """
+
+    nodes: list[Node] = field(default_factory=list)
+    root: int = -1
+    latents: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def num_variables(self) -> int:
+        """Number of variables: one more than the largest variable index."""
+        return 1 + max((node.variable for node in self.nodes if node.kind == "input"), default=-1)
+
+    @property
+    def num_heads(self) -> int:
+        """Number of heads: units of the root."""
+        return self.nodes[self.root].num_units
+
+    def add_input(
+        self,
+        variable: int,
+        distribution: Distribution,
+        num_units: int,
+        *,
+        params: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        tied_to: int | None = None,
+    ) -> int:
+        """Add `num_units` univariate distributions of `variable`; returns the node's id.
+
+        params: shape (num_units, distribution.size); drawn at random if not given.
+        """
+        if variable < 0:
+            raise ValueError(f"add_input: variable must be 0 or larger, got {variable}")
+        if num_units < 1:
+            raise ValueError(f"add_input: num_units must be at least 1, got {num_units}")
+        if tied_to is not None:
+            params = self._owner(tied_to, "input", num_units).params
+        elif params is None:
+            params = distribution.initial(num_units, generator=generator)
+        expected = (num_units, distribution.size)
+        if distribution.size and (params is None or tuple(params.shape) != expected):
+            got = None if params is None else tuple(params.shape)
+            raise ValueError(f"add_input: params of {distribution} must have shape {expected}, got {got}")
+        if distribution.size and params is not None:
+            distribution.check_params(params)
+        return self._append(
+            Node(
+                "input",
+                num_units,
+                variable=variable,
+                distribution=distribution,
+                params=params if distribution.size else None,
+                tied_to=tied_to,
+            )
+        )
+
+    def add_product(self, children: Sequence[int], units: Tensor | None = None) -> int:
+        """Add a product of `children`; returns the node's id.
+
+        units: int, shape (num_units, number of children), which unit of each child is multiplied; by default unit k
+        of every child (a Hadamard product), and all children must have equally many units.
+        """
+        children = self._check_children(children, "add_product")
+        sizes = [self.nodes[child].num_units for child in children]
+        if units is None:
+            if len(set(sizes)) != 1:
+                raise ValueError(
+                    f"add_product: children {children} have {sizes} units; they must be equal, or give `units`"
+                )
+            return self._append(Node("product", sizes[0], children))
+        units = torch.as_tensor(units, dtype=torch.int64)
+        if units.ndim != 2 or units.shape[1] != len(children) or len(units) == 0:
+            raise ValueError(
+                f"add_product: units must have shape (num_units, {len(children)}), got {tuple(units.shape)}"
+            )
+        if bool((units < 0).any()) or bool((units >= torch.tensor(sizes)).any()):
+            raise ValueError(f"add_product: a unit index is outside its child; the children have {sizes} units")
+        return self._append(Node("product", len(units), children, units=units))
+
+    def add_sum(
+        self,
+        children: Sequence[int],
+        num_units: int,
+        *,
+        weight: Tensor | None = None,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        tied_to: int | None = None,
+    ) -> int:
+        """Add `num_units` mixtures of all units of `children`; returns the node's id.
+
+        weight, mask: shape (num_units, units of all children together). Rows of `weight` are normalised over live
+        edges; drawn at random if not given.
+        """
+        children = self._check_children(children, "add_sum")
+        shape = (num_units, sum(self.nodes[child].num_units for child in children))
+        if num_units < 1:
+            raise ValueError(f"add_sum: num_units must be at least 1, got {num_units}")
+        for name, tensor in (("weight", weight), ("mask", mask)):
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"add_sum: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tied_to is not None:
+            owner = self._owner(tied_to, "sum", num_units)
+            if owner.weight is not None and tuple(owner.weight.shape) != shape:
+                raise ValueError(
+                    f"add_sum: node {tied_to} has weights of shape {tuple(owner.weight.shape)}, not {shape}"
+                )
+            weight, mask = owner.weight, owner.mask
+        else:
+            if mask is not None:
+                mask = mask.bool()
+                if not bool(mask.any(1).all()):
+                    raise ValueError("add_sum: every row of the mask needs a live edge")
+            weight = _normalised_rows(weight, mask, shape, generator)
+        return self._append(Node("sum", num_units, children, weight=weight, mask=mask, tied_to=tied_to))
+
+    def scopes(self) -> list[frozenset[int]]:
+        """The set of variables below every node."""
+        scopes: list[frozenset[int]] = []
+        for node in self.nodes:
+            if node.kind == "input":
+                scopes.append(frozenset((node.variable,)))
+            else:
+                scopes.append(frozenset().union(*(scopes[child] for child in node.children)))
+        return scopes
+
+    def validate(self) -> None:
+        """Raise a ValueError that names the nodes if the graph is not a smooth, decomposable circuit with a root."""
+        if not 0 <= self.root < len(self.nodes):
+            raise ValueError(f"graph: root is {self.root}, expected the id of one of the {len(self.nodes)} nodes")
+        used = {child for node in self.nodes for child in node.children} | {self.root}
+        dangling = [index for index in range(len(self.nodes)) if index not in used]
+        if dangling:
+            raise ValueError(f"graph: nodes {dangling[:8]} are used by no other node and are not the root")
+        masks = self._scope_bits()
+        for index, node in enumerate(self.nodes):
+            if node.kind == "sum":
+                odd = [child for child in node.children if masks[child] != masks[index]]
+                if odd:
+                    raise ValueError(
+                        f"graph: sum node {index} is not smooth: children {odd} lack some of its variables"
+                    )
+            elif node.kind == "product":
+                total = 0
+                for child in node.children:
+                    if total & masks[child]:
+                        raise ValueError(
+                            f"graph: product node {index} is not decomposable: child {child} shares a variable with "
+                            "another child"
+                        )
+                    total |= masks[child]
+        if masks[self.root] != (1 << self.num_variables) - 1:
+            raise ValueError(f"graph: the root covers only part of the {self.num_variables} variables")
+
+    def structure(self) -> CircuitGraph:
+        """The same graph without its parameters (masks, units and ties kept)."""
+        nodes = [dataclasses.replace(node, params=None, weight=None) for node in self.nodes]
+        return CircuitGraph(nodes, self.root, dict(self.latents))
+
+    def _append(self, node: Node) -> int:
+        self.nodes.append(node)
+        self.root = len(self.nodes) - 1
+        return self.root
+
+    def _owner(self, index: int, kind: str, num_units: int) -> Node:
+        node = self.nodes[index] if 0 <= index < len(self.nodes) else None
+        if node is None or node.kind != kind or node.num_units != num_units or node.tied_to is not None:
+            raise ValueError(f"tied_to: node {index} is no untied {kind} node with {num_units} units")
+        return node
+
+    def _check_children(self, children: Iterable[int], caller: str) -> tuple[int, ...]:
+        children = tuple(int(child) for child in children)
+        if not children:
+            raise ValueError(f"{caller}: needs at least one child")
+        unknown = [child for child in children if not 0 <= child < len(self.nodes)]
+        if unknown:
+            raise ValueError(f"{caller}: children {unknown} do not exist; the graph has {len(self.nodes)} nodes")
+        return children
+
+    def _scope_bits(self) -> list[int]:
+        """The scopes as integers with one bit per variable: set operations on thousands of nodes stay cheap."""
+        bits: list[int] = []
+        for node in self.nodes:
+            value = 1 << node.variable if node.kind == "input" else 0
+            for child in node.children:
+                value |= bits[child]
+            bits.append(value)
+        return bits
+
+
+def _normalised_rows(
+    weight: Tensor | None, mask: Tensor | None, shape: tuple[int, int], generator: torch.Generator | None
+) -> Tensor:
+    """Check or draw the weights of a sum node, zero outside the mask, rows summing to one."""
+    if weight is None:
+        weight = torch.rand(shape, generator=generator) + 0.05
+    if not weight.is_floating_point():
+        raise ValueError(f"add_sum: weight must be a floating point tensor, got {weight.dtype}")
+    if mask is not None:
+        weight = weight * mask
+    total = weight.sum(1, keepdim=True)
+    if bool((weight < 0).any()) or not bool(torch.isfinite(weight).all()) or not bool((total > 0).all()):
+        raise ValueError("add_sum: weights must be finite and non-negative, with a positive sum in every row")
+    exact = (total - 1).abs() < 16 * torch.finfo(weight.dtype).eps
+    return torch.where(exact, weight, weight / total)

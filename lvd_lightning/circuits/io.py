@@ -1,0 +1,182 @@
+"""Save and load circuits: tensors and structure in one safetensors file, so that loading runs no code."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lvd_lightning.circuits.circuit import Circuit
+from lvd_lightning.circuits.distributions import Bernoulli, Categorical, Distribution, Gaussian, SoftEvidence
+from lvd_lightning.circuits.graph import CircuitGraph, Node
+
+__all__ = ["FORMAT_VERSION", "load", "save"]
+
+FORMAT_VERSION = 1
+DISTRIBUTIONS: dict[str, type[Distribution]] = {
+    found.__name__: found for found in (Categorical, Bernoulli, Gaussian, SoftEvidence)
+}
+
+
+def save(circuit: Circuit, path: str | Path) -> Path:
+    """Write a circuit to `path` (".safetensors" is added if there is no suffix); returns the path written.
+
+    The file appears under its name only when it is complete.
+    """
+    path = _with_suffix(path)
+    graphs = circuit.to_graph()
+    found = graphs if isinstance(graphs, list) else [graphs]
+    packer = _Packer()
+    structure = {
+        "format_version": FORMAT_VERSION,
+        "batched": circuit.batched,
+        "parameterization": circuit.parameterization,
+        "graphs": [_describe_graph(graph, packer) for graph in found],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(packer.tensors(), str(partial), metadata={"lvd_lightning.circuit": json.dumps(structure)})
+    os.replace(partial, path)
+    return path
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Circuit:
+    """Read a circuit that `save` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, incomplete, of a newer format, or no circuit.
+    """
+    path = _with_suffix(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such circuit file")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("lvd_lightning.circuit")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if text is None:
+            raise ValueError("it is a safetensors file without a circuit's structure")
+        structure = json.loads(text)
+        version = structure["format_version"]
+        if version != FORMAT_VERSION:
+            raise ValueError(f"its format version is {version}, this program reads {FORMAT_VERSION}")
+        unpacker = _Unpacker(tensors)
+        graphs = [_build_graph(entry, unpacker) for entry in structure["graphs"]]
+        circuit = Circuit(graphs if structure["batched"] else graphs[0], parameterization=structure["parameterization"])
+    except (SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path}: cannot be read as a circuit: {error}") from error
+    return circuit.to(device)
+
+
+class _Packer:
+    """Joins the tensors of all nodes to one flat tensor per purpose and type."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[Tensor]] = {}
+
+    def add(self, purpose: str, tensor: Tensor | None) -> list[int] | None:
+        """Append a tensor; its shape goes into the structure (order tells the rest)."""
+        if tensor is None:
+            return None
+        name = f"{purpose}.{str(tensor.dtype).removeprefix('torch.')}"
+        self.parts.setdefault(name, []).append(tensor.detach().cpu().reshape(-1))
+        return [*tensor.shape]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: torch.cat(parts) for name, parts in self.parts.items()}
+
+
+class _Unpacker:
+    """Hands the parts out in the order in which they were packed."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.flat = {name.split(".")[0]: tensor for name, tensor in tensors.items()}
+        self.position = dict.fromkeys(self.flat, 0)
+
+    def take(self, purpose: str, shape: list[int] | None) -> Tensor | None:
+        if shape is None:
+            return None
+        size = 1
+        for length in shape:
+            if not isinstance(length, int) or length < 0:
+                raise ValueError(f"a tensor has the shape {shape}")
+            size *= length
+        start = self.position.get(purpose, 0)
+        found = self.flat.get(purpose, torch.empty(0))[start : start + size]
+        if len(found) != size:
+            raise ValueError(f"it has too few numbers for '{purpose}'")
+        self.position[purpose] = start + size
+        return found.view(shape)
+
+
+def _describe_graph(graph: CircuitGraph, packer: _Packer) -> dict[str, Any]:
+    return {
+        "root": graph.root,
+        "latents": [[name, node] for name, node in graph.latents.items()],
+        "nodes": [_describe_node(node, packer) for node in graph.nodes],
+    }
+
+
+def _describe_node(node: Node, packer: _Packer) -> dict[str, Any]:
+    out: dict[str, Any] = {"kind": node.kind, "units": node.num_units}
+    if node.kind == "input":
+        assert node.distribution is not None
+        out["variable"] = node.variable
+        out["distribution"] = [type(node.distribution).__name__, dict(vars(node.distribution))]
+    else:
+        out["children"] = list(node.children)
+    if node.tied_to is not None:
+        out["tied_to"] = node.tied_to
+        return out
+    for name, tensor in (
+        ("params", node.params),
+        ("weight", node.weight),
+        ("mask", node.mask),
+        ("index", node.units),
+    ):
+        if tensor is not None:
+            out[name] = packer.add(name, tensor)
+    return out
+
+
+def _build_graph(entry: dict[str, Any], unpacker: _Unpacker) -> CircuitGraph:
+    graph = CircuitGraph()
+    for found in entry["nodes"]:
+        _add_node(graph, found, unpacker)
+    graph.root = int(entry["root"])
+    graph.latents = {int(name): int(node) for name, node in entry["latents"]}
+    return graph
+
+
+def _add_node(graph: CircuitGraph, entry: dict[str, Any], unpacker: _Unpacker) -> None:
+    """Through the checking methods of the graph: a file is not trusted."""
+    kind, tied = entry["kind"], entry.get("tied_to")
+    if kind == "input":
+        name, arguments = entry["distribution"]
+        if name not in DISTRIBUTIONS:
+            raise ValueError(f"it has inputs of the unknown distribution {str(name)[:40]!r}")
+        distribution = DISTRIBUTIONS[name](**arguments)
+        params = unpacker.take("params", entry.get("params"))
+        graph.add_input(entry["variable"], distribution, entry["units"], params=params, tied_to=tied)
+    elif kind == "product":
+        graph.add_product(entry["children"], unpacker.take("index", entry.get("index")))
+    elif kind == "sum":
+        weight, mask = unpacker.take("weight", entry.get("weight")), unpacker.take("mask", entry.get("mask"))
+        if weight is None and tied is None:
+            raise ValueError("a sum node has no weights")
+        index = graph.add_sum(entry["children"], entry["units"], weight=weight, mask=mask, tied_to=tied)
+        if weight is not None:
+            graph.nodes[index].weight = weight  # bit for bit, now that it has been checked
+    else:
+        raise ValueError(f"it has a node of the unknown kind {str(kind)[:40]!r}")
+
+
+def _with_suffix(path: str | Path) -> Path:
+    path = Path(path).expanduser()
+    return path if path.suffix else path.with_name(f"{path.name}.safetensors")

@@ -1,0 +1,353 @@
+"""Compile graphs into a plan: which nodes fold into which layer, and which rows every layer reads.
+
+Values of all units live in one matrix, a row per unit and a column per example. A plan says, with index arrays only,
+how rows are computed from other rows; `layers.py` runs it.
+
+Row space V (values): row 0 is log 1, row 1 is log 0, then the input layers, then sum and product layers level by level.
+Row space E (edges' inner ends): row 0 is unused (zero gradient), then one row per head and circuit, then, for every sum
+layer, the product units that it mixes, and for every stored product layer its units. Forward passes gather E from V;
+backward passes gather the gradient of V from that of E.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lvd_lightning.circuits.distributions import Distribution
+from lvd_lightning.circuits.graph import CircuitGraph, Node
+
+__all__ = ["Gather", "InputPlan", "LayerPlan", "ParameterGroup", "Plan", "Slot", "compile_plan"]
+
+Index = NDArray[np.int64]
+NodeKey = tuple[int, int]  # (circuit, node)
+LOG_ONE, LOG_ZERO = 0, 1
+
+
+@dataclass
+class Slot:
+    """`out[dst] += source[src]`; dst ascending and unique."""
+
+    dst: Index
+    src: Index
+
+
+@dataclass
+class Gather:
+    """Rows that are sums of other rows: `out = source[first]`, then every further slot added."""
+
+    first: Index
+    more: list[Slot] = field(default_factory=list)
+
+
+@dataclass
+class ParameterGroup:
+    """Parameters of one padded shape, stacked: `owners[p]` is the node whose parameters are row p."""
+
+    kind: str
+    shape: tuple[int, int]
+    distribution: Distribution | None = None
+    owners: list[NodeKey] = field(default_factory=list)
+
+
+@dataclass
+class InputPlan:
+    """Input nodes of one distribution and padded width: values fill V rows [start, start + folds * units)."""
+
+    group: int
+    parameter_rows: Index
+    distribution: Distribution
+    num_units: int
+    nodes: list[NodeKey]
+    circuits: Index
+    variables: Index
+    start: int
+    gradient: Gather | None = None
+
+
+@dataclass
+class LayerPlan:
+    """Folded nodes of one level and padded shape. A product layer has `group` -1 and equal inner and outer units."""
+
+    group: int
+    parameter_rows: Index
+    inner_units: int
+    outer_units: int
+    nodes: list[NodeKey]
+    inputs: Gather
+    inner_start: int
+    outer_start: int
+    gradient: Gather | None = None
+
+
+@dataclass
+class Plan:
+    """Everything that a Circuit needs to run."""
+
+    groups: list[ParameterGroup]
+    inputs: list[InputPlan]
+    layers: list[LayerPlan]
+    num_value_rows: int
+    num_edge_rows: int
+    roots: Index  # [circuits, max heads], V rows; LOG_ZERO where a circuit has fewer heads
+    num_levels: int
+    base: dict[NodeKey, int]  # first V row of an input, sum or stored product node
+    inner: dict[NodeKey, Index]  # product node -> its units' rows in E
+
+
+def compile_plan(graphs: Sequence[CircuitGraph]) -> Plan:
+    """Fold all nodes of one level and shape, over all circuits."""
+    return _Compiler(graphs).run()
+
+
+class _Compiler:
+    def __init__(self, graphs: Sequence[CircuitGraph]) -> None:
+        self.graphs = graphs
+        self.inlined: set[NodeKey] = set()
+        self.level: dict[NodeKey, int] = {}
+        self.base: dict[NodeKey, int] = {}
+        self.groups: list[ParameterGroup] = []
+        self.group_of: dict[object, int] = {}
+        self.row_of_owner: dict[NodeKey, int] = {}
+        self.inner: dict[NodeKey, Index] = {}
+
+    def run(self) -> Plan:
+        self._find_levels()
+        buckets = self._find_buckets()
+        inputs = self._place_inputs(buckets)
+        layers, num_values, num_edges = self._place_layers(buckets, inputs)
+        roots = self._find_roots()
+        self._plan_gradients(inputs, layers, roots)
+        return Plan(
+            self.groups,
+            inputs,
+            layers,
+            num_values,
+            num_edges,
+            roots,
+            1 + max(self.level.values()),
+            self.base,
+            self.inner,
+        )
+
+    def _node(self, key: NodeKey) -> Node:
+        return self.graphs[key[0]].nodes[key[1]]
+
+    def _find_levels(self) -> None:
+        """A node's level is the longest path below it; a product with one consumer, a sum, is part of that sum."""
+        for g, graph in enumerate(self.graphs):
+            consumers: dict[int, list[int]] = defaultdict(list)
+            for index, node in enumerate(graph.nodes):
+                for child in node.children:
+                    consumers[child].append(index)
+            for index, node in enumerate(graph.nodes):
+                below = max((self.level[g, child] for child in node.children), default=-1)
+                users = consumers[index]
+                inline = node.kind == "product" and len(users) == 1 and graph.nodes[users[0]].kind == "sum"
+                if inline:
+                    self.inlined.add((g, index))
+                self.level[g, index] = below if inline else below + 1
+
+    def _inner_size(self, key: NodeKey) -> int:
+        node = self._node(key)
+        if node.kind == "product":
+            return node.num_units
+        return sum(self._node((key[0], child)).num_units for child in node.children)
+
+    def _find_buckets(self) -> dict[tuple[int, int, int, bool], list[NodeKey]]:
+        """Nodes to fold: keys are (level, outer width, inner width, is sum), in the order of execution."""
+        keys = [
+            (g, index)
+            for g, graph in enumerate(self.graphs)
+            for index, node in enumerate(graph.nodes)
+            if node.kind != "input" and (g, index) not in self.inlined
+        ]
+        sums = [key for key in keys if self._node(key).kind == "sum"]
+        pad_outer = _padding({self._node(key).num_units for key in sums})
+        pad_inner = _padding({self._inner_size(key) for key in sums})
+        buckets: dict[tuple[int, int, int, bool], list[NodeKey]] = defaultdict(list)
+        for key in keys:
+            node = self._node(key)
+            if node.kind == "sum":
+                shape = (pad_outer[node.num_units], pad_inner[self._inner_size(key)], True)
+            else:
+                shape = (node.num_units, node.num_units, False)
+            buckets[(self.level[key], *shape)].append(key)
+        for nodes in buckets.values():  # most factors first, so that later slots of a gather fill a prefix
+            nodes.sort(key=lambda key: -self._num_factors(key))
+        return dict(sorted(buckets.items()))
+
+    def _num_factors(self, key: NodeKey) -> int:
+        node = self._node(key)
+        if node.kind == "product":
+            return len(node.children)
+        return max(
+            len(self._node((key[0], child)).children) if (key[0], child) in self.inlined else 1
+            for child in node.children
+        )
+
+    def _place_inputs(self, buckets: dict[tuple[int, int, int, bool], list[NodeKey]]) -> list[InputPlan]:
+        """Order input nodes as their first consumers come, so that most gathers of them are plain slices."""
+        order: dict[NodeKey, None] = {}
+        for nodes in buckets.values():
+            for key in nodes:
+                g = key[0]
+                for child in self._node(key).children:
+                    found = self._node((g, child)).children if (g, child) in self.inlined else (child,)
+                    for leaf in found:
+                        if self._node((g, leaf)).kind == "input":
+                            order[g, leaf] = None
+        for g, graph in enumerate(self.graphs):  # a root that is itself an input
+            order.update({(g, i): None for i, node in enumerate(graph.nodes) if node.kind == "input"})
+        pad = _padding({self._node(key).num_units for key in order})
+        folds: dict[tuple[Distribution, int], list[NodeKey]] = defaultdict(list)
+        for key in order:
+            node = self._node(key)
+            assert node.distribution is not None
+            folds[node.distribution, pad[node.num_units]].append(key)
+        plans, start = [], 2
+        for (distribution, width), nodes in folds.items():
+            group, rows = self._parameters("input", (width, distribution.size), distribution, nodes)
+            plans.append(
+                InputPlan(
+                    group,
+                    rows,
+                    distribution,
+                    width,
+                    nodes,
+                    np.array([g for g, _ in nodes], dtype=np.int64),
+                    np.array([self._node(key).variable for key in nodes], dtype=np.int64),
+                    start,
+                )
+            )
+            for position, key in enumerate(nodes):
+                self.base[key] = start + position * width
+            start += len(nodes) * width
+        return plans
+
+    def _parameters(
+        self, kind: str, shape: tuple[int, int], distribution: Distribution | None, nodes: list[NodeKey]
+    ) -> tuple[int, Index]:
+        """The group of these nodes' parameters, and the row of each; tied nodes share a row."""
+        if distribution is not None and distribution.size == 0:
+            return -1, np.zeros(0, dtype=np.int64)
+        index = self.group_of.setdefault((kind, shape, distribution), len(self.groups))
+        if index == len(self.groups):
+            self.groups.append(ParameterGroup(kind, shape, distribution))
+        rows = []
+        for key in nodes:
+            tied = self._node(key).tied_to
+            owner = key if tied is None else (key[0], tied)
+            if owner not in self.row_of_owner:
+                self.row_of_owner[owner] = len(self.groups[index].owners)
+                self.groups[index].owners.append(owner)
+            rows.append(self.row_of_owner[owner])
+        return index, np.array(rows, dtype=np.int64)
+
+    def _place_layers(
+        self, buckets: dict[tuple[int, int, int, bool], list[NodeKey]], inputs: list[InputPlan]
+    ) -> tuple[list[LayerPlan], int, int]:
+        values = 2 + sum(len(plan.nodes) * plan.num_units for plan in inputs)
+        edges = 1 + len(self.graphs) * max(graph.num_heads for graph in self.graphs)
+        layers = []
+        for (_, outer, inner, is_sum), nodes in buckets.items():
+            group, rows = -1, np.zeros(0, dtype=np.int64)
+            if is_sum:
+                group, rows = self._parameters("sum", (outer, inner), None, nodes)
+            gather = self._gather_inputs(nodes, inner, edges)
+            layers.append(LayerPlan(group, rows, inner, outer, nodes, gather, edges, values))
+            for position, key in enumerate(nodes):
+                self.base[key] = values + position * outer
+            values += len(nodes) * outer
+            edges += len(nodes) * inner
+        return layers, values, edges
+
+    def _gather_inputs(self, nodes: list[NodeKey], inner: int, edge_start: int) -> Gather:
+        """Which rows of V add up (in log space) to the inner units of these nodes."""
+        num_slots = max(self._num_factors(key) for key in nodes)
+        table = np.full((num_slots, len(nodes), inner), LOG_ONE, dtype=np.int64)
+        table[0] = LOG_ZERO
+        counts = np.zeros(num_slots, dtype=np.int64)
+        for position, key in enumerate(nodes):
+            column = 0
+            edge = edge_start + position * inner
+            node, g = self._node(key), key[0]
+            parts = [key[1]] if node.kind == "product" else list(node.children)
+            for part in parts:
+                factors = self._factors((g, part), stored=node.kind == "product")
+                width = len(factors[0])
+                for slot, rows in enumerate(factors):
+                    table[slot, position, column : column + width] = rows
+                    counts[slot] = position + 1
+                if node.kind == "product" or (g, part) in self.inlined:
+                    self.inner[g, part] = np.arange(edge + column, edge + column + width)
+                column += width
+        more = []
+        for slot in range(1, num_slots):
+            size = int(counts[slot]) * inner
+            more.append(Slot(np.arange(size, dtype=np.int64), table[slot].reshape(-1)[:size]))
+        return Gather(table[0].reshape(-1), more)
+
+    def _factors(self, key: NodeKey, stored: bool) -> list[Index]:
+        """V rows of the factors of every unit of a child: several for a product that is not stored itself."""
+        node, g = self._node(key), key[0]
+        if not (stored or key in self.inlined):
+            return [self.base[key] + np.arange(node.num_units)]
+        units = None if node.units is None else node.units.cpu().numpy()
+        return [
+            self.base[g, child] + (np.arange(node.num_units) if units is None else units[:, j])
+            for j, child in enumerate(node.children)
+        ]
+
+    def _find_roots(self) -> Index:
+        roots = np.full((len(self.graphs), max(graph.num_heads for graph in self.graphs)), LOG_ZERO, dtype=np.int64)
+        for g, graph in enumerate(self.graphs):
+            roots[g, : graph.num_heads] = self.base[g, graph.root] + np.arange(graph.num_heads)
+        return roots
+
+    def _plan_gradients(self, inputs: list[InputPlan], layers: list[LayerPlan], roots: Index) -> None:
+        """Turn 'E gathers V' around: for every row of V, the rows of E that it feeds."""
+        values, edges = [roots.reshape(-1)], [1 + np.arange(roots.size)]
+        for layer in layers:
+            start = layer.inner_start
+            values.append(layer.inputs.first)
+            edges.append(start + np.arange(len(layer.inputs.first)))
+            for slot in layer.inputs.more:
+                values.append(slot.src)
+                edges.append(start + slot.dst)
+        value, edge = np.concatenate(values), np.concatenate(edges)
+        used = value > LOG_ZERO
+        value, edge = value[used], edge[used]
+        order = np.lexsort((edge, value))
+        value, edge = value[order], edge[order]
+        first = np.r_[True, value[1:] != value[:-1]]
+        starts = np.flatnonzero(first)
+        rank = np.arange(len(value)) - starts[np.cumsum(first) - 1]
+        for plan in [*inputs, *layers]:
+            if isinstance(plan, InputPlan):
+                low, size = plan.start, len(plan.nodes) * plan.num_units
+            else:
+                low, size = plan.outer_start, len(plan.nodes) * plan.outer_units
+            a, b = np.searchsorted(value, [low, low + size])
+            plan.gradient = _consumers(value[a:b] - low, edge[a:b], rank[a:b], size)
+
+
+def _consumers(rows: Index, edges: Index, rank: Index, size: int) -> Gather:
+    gather = Gather(np.zeros(size, dtype=np.int64))
+    gather.first[rows[rank == 0]] = edges[rank == 0]
+    for slot in range(1, 1 + int(rank.max(initial=0))):
+        chosen = rank == slot
+        gather.more.append(Slot(rows[chosen], edges[chosen]))
+    return gather
+
+
+def _padding(sizes: set[int]) -> dict[int, int]:
+    """Padded width of every width: exact when there are few, else rounded so that ragged nodes still fold."""
+    if len(sizes) <= 4:
+        return {size: size for size in sizes}
+    steps = {size: 1 << max(0, (size - 1).bit_length() - 3) for size in sizes}  # at most 25 % more
+    return {size: -(-size // max(step, 2)) * max(step, 2) if size > 1 else 1 for size, step in steps.items()}

@@ -1,0 +1,238 @@
+"""Queries that descend through the circuit: sampling, max-product decoding, posteriors of latents.
+
+Shapes: G circuits, B batch, D variables, F folded nodes, H outer units, K inner units, V and E row spaces of `plan.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lvd_lightning.circuits.layers import InputLayer, Layer, initialise_constants
+
+if TYPE_CHECKING:
+    from lvd_lightning.circuits.circuit import Batch, Circuit
+
+__all__ = ["mpe", "posterior", "sample"]
+
+#: Numbers that a chunk of folds may hold while units are chosen.
+CHUNK_SIZE = 1 << 22
+
+
+@torch.no_grad()
+def sample(
+    circuit: Circuit,
+    n: int | None = None,
+    *,
+    head: int | Tensor = 0,
+    x: Tensor | None = None,
+    observed: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Exact (conditional) samples; see `Circuit.sample`."""
+    if (n is None) == (x is None):
+        raise ValueError("sample: give either n, the number of samples, or x with `observed`, to complete its rows")
+    if x is None:
+        if n is None or n < 0 or observed is not None:
+            raise ValueError(f"sample: expected n >= 0 and no `observed` without x, got n={n}")
+        x, observed = _nothing_observed(circuit, n)
+    elif observed is None and not circuit.plan.inputs[0].distribution.is_evidence:
+        raise ValueError("sample: x needs `observed`, which says what of it is given (False: to be sampled)")
+    batch = circuit.prepare(x, observed)
+    index_GB = circuit.head_index(head, batch.size)
+    out = _output(circuit, x)
+    if batch.size == 0:
+        return out
+    tables = circuit.probabilities()
+    lease = circuit.lease(batch.size, keep=False)
+    circuit.run_forward(batch, tables, False, lease.space)
+    _check_possible(circuit, lease.space.values, index_GB)
+    active = _descend(circuit, lease.space.values, tables, index_GB, generator, stochastic=True)
+    for number, layer in enumerate(circuit.input_layers):
+        assert isinstance(layer, InputLayer)
+        for a, b in _fold_chunks(layer.num_folds, batch.size * max(layer.distribution.size, layer.num_units)):
+            reached_FB, unit_FB = _chosen(layer.gradient_of(active, a, b))
+            if layer.group < 0:
+                drawn_FB = unit_FB
+            else:
+                params_FBS = _rows(layer.parameters_of(tables[layer.group], a, b), unit_FB)
+                drawn_FB = layer.distribution.sample(params_FBS, generator)
+            _write(circuit, layer, batch, number, reached_FB, drawn_FB, out, a, b)
+    return out
+
+
+@torch.no_grad()
+def mpe(
+    circuit: Circuit, x: Tensor, *, observed: Tensor | None = None, head: int | Tensor = 0
+) -> tuple[Tensor, Tensor]:
+    """Max-product decoding; see `Circuit.mpe`."""
+    batch = circuit.prepare(x, observed)
+    index_GB = circuit.head_index(head, batch.size)
+    out = _output(circuit, x)
+    tables = circuit.probabilities()
+    values = torch.empty(circuit.plan.num_value_rows, batch.size, dtype=circuit.dtype, device=circuit.device)
+    initialise_constants(values)
+    circuit.run_inputs(batch, tables, values)
+    for number, layer in enumerate(circuit.input_layers):
+        assert isinstance(layer, InputLayer)
+        if batch.observed is not None:
+            layer.forward_modes(values, tables[layer.group] if layer.group >= 0 else None, batch.observed[number])
+    for layer in circuit.layers:
+        assert isinstance(layer, Layer)
+        _maximise(layer, values, tables)
+    _check_possible(circuit, values, index_GB)
+    log_GB = values[circuit.roots].gather(1, index_GB[:, None])[:, 0]  # type: ignore[index]
+    active = _descend(circuit, values, tables, index_GB, None, stochastic=False)
+    for number, layer in enumerate(circuit.input_layers):
+        assert isinstance(layer, InputLayer)
+        reached_FB, unit_FB = _chosen(layer.gradient_of(active, 0, layer.num_folds))
+        found_FB = unit_FB
+        if layer.group >= 0:
+            mode_FK, _ = layer.distribution.mode(layer.parameters_of(tables[layer.group], 0, layer.num_folds))
+            found_FB = mode_FK.gather(1, unit_FB)
+        _write(circuit, layer, batch, number, reached_FB, found_FB, out, 0, layer.num_folds)
+    return out, log_GB if circuit.batched else log_GB[0]
+
+
+@torch.no_grad()
+def posterior(
+    circuit: Circuit, x: Tensor, node: int, *, observed: Tensor | None = None, head: int | Tensor = 0
+) -> Tensor:
+    """p(latent of `node` = k, node reached | x); see `Circuit.posterior`."""
+    rows = [_latent_rows(circuit, g, node) for g in range(circuit.num_circuits)]
+    batch = circuit.prepare(x, observed)
+    index_GB = circuit.head_index(head, batch.size)
+    tables = circuit.probabilities()
+    lease = circuit.lease(batch.size, keep=True)
+    circuit.run_forward(batch, tables, True, lease.space)
+    _check_possible(circuit, lease.space.values, index_GB)
+    flow = torch.zeros(circuit.plan.num_edge_rows, batch.size, dtype=circuit.dtype, device=circuit.device)
+    circuit.head_rows(flow).scatter_(1, index_GB[:, None], 1.0)
+    circuit.run_backward(lease.space, tables, flow, [None] * len(tables))
+    width = max(len(found) for found in rows)
+    out_GBK = flow.new_zeros(circuit.num_circuits, batch.size, width)
+    for g, found in enumerate(rows):
+        out_GBK[g, :, : len(found)] = flow[found].T
+    return out_GBK if circuit.batched else out_GBK[0]
+
+
+def _latent_rows(circuit: Circuit, g: int, node: int) -> Tensor:
+    structure = circuit.structures[g]
+    index = structure.latents.get(int(node), int(node) if not structure.latents else -1)
+    rows = circuit.plan.inner.get((g, index))
+    if rows is None:
+        known = sorted(structure.latents) if structure.latents else "the ids of product nodes"
+        raise ValueError(f"node: {node} names no latent of the circuit; known are {str(known)[:200]}")
+    return torch.from_numpy(rows).to(circuit.device)
+
+
+def _nothing_observed(circuit: Circuit, n: int) -> tuple[Tensor, Tensor]:
+    shape = (circuit.num_circuits, n, circuit.num_variables) if circuit.batched else (n, circuit.num_variables)
+    observed = torch.zeros(shape, dtype=torch.bool, device=circuit.device)
+    first = circuit.plan.inputs[0]
+    states = (first.num_units,) if first.distribution.is_evidence else ()
+    return torch.zeros(*shape, *states, dtype=circuit.dtype, device=circuit.device), observed
+
+
+def _output(circuit: Circuit, x: Tensor) -> Tensor:
+    """Where answers go: a copy of x, with a row per circuit, of whole numbers if every variable has them."""
+    evidence = circuit.plan.inputs[0].distribution.is_evidence
+    shape = x.shape[:-1] if evidence else x.shape
+    whole = all(plan.distribution.is_table or plan.distribution.is_evidence for plan in circuit.plan.inputs)
+    kind = torch.int64 if whole else (x.dtype if x.is_floating_point() else circuit.dtype)
+    out = torch.zeros(shape, dtype=kind, device=x.device) if evidence else x.nan_to_num(0).to(kind, copy=True)
+    if circuit.batched and out.ndim == 2:
+        out = out.expand(circuit.num_circuits, *out.shape).clone()
+    return out
+
+
+def _write(
+    circuit: Circuit,
+    layer: InputLayer,
+    batch: Batch,
+    number: int,
+    reached_FB: Tensor,
+    found_FB: Tensor,
+    out: Tensor,
+    a: int,
+    b: int,
+) -> None:
+    """Put the values of folds a..b where the variable is unobserved and the node is reached."""
+    wanted = reached_FB
+    if layer.group >= 0:
+        wanted = wanted & ~batch.observed[number][a:b] if batch.observed is not None else torch.zeros_like(wanted)
+    f, column = wanted.nonzero(as_tuple=True)
+    variable = layer.variables[a:b][f]  # type: ignore[index]
+    value = found_FB[f, column].to(out.dtype)
+    if circuit.batched:
+        circuit_of = layer.columns[a:b][f] // circuit.num_variables  # type: ignore[index]
+        out[circuit_of, column, variable] = value
+    else:
+        out[column, variable] = value
+
+
+def _check_possible(circuit: Circuit, values: Tensor, index_GB: Tensor) -> None:
+    log_GB = values[circuit.roots].gather(1, index_GB[:, None])  # type: ignore[index]
+    if not bool((log_GB > -torch.inf).all()):
+        raise ValueError("x: a row has probability zero under its head, so nothing can be conditioned on it")
+
+
+def _descend(
+    circuit: Circuit,
+    values: Tensor,
+    tables: list[Tensor],
+    index_GB: Tensor,
+    generator: torch.Generator | None,
+    *,
+    stochastic: bool,
+) -> Tensor:
+    """Choose, from the heads down, one inner unit of every reached sum; returns an E matrix of zeros and ones."""
+    active = values.new_zeros(circuit.plan.num_edge_rows, values.shape[1])
+    circuit.head_rows(active).scatter_(1, index_GB[:, None], 1.0)
+    for layer in reversed(circuit.layers):  # type: ignore[call-overload]
+        assert isinstance(layer, Layer)
+        for a, b in _fold_chunks(layer.num_folds, layer.inner_units * values.shape[1]):
+            outer_FHB = layer.pulled(active, a, b)
+            inner_FKB = layer.inner_rows(active, a, b)
+            if not layer.is_sum:
+                inner_FKB.copy_(outer_FHB)
+                continue
+            reached_FB, unit_FB = _chosen(outer_FHB)
+            weight_FBK = _rows(layer.parameters_of(tables[layer.group], a, b), unit_FB)
+            score_FKB = layer.log_inner(values, a, b) + weight_FBK.log().transpose(1, 2)
+            if stochastic:  # the exponential race: argmax of log p - log E is a draw from p
+                score_FKB -= torch.empty_like(score_FKB).exponential_(generator=generator).log()
+            inner_FKB.scatter_(1, score_FKB.argmax(1, keepdim=True), reached_FB[:, None].to(inner_FKB.dtype))
+    return active
+
+
+def _maximise(layer: Layer, values: Tensor, tables: list[Tensor]) -> None:
+    """One layer with maxima in place of sums."""
+    if not layer.is_sum:
+        stop = layer.num_folds * layer.inner_units
+        layer.inputs.into(values, 0, stop, values[layer.outer_start : layer.outer_start + stop])
+        return
+    for a, b in _fold_chunks(layer.num_folds, layer.inner_units * values.shape[1]):
+        log_FKB = layer.log_inner(values, a, b)
+        log_weight_FHK = layer.parameters_of(tables[layer.group], a, b).log()
+        out_FHB = layer.outer_rows(values, a, b)
+        for unit in range(layer.outer_units):
+            torch.amax(log_FKB + log_weight_FHK[:, unit, :, None], 1, out=out_FHB[:, unit])
+
+
+def _chosen(active_FKB: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether a node is reached, and its active unit, both (F, B)."""
+    value, unit = active_FKB.max(1)
+    return value > 0, unit
+
+
+def _rows(table_FHK: Tensor, unit_FB: Tensor) -> Tensor:
+    """The rows of the chosen units, shape (F, B, K)."""
+    return table_FHK[torch.arange(len(table_FHK), device=table_FHK.device)[:, None], unit_FB]
+
+
+def _fold_chunks(num_folds: int, size: int) -> list[tuple[int, int]]:
+    step = max(1, CHUNK_SIZE // max(size, 1))
+    return [(low, min(low + step, num_folds)) for low in range(0, num_folds, step)]

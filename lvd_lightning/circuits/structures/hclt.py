@@ -1,0 +1,106 @@
+"""Hidden Chow-Liu trees."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lvd_lightning.circuits.distributions import Distribution
+from lvd_lightning.circuits.graph import CircuitGraph, Node
+
+__all__ = ["hclt"]
+
+
+def hclt(
+    parents: Tensor,
+    num_latents: int,
+    leaf: Distribution,
+    num_heads: int = 1,
+    *,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+) -> CircuitGraph:
+    r"""Hidden Chow-Liu tree: every variable v hangs on a latent y_v, and the latents form the tree.
+
+    .. math:: p(x) = \sum_y p(y_{root}) \prod_v p(x_v | y_v) \prod_{v \ne root} p(y_v | y_{pa(v)})
+
+    Parameters are drawn at random. With `leaf=SoftEvidence(K)` and `num_latents == K` the latents are the variables
+    themselves (a Chow-Liu tree over z).
+
+    Args:
+        parents: int (D,), the parent of every variable, -1 at the root (see `chow_liu_tree`).
+        num_latents: states of each latent.
+        leaf: input distribution of every variable.
+        num_heads: rows p(y_root | head), one circuit each, that share everything below.
+
+    Returns:
+        The graph; `latents[v]` is the node whose unit k stands for y_v = k.
+
+    References:
+        Liu and Van den Broeck, Tractable Regularization of Probabilistic Circuits, 2021 (arXiv 2106.02264), section 5.
+    """
+    order = _topological(parents)
+    if num_latents < 1 or num_heads < 1:
+        raise ValueError(f"hclt: num_latents and num_heads must be at least 1, got {num_latents} and {num_heads}")
+    dtype = dtype or torch.get_default_dtype()
+    size = len(parents)
+    leaves = _leaf_parameters(leaf, size, num_latents, generator, dtype)
+    emission = leaf.is_evidence and getattr(leaf, "num_states", num_latents) != num_latents
+    states = leaf.num_states if emission else num_latents  # type: ignore[attr-defined]
+    weights = _random_rows((size, num_latents, num_latents), generator, dtype)
+    emissions = _random_rows((size, num_latents, states), generator, dtype) if emission else None
+    graph = CircuitGraph()
+    above: list[list[int]] = [[] for _ in range(size)]
+    parent_list = parents.tolist()
+    for v in order:
+        node = Node("input", states, variable=v, distribution=leaf, params=None if leaves is None else leaves[v])
+        below = _append(graph, node)
+        if emissions is not None:
+            below = _append(graph, Node("sum", num_latents, (below,), weight=emissions[v]))
+        graph.latents[v] = _append(graph, Node("product", num_latents, (below, *above[v])))
+        if parent_list[v] >= 0:
+            found = _append(graph, Node("sum", num_latents, (graph.latents[v],), weight=weights[v]))
+            above[parent_list[v]].append(found)
+    root = _random_rows((num_heads, num_latents), generator, dtype)
+    graph.root = _append(graph, Node("sum", num_heads, (graph.latents[order[-1]],), weight=root))
+    return graph
+
+
+def _append(graph: CircuitGraph, node: Node) -> int:
+    """Straight into the list: thousands of nodes that are right by construction."""
+    graph.nodes.append(node)
+    return len(graph.nodes) - 1
+
+
+def _leaf_parameters(
+    leaf: Distribution, size: int, num_units: int, generator: torch.Generator | None, dtype: torch.dtype
+) -> Tensor | None:
+    if leaf.size == 0:
+        return None
+    params = leaf.initial(size * num_units, generator=generator).to(dtype)
+    return params.view(size, num_units, leaf.size)
+
+
+def _random_rows(shape: tuple[int, ...], generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
+    weight = torch.rand(shape, generator=generator, dtype=dtype) + 0.05
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def _topological(parents: Tensor) -> list[int]:
+    """Variables with children before parents; raises if `parents` is not one tree."""
+    if parents.ndim != 1 or parents.is_floating_point() or len(parents) == 0:
+        raise ValueError(f"parents: expected an integer tensor of shape (variables,), got {tuple(parents.shape)}")
+    found = parents.tolist()
+    roots = [v for v, parent in enumerate(found) if parent == -1]
+    if len(roots) != 1 or any(not -1 <= parent < len(found) for parent in found):
+        raise ValueError(f"parents: expected one root (-1) and indices below {len(found)}, got {len(roots)} roots")
+    children: list[list[int]] = [[] for _ in found]
+    for v, parent in enumerate(found):
+        if parent >= 0:
+            children[parent].append(v)
+    order = [roots[0]]
+    for v in order:
+        order.extend(children[v])
+    if len(order) != len(found):
+        raise ValueError("parents: contains a cycle; expected a tree")
+    return order[::-1]
