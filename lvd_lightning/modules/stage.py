@@ -75,7 +75,7 @@ class StageContext:
         return self.run_dir / self.stage
 
     def previous(self, stage: str) -> Path | None:
-        """The folder of a finished stage, or None when the experiment has no such stage.
+        """The folder of a finished stage, or None when the experiment has no such stage before this one.
 
         Raises ValueError when the experiment has the stage and it is not finished.
         """
@@ -83,7 +83,7 @@ class StageContext:
         finished = (folder / DONE_MARKER).is_file()
         if self.stages is None:
             return folder if finished else None
-        if stage not in self.stages:
+        if stage not in self.stages[: self.stages.index(self.stage)]:
             return None
         if not finished:
             raise ValueError(

@@ -1,0 +1,208 @@
+"""Runs the stages of an experiment in order into one run directory; starting again continues."""
+
+import json
+import logging
+import pickle
+import shutil
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lvd_lightning.bookkeeping import (
+    EpochCheckpoint,
+    EpochLines,
+    EpochSeed,
+    MetricsFile,
+    Stopwatch,
+    write_atomically,
+)
+from lvd_lightning.experiment import EVALUATE, Experiment, Stage, adopt_run_directory, record_stage
+from lvd_lightning.modules.stage import DONE_MARKER, StageContext, StageModule, derive_seed
+from lvd_lightning.ranks import Ranks
+
+__all__ = ["Pipeline"]
+
+METRICS = "metrics.csv"
+
+
+class Pipeline:
+    """One experiment on the processes of one job.
+
+    A stage is finished when its folder holds done.json, which is written last. A stage that was interrupted goes on
+    from its last epoch-end checkpoint, and ends as it would have without the interruption if its module derives its
+    random numbers from (seed, stage, epoch).
+    """
+
+    def __init__(self, experiment: Experiment, ranks: Ranks) -> None:
+        self.experiment = experiment
+        self.ranks = ranks
+        self._data: dict[Callable[[], LightningDataModule], LightningDataModule] = {}
+        _quieten_lightning()
+
+    def run(self, only: str | None = None, changed: str = "refuse") -> None:
+        """Run every stage that is not finished, or the stage `only`.
+
+        changed: what to do when the run directory was begun with another configuration, see `adopt_run_directory`.
+        """
+        stages = self.experiment.stages if only is None else (self.experiment.stage(only),)
+        self.ranks.on_first(partial(adopt_run_directory, self.experiment, changed))
+        for stage in stages:
+            self._run_stage(stage)
+
+    def datamodule(self, make: Callable[[], LightningDataModule] | None = None) -> Any:
+        """The datamodule that `make` makes (the experiment's own by default), set up; made once."""
+        make = self.experiment.data if make is None else make
+        if make not in self._data:
+            data = make()
+            if self.ranks.local_rank == 0:
+                data.prepare_data()
+            self.ranks.wait()
+            data.setup("fit")
+            self._data[make] = data
+        return self._data[make]
+
+    def say(self, text: str) -> None:
+        if self.ranks.is_first:
+            print(text, flush=True)
+
+    def _run_stage(self, stage: Stage) -> None:
+        folder = self.experiment.run_dir / stage.name
+        if self.ranks.on_first((folder / DONE_MARKER).is_file):
+            self.say(f"{stage.name}: finished before, skipped")
+            return
+        self.ranks.on_first(partial(self._open, stage))
+        clock = Stopwatch()
+        context = self._context(stage)
+        # After the datamodule was made, which draws random numbers only in the first stage of each process.
+        seed_everything(derive_seed(self.experiment.seed, stage.name), verbose=False)
+        results = self._train(stage, context, clock) if stage.function is None else stage.function(context)
+        self.ranks.on_first(partial(mark_done, folder, {"seconds": clock.seconds, **results}))
+        self.say(f"{stage.name}: done in {clock.seconds:.1f} s")
+
+    def _open(self, stage: Stage) -> None:
+        # What was evaluated before this stage ran is no longer the whole experiment.
+        shutil.rmtree(self.experiment.run_dir / EVALUATE, ignore_errors=True)
+        record_stage(self.experiment, stage)
+
+    def _context(self, stage: Stage) -> StageContext:
+        return StageContext(
+            run_dir=self.experiment.run_dir,
+            stage=stage.name,
+            seed=self.experiment.seed,
+            data=self.datamodule(stage.data),
+            shared=self.experiment.shared,
+            stages=tuple(other.name for other in self.experiment.stages),
+            device=self.ranks.device,
+        )
+
+    def _train(self, stage: Stage, context: StageContext, clock: Stopwatch) -> dict[str, float]:
+        if stage.model is None:
+            raise ValueError(f"stage {stage.name!r} has neither a model nor a function")
+        module = stage.model()
+        module.begin_stage(context)
+        checkpoint = EpochCheckpoint(context.dir, module.monitor, module.monitor_mode)
+        metrics = MetricsFile(context.dir / METRICS, lambda: clock.seconds)
+        last_epoch = self.ranks.on_first(partial(resume_epoch, checkpoint))
+        self.ranks.on_first(partial(metrics.keep, last_epoch))
+        if last_epoch >= 0:
+            self.say(f"{stage.name}: goes on after epoch {last_epoch + 1}")
+        trainer = self._trainer(stage, module, [clock, checkpoint], metrics)
+        trainer.fit(
+            module,
+            datamodule=None if is_overridden("train_dataloader", module) else context.data,
+            ckpt_path=checkpoint.last_path if last_epoch >= 0 else None,
+            weights_only=True,
+        )
+        return self.ranks.on_first(partial(self._finish, module, context, checkpoint))
+
+    def _finish(self, module: StageModule, context: StageContext, checkpoint: EpochCheckpoint) -> dict[str, float]:
+        load_best(module, checkpoint)
+        module.to(self.ranks.device).eval()
+        return module.finish_stage(context)
+
+    def _trainer(self, stage: Stage, module: StageModule, own: list[Callback], metrics: MetricsFile) -> Trainer:
+        """The Trainer of a stage: what the config says, and what makes it resumable."""
+        folder = metrics.path.parent
+        arguments = {**self.experiment.devices, **stage.trainer(folder)}
+        callbacks = [
+            EpochSeed(derive_seed(self.experiment.seed, stage.name)),
+            *(arguments.pop("callbacks", None) or []),
+        ]
+        bar = arguments.pop("enable_progress_bar", None)
+        if not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            bar = sys.stdout.isatty() if bar is None else bar
+            callbacks.append(RichProgressBar() if bar else EpochLines(stage.name, metrics.clock))
+        if module.em and self.ranks.world_size > 1 and arguments.get("strategy", "auto") in ("auto", "ddp"):
+            from lvd_lightning.strategies import EMStrategy
+
+            arguments["strategy"] = EMStrategy()
+        defaults = {"num_sanity_val_steps": 0, "enable_model_summary": sys.stdout.isatty()}
+        given = {name: value for name, value in arguments.items() if value is not None}
+        return Trainer(
+            **{**defaults, **given, "logger": [metrics, *(given.get("logger") or [])]},
+            callbacks=[*own[:-1], *callbacks, own[-1]],
+            default_root_dir=folder,
+            use_distributed_sampler=False,
+            enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+        )
+
+
+def resume_epoch(checkpoint: EpochCheckpoint) -> int:
+    """The epoch (0-based) after which a stage goes on; -1 if it starts, and then no older checkpoint is left.
+
+    A file that was cut short, which only a full disk or a broken machine can do, starts the stage again.
+    """
+    path = checkpoint.last_path
+    if path.is_file():
+        if zipfile.is_zipfile(path):
+            try:
+                return int(torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)["epoch"])
+            except pickle.UnpicklingError:
+                raise  # a module that puts more than plain types into its checkpoints
+            except (RuntimeError, OSError, EOFError, KeyError) as error:
+                warnings.warn(f"{path} cannot be read ({error}): the stage starts again", stacklevel=2)
+        else:
+            warnings.warn(f"{path} is not a complete checkpoint: the stage starts again", stacklevel=2)
+    checkpoint.last_path.unlink(missing_ok=True)
+    checkpoint.best_path.unlink(missing_ok=True)
+    return -1
+
+
+def load_best(module: StageModule, checkpoint: EpochCheckpoint) -> None:
+    """Load the best epoch into the module; without one it keeps what it has, with a warning if it was trained."""
+    if not checkpoint.best_path.is_file():
+        if checkpoint.last_path.is_file():
+            warnings.warn(
+                f"no epoch logged a finite {checkpoint.monitor!r}: the last epoch is taken for the best", stacklevel=2
+            )
+        return
+    content = torch.load(checkpoint.best_path, map_location="cpu", weights_only=True)
+    module.on_load_checkpoint(content)
+    module.load_state_dict(content["state_dict"])
+
+
+def mark_done(folder: Path, results: dict[str, Any]) -> None:
+    """Write the marker that says that a folder is complete, with figures for the report."""
+    write_atomically(folder / DONE_MARKER, json.dumps(results, indent=2))
+
+
+def _quieten_lightning() -> None:
+    """Every stage makes a Trainer; what each says about the machine and about its settings is said once too often."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*smaller than the logging interval.*",
+        ".*exists and is not empty.*",
+        ".*treespec, LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", message)
