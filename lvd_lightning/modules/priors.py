@@ -1,0 +1,50 @@
+"""Priors over the latents of patches: Chow-Liu trees with the closed form from counts, and trees with extra latents."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lvd_lightning import circuits as pc
+from lvd_lightning.circuits.structures import chow_liu_tree
+
+__all__ = ["chow_liu_prior", "hidden_prior", "latent_tree"]
+
+
+def latent_tree(z: Tensor, num_states: int, max_examples: int = 20000) -> Tensor:
+    """Chow-Liu tree over the latents z, int64 (N, P); parents (P,)."""
+    return chow_liu_tree(z, num_categories=num_states, num_bins=num_states, max_examples=max_examples)
+
+
+def chow_liu_prior(z: Tensor, num_states: int, parents: Tensor, pseudocount: float = 1.0) -> pc.Circuit:
+    """The tree over z with maximum-likelihood parameters from counts (method of Chow and Liu, 1968).
+
+    `pseudocount` examples per row are spread in proportion to the overall frequencies of the states, so that a state
+    that was never seen next to another keeps a plausible probability there.
+
+    Args:
+        z: int64 (N, P), values below `num_states`.
+        parents: (P,) from `latent_tree`.
+    """
+    graph = pc.hclt(parents, num_states, pc.SoftEvidence(num_states))
+    order = {graph.latents[v]: v for v in graph.latents}
+    overall_K = torch.bincount(z.reshape(-1), minlength=num_states).double() + 1e-3
+    smooth_K = pseudocount * overall_K / overall_K.sum()
+    for node in graph.nodes:
+        if node.kind != "sum":
+            continue
+        v = order[node.children[0]]
+        above = int(parents[v])
+        if above < 0:
+            counts = torch.bincount(z[:, v], minlength=num_states)[None].double()
+        else:
+            pairs = z[:, above] * num_states + z[:, v]
+            counts = torch.bincount(pairs, minlength=num_states**2).view(num_states, num_states).double()
+        weight = counts + smooth_K
+        node.weight = (weight / weight.sum(1, keepdim=True)).float()
+    return pc.Circuit(graph)
+
+
+def hidden_prior(num_states: int, num_latents: int, parents: Tensor, generator: torch.Generator) -> pc.Circuit:
+    """A hidden Chow-Liu tree over z with `num_latents` states per latent, drawn at random."""
+    return pc.Circuit(pc.hclt(parents, num_latents, pc.SoftEvidence(num_states), generator=generator))
