@@ -1,0 +1,136 @@
+"""Any folder or zip archive of images."""
+
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from torch import Tensor
+from typing_extensions import override
+
+from datamodules.base import ImageDataModule
+from datamodules.files import resolve
+from datamodules.images import Pixels
+from datamodules.splits import SPLITS, Split, check_fractions, split_of_name
+
+__all__ = ["Folder", "decode_image"]
+
+EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# Images that one thread decodes before it takes more work.
+DECODE_BLOCK = 64
+# What Pillow's decoders raise on damaged files.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class Folder(ImageDataModule):
+    """The images in a folder, its folders, or a .zip archive.
+
+    Every image is cropped to its central square, resized to `image_size` and kept in memory as bytes. Which split it
+    belongs to follows from a hash of its path below the root alone: it is the same on every machine, in a folder and in
+    an archive of it, and stays when other images come or go.
+
+    Args:
+        path: the folder or the .zip archive.
+        val_fraction: about how much of the images is for validation.
+        test_fraction: about how much of the images is for the test.
+        **common: the settings of every `ImageDataModule`.
+    """
+
+    def __init__(self, path: str, val_fraction: float = 0.1, test_fraction: float = 0.1, **common: Any) -> None:
+        super().__init__(**common)
+        check_fractions(val_fraction, test_fraction)
+        self.path = path
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+
+    @override
+    def load(self) -> Mapping[Split, Tensor]:
+        root = resolve(self.path)
+        if root.is_dir():
+            return self._read(root, _list_folder(root), lambda name: (root / name).read_bytes())
+        if not root.is_file():
+            raise FileNotFoundError(f"path: there is no {root}; expected a folder or a .zip archive of images")
+        try:
+            with zipfile.ZipFile(root) as archive:
+                return self._read(root, _list_archive(archive), archive.read)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{root}: expected a folder or an intact .zip archive of images ({error})") from error
+
+    def _read(self, root: Path, names: Sequence[str], read: Callable[[str], bytes]) -> dict[Split, Tensor]:
+        """Divide the images among the splits and decode them; `read` gives the bytes of one."""
+        if not names:
+            raise ValueError(f"{root}: holds no images; expected files that end in {', '.join(sorted(EXTENSIONS))}")
+        members: dict[Split, list[str]] = {split: [] for split in SPLITS}
+        for name in sorted(names):
+            members[split_of_name(name, self.val_fraction, self.test_fraction)].append(name)
+        return {split: self.encode(self._decode(root, members[split], read)) for split in SPLITS}
+
+    def _decode(self, root: Path, names: Sequence[str], read: Callable[[str], bytes]) -> Pixels:
+        """Decode images in threads (Pillow works outside of Python's global lock), as bytes (N, 3, S, S)."""
+        kept = [names[row] for row in self.limit(len(names))]
+        pixels = np.empty((len(kept), 3, self.image_size, self.image_size), dtype=np.uint8)
+
+        def decode_block(start: int) -> None:
+            for row in range(start, min(start + DECODE_BLOCK, len(kept))):
+                try:
+                    pixels[row] = decode_image(read(kept[row]), self.image_size)
+                except (*DECODE_ERRORS, zipfile.BadZipFile) as error:
+                    raise ValueError(f"{root / kept[row]}: {error}") from error
+
+        with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+            for _ in pool.map(decode_block, range(0, len(kept), DECODE_BLOCK)):
+                pass
+        return pixels
+
+
+def decode_image(data: bytes, image_size: int) -> Pixels:
+    """Decode one image, upright, in RGB (transparency is dropped), and reduce its central square.
+
+    Args:
+        data: the contents of an image file.
+        image_size: the side S of the result.
+
+    Returns:
+        Bytes with shape (3, S, S).
+
+    Raises:
+        ValueError: the image is smaller than that, or has more than 8 bits per channel.
+        OSError: the contents are damaged or no image.
+    """
+    with Image.open(BytesIO(data)) as image:
+        # A large JPEG is decoded at a fraction of its size, still several times larger than what is kept of it.
+        image.draft(None, (4 * image_size, 4 * image_size))
+        upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith(("I", "F")):
+        raise ValueError(f"pixels of mode {upright.mode!r}, expected 8 bits per channel")
+    width, height = upright.size
+    side = min(width, height)
+    if side < image_size:
+        raise ValueError(f"{width} x {height} pixels, smaller than image_size {image_size}: remove it or choose less")
+    left, top = (width - side) // 2, (height - side) // 2
+    square = upright.convert("RGB").crop((left, top, left + side, top + side))
+    if side > image_size:
+        square = square.resize((image_size, image_size), Image.Resampling.LANCZOS)
+    return np.asarray(square).transpose(2, 0, 1)
+
+
+def _is_image(path: PurePosixPath) -> bool:
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+    return path.suffix.lower() in EXTENSIONS and not hidden
+
+
+def _list_folder(root: Path) -> list[str]:
+    """The images below a folder, by their paths relative to it, with slashes."""
+    names = [PurePosixPath(file.relative_to(root).as_posix()) for file in root.rglob("*")]
+    return [str(name) for name in names if _is_image(name) and (root / name).is_file()]
+
+
+def _list_archive(archive: zipfile.ZipFile) -> list[str]:
+    return [name for name in archive.namelist() if not name.endswith("/") and _is_image(PurePosixPath(name))]

@@ -1,0 +1,80 @@
+"""Batches that are the same whatever the number of processes that share them."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+__all__ = ["GlobalBatchSampler"]
+
+
+class GlobalBatchSampler(Sampler[list[int]]):
+    """Cuts an epoch into global batches and every batch into one share per rank.
+
+    The order is a function of (seed, epoch) alone. Over the ranks every example comes exactly once, without padding,
+    and every rank gets equally many batches; the shares of one batch differ by at most one example. A last batch with
+    fewer examples than ranks joins the batch before.
+
+    Args:
+        num_examples: the number of examples in the split.
+        batch_size: the size of a batch, all ranks together.
+        seed: the seed of the order, not negative.
+        shuffle: whether every epoch has an order of its own; else the examples come as they are stored.
+        rank: which share to give.
+        world_size: the number of shares.
+
+    Raises:
+        ValueError: a rank would get batches without examples.
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: got {rank}, expected 0 to {world_size - 1} for a world_size of {world_size}")
+        if batch_size < world_size:
+            raise ValueError(
+                f"batch_size: {batch_size} examples do not go round {world_size} ranks; it counts all ranks together"
+            )
+        if num_examples < world_size:
+            raise ValueError(f"num_examples: {num_examples} examples do not go round {world_size} ranks; use fewer")
+        self.num_examples = num_examples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+
+    @property
+    def sampler(self) -> "GlobalBatchSampler":
+        """Itself: Lightning calls `set_epoch` on a batch sampler's `sampler`, not on the batch sampler."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.num_examples, self.batch_size)
+        return full + (rest >= self.world_size or full == 0)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self._order()
+        starts = [number * self.batch_size for number in range(len(self))]
+        for start, end in zip(starts, [*starts[1:], self.num_examples], strict=True):
+            yield order[start + self.rank : end : self.world_size].tolist()
+
+    def _order(self) -> torch.Tensor:
+        if not self.shuffle:
+            return torch.arange(self.num_examples)
+        state = int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)[0])
+        generator = torch.Generator().manual_seed(state)
+        return torch.randperm(self.num_examples, generator=generator)

@@ -1,0 +1,165 @@
+"""Folders and archives of images."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datamodules import Folder
+from datamodules.folder import decode_image
+from datamodules.splits import SPLITS
+
+
+def picture(number: int, width: int = 8, height: int = 8) -> Image.Image:
+    values = np.random.RandomState(number).randint(256, size=(height, width, 3)).astype(np.uint8)
+    return Image.fromarray(values)
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """60 images of 8 x 8 in two folders, and files that are none of its business."""
+    root = tmp_path / "images"
+    for name in ("cats", "dogs/small"):
+        (root / name).mkdir(parents=True)
+        for number in range(30):
+            (root / name / f"{number}.png").write_bytes(encoded(picture(number)))
+    (root / "notes.txt").write_text("no image")
+    (root / "cats" / ".thumbnail.png").write_text("no image")
+    return root
+
+
+def archive_of(folder: Path) -> Path:
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*"), reverse=True):
+            archive.write(file, file.relative_to(folder))
+    return path
+
+
+def test_a_folder_and_its_archive_are_the_same_data(folder: Path) -> None:
+    plain, packed = (Folder(str(path), image_size=8, color="rgb") for path in (folder, archive_of(folder)))
+    plain.setup()
+    packed.setup()
+    assert sum(plain.num_examples(split) for split in SPLITS) == 60
+    for split in SPLITS:
+        assert torch.equal(torch.as_tensor(plain.images(split)), torch.as_tensor(packed.images(split)))
+    # Every image is one of those written, unchanged.
+    written = {np.asarray(picture(number)).transpose(2, 0, 1).tobytes() for number in range(30)}
+    assert {image.numpy().tobytes() for split in SPLITS for image in plain.images(split)} == written
+
+
+def test_an_image_keeps_its_split_when_others_come(folder: Path) -> None:
+    before = Folder(str(folder), image_size=8)
+    before.setup()
+    for number in range(100, 110):
+        (folder / f"{number}.png").write_bytes(encoded(picture(number)))
+    after = Folder(str(folder), image_size=8)
+    after.setup()
+    for split in SPLITS:
+        kept = {image.numpy().tobytes() for image in after.images(split)}
+        assert all(image.numpy().tobytes() in kept for image in before.images(split))
+
+
+def test_max_examples_decodes_no_more_than_it_needs(folder: Path) -> None:
+    (folder / "broken.png").write_text("no image")
+    data = Folder(str(folder), image_size=8, max_examples=1)
+    data.setup()
+    assert [data.num_examples(split) for split in SPLITS] == [1, 1, 1]
+
+
+def test_relative_paths_and_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for path in ("images", "./images", "~/images"):
+        data = Folder(path, image_size=8)
+        data.setup()
+        assert data.num_examples("train") > 30
+
+
+def test_decoding_crops_the_central_square_and_reduces_it() -> None:
+    wide = np.zeros((40, 100, 3), dtype=np.uint8)
+    wide[:, 30:70] = (10, 200, 30)
+    for image in (Image.fromarray(wide), Image.fromarray(wide.transpose(1, 0, 2))):
+        small = decode_image(encoded(image), 16)
+        assert small.shape == (3, 16, 16)
+        assert np.array_equal(small, np.broadcast_to(np.array([10, 200, 30])[:, None, None], small.shape))
+
+
+def test_decoding_does_not_alias() -> None:
+    # One-pixel stripes reduced by four are grey, not a pattern.
+    stripes = np.zeros((64, 64, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    small = decode_image(encoded(Image.fromarray(stripes)), 16).astype(int)
+    assert abs(small - 127).max() <= 12
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
+def test_every_8_bit_mode_becomes_rgb(mode: str) -> None:
+    image = picture(0, 9, 12).convert("L").convert(mode) if mode == "LA" else picture(0, 9, 12).convert(mode)
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    assert decode_image(encoded(image, kind), 8).shape == (3, 8, 8)
+
+
+def test_the_camera_s_orientation_is_applied() -> None:
+    image = picture(0)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", exif=exif)
+    assert np.array_equal(decode_image(buffer.getvalue(), 8), np.asarray(image.rotate(180)).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("contents", "reason"),
+    [
+        (b"no image at all", "cannot identify"),
+        (b"", "cannot identify"),
+        (encoded(picture(0, 32, 32))[:-1500], "trunca|broken"),
+        (encoded(picture(0, 64, 64), "JPEG")[:1500], "truncated"),
+        (encoded(picture(0, 7, 20)), "7 x 20 pixels, smaller than image_size 8"),
+        (encoded(Image.fromarray(np.zeros((9, 9), dtype=np.uint16))), "8 bits per channel"),
+    ],
+)
+def test_a_bad_image_is_named(folder: Path, contents: bytes, reason: str) -> None:
+    (folder / "cats" / "bad.jpg").write_bytes(contents)
+    with pytest.raises(ValueError, match=rf"cats/bad\.jpg: .*({reason})"):
+        Folder(str(folder), image_size=8).setup()
+    with pytest.raises(ValueError, match=rf"cats/bad\.jpg: .*({reason})"):
+        Folder(str(archive_of(folder)), image_size=8).setup()
+
+
+def test_damaged_archives_are_named(folder: Path) -> None:
+    path = archive_of(folder)
+    contents = bytearray(path.read_bytes())
+    path.write_bytes(contents[: len(contents) // 2])
+    with pytest.raises(ValueError, match=r"images\.zip"):
+        Folder(str(path), image_size=8).setup()
+    start = contents.index(b"IDAT") + 20
+    contents[start : start + 30] = bytes(30)
+    path.write_bytes(contents)
+    with pytest.raises(ValueError, match=r"images\.zip/.*\.png: .*CRC"):
+        Folder(str(path), image_size=8).setup()
+
+
+def test_nothing_there_and_nothing_in_it(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*a folder or a \.zip"):
+        Folder(str(tmp_path / "nowhere")).setup()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: holds no images; expected .*\.png"):
+        Folder(str(tmp_path / "empty")).setup()
+    with pytest.raises(ValueError, match=r"notes\.txt: expected a folder or an intact \.zip"):
+        Folder(str(folder / "notes.txt")).setup()
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "0.png").write_bytes(encoded(picture(0)))
+    with pytest.raises(ValueError, match="has no examples"):
+        Folder(str(tmp_path / "one"), image_size=8).setup()
