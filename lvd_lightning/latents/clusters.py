@@ -1,0 +1,163 @@
+"""Clusters of the training patches, and the cluster of every patch.
+
+Shapes: N images, P patches, E features, D features after centring and projection, K clusters; Q is 1 if the positions
+share their clusters, else P.
+"""
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lvd_lightning.latents.encode import Encoding
+from lvd_lightning.latents.features import PatchVectors
+from lvd_lightning.latents.files import key_of, save_array, save_tensors, stored_key, write_json
+from lvd_lightning.latents.kmeans import assign, fit_centroids
+from lvd_lightning.latents.sampling import sample_distinct
+from lvd_lightning.latents.settings import SPLITS, LatentsContext, LatentsSettings
+from lvd_lightning.latents.transform import AffineMap, fit_map
+
+__all__ = ["INFO_FILE", "assignments_path", "write_clusters"]
+
+INFO_FILE = "latents.json"
+
+_POINTS_PER_CLUSTER = 1024
+_CHUNK_ENTRIES = 2**23  # features held at once while they are assigned: 32 MiB
+_POINTS_FOR_FIGURES = 2**16
+
+
+def assignments_path(folder: Path, split: str) -> Path:
+    return folder / f"assignments_{split}.npy"
+
+
+def write_clusters(context: LatentsContext, settings: LatentsSettings, encoding: Encoding) -> None:
+    """Write centroids, assignments of every split, and last what they are, as far as they are not there already."""
+    folder, train = context.dir, encoding.vectors["train"]
+    center = settings.center or ("position" if encoding.source == "teacher" and settings.pooled else "none")
+    without = ("batch_size", "keep_features", "num_threads")  # settings that change nothing
+    facts = {name: value for name, value in asdict(settings).items() if name not in without} | {"center": center}
+    key = key_of(encoding.key, facts, context.generator("centroids").initial_seed())
+    if stored_key(folder / "centroids.json") != key:
+        _forget(folder)
+        fitted, centroids_QKD = _fit(context, settings, train, center == "position")
+        save_array(folder / "centroids.npy", (centroids_QKD[0] if settings.pooled else centroids_QKD).numpy())
+        _save_map(folder / "map.safetensors", fitted)
+        write_json(folder / "centroids.json", {"key": key})
+    fitted = _load_map(folder / "map.safetensors")
+    centroids = torch.from_numpy(np.load(folder / "centroids.npy", allow_pickle=False))
+    for split in SPLITS:
+        if not assignments_path(folder, split).is_file():
+            label_NP = _assign_all(encoding.vectors[split], fitted, centroids, context.device)
+            save_array(assignments_path(folder, split), label_NP.numpy().astype(np.int32))
+    label_NP = torch.from_numpy(np.load(assignments_path(folder, "train")).astype(np.int64))
+    write_json(
+        folder / INFO_FILE,
+        {
+            **facts,
+            "source": encoding.source,
+            "parents": encoding.parents,
+            "num_patches": train.shape[1],
+            "num_features": train.shape[2],
+            "num_examples": {split: encoding.vectors[split].shape[0] for split in SPLITS},
+            "figures": _use_of_clusters(label_NP, settings)
+            | {"mean_squared_distance": _mean_squared_distance(context, train, fitted, centroids, label_NP)},
+        },
+    )
+
+
+def _forget(folder: Path) -> None:
+    """Remove what belongs to other centroids, the statement of what is there first."""
+    (folder / INFO_FILE).unlink(missing_ok=True)
+    (folder / "centroids.json").unlink(missing_ok=True)
+    for split in SPLITS:
+        assignments_path(folder, split).unlink(missing_ok=True)
+
+
+def _fit(
+    context: LatentsContext, settings: LatentsSettings, vectors: PatchVectors, center: bool
+) -> tuple[AffineMap, Tensor]:
+    """The map before clustering, and centroids with shape (Q, K, D), Q = 1 if pooled, else P."""
+    num_images, num_patches, _ = vectors.shape
+    fitted = fit_map(
+        vectors,
+        center=center,
+        per_position=not settings.pooled,
+        num_components=settings.pca,
+        whiten=settings.whiten,
+        device=context.device,
+    )
+    groups: list[int | None] = [None] if settings.pooled else list(range(num_patches))
+    size = num_images * num_patches if settings.pooled else num_images
+    max_points = min(size, settings.max_points or _POINTS_PER_CLUSTER * settings.num_clusters)
+    centroids = []
+    for position in groups:
+        generator = context.generator("centroids", -1 if position is None else position)
+        drawn = sample_distinct(size, max_points, generator)
+        if position is None:
+            images, positions = drawn // num_patches, drawn % num_patches
+        else:
+            images, positions = drawn, torch.full_like(drawn, position)
+        points = fitted.of_patches(vectors.gather(images, positions), positions)
+        try:
+            fit = partial(fit_centroids, iterations=settings.iterations, num_threads=settings.num_threads)
+            centroids.append(fit(points, settings.num_clusters, generator=generator))
+        except ValueError as error:
+            where = "all positions" if position is None else f"position {position}"
+            raise ValueError(f"clustering the training patches of {where}: {error}") from error
+    return fitted, torch.stack(centroids)
+
+
+def _assign_all(vectors: PatchVectors, fitted: AffineMap, centroids: Tensor, device: torch.device) -> Tensor:
+    """The cluster of every patch, int64 with shape (N, P)."""
+    num_images, num_patches, num_features = vectors.shape
+    label_NP = torch.empty(num_images, num_patches, dtype=torch.int64)
+    step = max(1, _CHUNK_ENTRIES // (num_patches * num_features))
+    for start in range(0, num_images, step):
+        stop = min(start + step, num_images)
+        x_NPD = fitted.of_images(vectors.read(start, stop))
+        if centroids.dim() == 2:
+            label_NP[start:stop] = assign(x_NPD.flatten(0, 1), centroids, device).view(-1, num_patches)
+        else:
+            for p, centroids_KD in enumerate(centroids):
+                label_NP[start:stop, p] = assign(x_NPD[:, p], centroids_KD, device)
+    return label_NP
+
+
+def _use_of_clusters(label_NP: Tensor, settings: LatentsSettings) -> dict[str, float]:
+    """Over the training patches; if positions have clusters of their own, the mean perplexity and smallest share."""
+    groups = [label_NP.flatten()] if settings.pooled else list(label_NP.T)
+    share_QK = torch.stack([label.bincount(minlength=settings.num_clusters) for label in groups]).double()
+    share_QK /= share_QK.sum(1, keepdim=True)
+    perplexity_Q = torch.special.entr(share_QK).sum(1).exp()
+    return {
+        "num_clusters": settings.num_clusters,
+        "cluster_perplexity": perplexity_Q.mean().item(),
+        "smallest_cluster_share": share_QK.min().item(),
+    }
+
+
+def _mean_squared_distance(
+    context: LatentsContext, vectors: PatchVectors, fitted: AffineMap, centroids: Tensor, label_NP: Tensor
+) -> float:
+    """From the centroids, of a sample of the training patches."""
+    num_patches = vectors.shape[1]
+    drawn = sample_distinct(label_NP.numel(), _POINTS_FOR_FIGURES, context.generator("figures"))
+    images, positions = drawn // num_patches, drawn % num_patches
+    label = label_NP[images, positions]
+    nearest = centroids[label] if centroids.dim() == 2 else centroids[positions, label]
+    points = fitted.of_patches(vectors.gather(images, positions), positions)
+    return (points - nearest).double().square().sum(1).mean().item()
+
+
+def _save_map(path: Path, fitted: AffineMap) -> None:
+    matrix = {} if fitted.matrix is None else {"matrix": fitted.matrix}
+    save_tensors(path, {"mean": fitted.mean, **matrix})
+
+
+def _load_map(path: Path) -> AffineMap:
+    tensors = load_file(path)
+    return AffineMap(tensors["mean"], tensors.get("matrix"))

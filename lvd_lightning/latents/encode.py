@@ -1,0 +1,148 @@
+"""The features of all splits: each patch encoded together with its ancestors in a tree over the patches."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lvd_lightning.latents.context import ancestor_mask, context_tree, linear_cka
+from lvd_lightning.latents.features import FeatureStore, PatchVectors, PixelPatches, write_features
+from lvd_lightning.latents.files import key_of, stored_key, write_json
+from lvd_lightning.latents.processes import Processes
+from lvd_lightning.latents.sampling import sample_distinct
+from lvd_lightning.latents.settings import SPLITS, LatentsContext, LatentsSettings
+
+__all__ = ["Encoding", "encode_splits", "remove_features"]
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Encoding(NamedTuple):
+    """A vector for every patch of every split.
+
+    vectors: by split; key: says what they were computed from; source: "teacher" or "pixels";
+    parents: of the tree over patches whose ancestors a patch was encoded with, -1 at the root, or None.
+    """
+
+    vectors: dict[str, PatchVectors]
+    key: str
+    source: str
+    parents: list[int] | None
+
+
+def encode_splits(context: LatentsContext, settings: LatentsSettings, processes: Processes) -> Encoding:
+    """The features of the experiment's teacher, or the pixels if it has none; all ranks have to call."""
+    teacher_dir = context.previous("teacher")
+    data_keys = [data_key(context.data, split) for split in SPLITS]
+    if teacher_dir is None:
+        patch_size = int(context.shared["patch_size"])
+        pixels: dict[str, PatchVectors] = {s: PixelPatches(context.data, s, patch_size) for s in SPLITS}
+        return Encoding(pixels, key_of("pixels", patch_size, *data_keys), "pixels", None)
+    # Imported here: without a teacher nobody waits for the library of transformers.
+    from lvd_lightning.teachers import load_teacher
+    from lvd_lightning.teachers.io import ARGUMENTS_FILE, WEIGHTS_FILE
+
+    teacher = load_teacher(teacher_dir).to(context.device)
+    files = [(teacher_dir / name).read_bytes() for name in (ARGUMENTS_FILE, WEIGHTS_FILE)]
+    encoder = _Encoder(context, teacher, key_of(*(hashlib.sha256(f).hexdigest() for f in files)), settings, processes)
+    parents = encoder.context_parents() if settings.context == "tree" else None
+    visible = None if parents is None else ancestor_mask(torch.tensor(parents))
+    vectors: dict[str, PatchVectors] = {}
+    for split, split_key in zip(SPLITS, data_keys):
+        images = torch.arange(context.data.num_examples(split))
+        key = key_of(encoder.key, parents, split_key)
+        vectors[split] = encoder.features(f"features_{split}.npy", split, images, visible, key)
+    return Encoding(vectors, key_of(encoder.key, parents, *data_keys), "teacher", parents)
+
+
+def remove_features(folder: Path) -> None:
+    """Delete the features of all splits, which a later run would compute again."""
+    for split in SPLITS:
+        _remove(folder / f"features_{split}.npy")
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """A teacher at work in the stage's folder. key: says which teacher it is."""
+
+    context: LatentsContext
+    teacher: nn.Module
+    key: str
+    settings: LatentsSettings
+    processes: Processes
+
+    def context_parents(self) -> list[int]:
+        """First pass: some training images, each patch alone; parents of the tree over patches with like features."""
+        data, path = self.context.data, self.context.dir / "context.json"
+        num_images = data.num_examples("train")
+        num_drawn = min(num_images, self.settings.context_images)
+        drawn = sample_distinct(num_images, num_drawn, self.context.generator("context"))
+        key = key_of(self.key, data_key(data, "train"), drawn.tolist())
+        if stored_key(path) != key:
+            alone = self.features("features_alone.npy", "train", drawn, None, key)
+
+            def learn() -> None:
+                parents = context_tree(linear_cka(alone, self.context.device))
+                write_json(path, {"key": key, "parents": parents.tolist()})
+
+            self.processes.on_first(learn)
+        self.processes.on_first(partial(_remove, self.context.dir / "features_alone.npy"))
+        parents: list[int] = json.loads(path.read_text())["parents"]
+        return parents
+
+    def features(self, name: str, split: str, images: Tensor, visible: Tensor | None, key: str) -> FeatureStore:
+        """The features of some images of a split, from disk if they are there."""
+        path = self.context.dir / name
+        complete = FeatureStore.is_complete(path, key)
+        self.processes.wait()  # every rank looks before any writes, so that all decide alike
+        if complete:
+            return FeatureStore(path)
+
+        def compute(start: int, stop: int) -> Tensor:
+            batch = self.context.data.batch(split, images[start:stop]).to(self.context.device)
+            features: Tensor = self.teacher.features(batch, visible)  # type: ignore[operator]  # the teachers' contract
+            return features
+
+        _, num_patches, num_features = compute(0, 1).shape
+        return write_features(
+            path,
+            (len(images), num_patches, num_features),
+            compute,
+            key=key,
+            processes=self.processes,
+            chunk_size=self.settings.batch_size,
+            progress=_progress_lines(path.stem) if self.processes.rank == 0 else None,
+        )
+
+
+def data_key(data: Any, split: str) -> str:
+    """Says which images features belong to: what the datamodule says of them, and the pixels of a few."""
+    count = data.num_examples(split)
+    few = torch.linspace(0, count - 1, min(count, 16)).long()
+    pixels = data.batch(split, few).numpy().tobytes() if count else b""
+    return key_of(split, count, list(data.image_shape), data.color, data.region, hashlib.sha256(pixels).hexdigest())
+
+
+def _remove(path: Path) -> None:
+    path.with_suffix(".json").unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def _progress_lines(what: str) -> Callable[[int, int], None]:
+    """Prints how far a computation is, every few seconds, for terminals that are files."""
+    start = last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > _SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            print(f"latents: {what} {done}/{total} images  {last - start:.0f} s", flush=True)
+
+    return show

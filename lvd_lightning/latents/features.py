@@ -1,0 +1,201 @@
+"""Features of patches: written to disk once, read by rows; or the pixels themselves.
+
+Shapes: N images, P patches, E features, m rows.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lvd_lightning.color import patchify
+from lvd_lightning.latents.files import write_json
+from lvd_lightning.latents.processes import Processes
+
+__all__ = ["FeatureStore", "PatchVectors", "PixelPatches", "write_features"]
+
+_DTYPE = np.dtype("<f2")
+
+
+class PatchVectors(Protocol):
+    """A vector for every patch of every image of a split, with shape (N, P, E)."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """The vectors of a run of images, float32 with shape (stop - start, P, E)."""
+
+    def gather(self, images: Tensor, positions: Tensor) -> Tensor:
+        """The vectors of single patches, float32 with shape (m, E); indices int64 with shape (m,)."""
+
+
+class PixelPatches:
+    """The pixels of each patch as its vector: what is clustered without a teacher.
+
+    data: a datamodule, set up; split: "train", "val" or "test".
+    """
+
+    def __init__(self, data: Any, split: str, patch_size: int) -> None:
+        channels, height, width = data.image_shape
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"images are {height} x {width}, expected multiples of patch_size {patch_size}")
+        num_patches = (height // patch_size) * (width // patch_size)
+        self.shape = (data.num_examples(split), num_patches, channels * patch_size**2)
+        self._data, self._split, self._patch_size = data, split, patch_size
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self._patches(torch.arange(start, min(stop, self.shape[0])))
+
+    def gather(self, images: Tensor, positions: Tensor) -> Tensor:
+        vectors_mE = torch.empty(len(images), self.shape[2])
+        for rows in torch.arange(len(images)).split(4096):
+            distinct, place = images[rows].unique(return_inverse=True)
+            vectors_mE[rows] = self._patches(distinct)[place, positions[rows]]
+        return vectors_mE
+
+    def _patches(self, images: Tensor) -> Tensor:
+        return patchify(self._data.batch(self._split, images), self._patch_size).float()
+
+
+class FeatureStore:
+    """A finished file of features, memory-mapped: float16 with shape (N, P, E) in NumPy's own format.
+
+    A side-car file, written last, says that the features are complete, and what they were computed from.
+
+    Raises:
+        FileNotFoundError: if there are no complete features at `path`.
+        ValueError: if the file is not what its side-car file says.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.shape, self.key = _read_sidecar(self.path)
+        try:
+            array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.path} holds no readable features ({error}): {_REMEDY}") from error
+        if array.shape != self.shape or array.dtype != _DTYPE:
+            raise ValueError(
+                f"{self.path} holds {array.dtype} {array.shape}, expected {_DTYPE} {self.shape}: {_REMEDY}"
+            )
+        size = array.offset + array.nbytes
+        if self.path.stat().st_size != size:
+            raise ValueError(f"{self.path} has {self.path.stat().st_size} bytes, expected {size}: {_REMEDY}")
+        self._array = array
+
+    @classmethod
+    def is_complete(cls, path: str | os.PathLike[str], key: str) -> bool:
+        """Whether features computed from `key` were written to the end; an interrupted or outdated file is not."""
+        try:
+            return cls(path).key == key
+        except FileNotFoundError:
+            return False
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return torch.from_numpy(self._array[start:stop].astype(np.float32))
+
+    def gather(self, images: Tensor, positions: Tensor) -> Tensor:
+        return torch.from_numpy(self._array[images.numpy(), positions.numpy()].astype(np.float32))
+
+
+def write_features(
+    path: str | os.PathLike[str],
+    shape: tuple[int, int, int],
+    compute: Callable[[int, int], Tensor],
+    *,
+    key: str,
+    processes: Processes,
+    chunk_size: int = 256,
+    progress: Callable[[int, int], None] | None = None,
+) -> FeatureStore:
+    """Compute features chunk by chunk into a file that appears only when it is complete.
+
+    Each of several processes computes a slice of the images and writes it into the one file.
+
+    Args:
+        shape: N, P, E.
+        compute: features of the images start to stop, with shape (stop - start, P, E).
+        key: says what the features were computed from; see `FeatureStore.is_complete`.
+        processes: those of the job; all of them have to call.
+        progress: called after every chunk with this process's finished images and all of its images.
+
+    Raises:
+        ValueError: if the features have another shape or leave the range of float16.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+
+    def begin() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sidecar(path).unlink(missing_ok=True)
+        np.lib.format.open_memmap(partial, mode="w+", dtype=_DTYPE, shape=shape).flush()
+
+    def complete() -> None:
+        os.replace(partial, path)
+        write_json(_sidecar(path), {"shape": shape, "dtype": _DTYPE.str, "key": key})
+
+    processes.on_first(begin)
+    start, stop = (rank * shape[0] // processes.size for rank in (processes.rank, processes.rank + 1))
+    _write_slice(partial, shape, compute, range(start, stop, chunk_size), stop, progress)
+    processes.wait()
+    processes.on_first(complete)
+    return FeatureStore(path)
+
+
+def _write_slice(
+    partial: Path,
+    shape: tuple[int, int, int],
+    compute: Callable[[int, int], Tensor],
+    starts: range,
+    stop: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Compute and write one process's images.
+
+    Written through the file, not through a memory map: a full disk is then an OSError and not a killed process.
+    """
+    offset = int(np.load(partial, mmap_mode="r").offset)
+    row_bytes = shape[1] * shape[2] * _DTYPE.itemsize
+    with open(partial, "r+b") as file:
+        for first in starts:
+            last = min(first + starts.step, stop)
+            features = compute(first, last).cpu().to(torch.float16)
+            if features.shape != (last - first, *shape[1:]):
+                raise ValueError(
+                    f"compute gave features of shape {tuple(features.shape)}, expected {(last - first, *shape[1:])}"
+                )
+            if not features.isfinite().all():
+                raise ValueError(
+                    f"features of images {first} to {last} hold NaN or values beyond float16: "
+                    "the teacher has diverged; train it with a lower learning rate"
+                )
+            file.seek(offset + first * row_bytes)
+            file.write(features.numpy().astype(_DTYPE, copy=False).tobytes())
+            if progress is not None:
+                progress(last - starts.start, stop - starts.start)
+
+
+_REMEDY = "delete it, and it is computed again"
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _read_sidecar(path: Path) -> tuple[tuple[int, int, int], str]:
+    """Shape and key of complete features."""
+    sidecar = _sidecar(path)
+    if not sidecar.is_file() or not path.is_file():
+        raise FileNotFoundError(f"{path} holds no complete features: run stage latents first")
+    try:
+        content = json.loads(sidecar.read_text())
+        num_images, num_patches, num_features = content["shape"]
+        return (int(num_images), int(num_patches), int(num_features)), str(content["key"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{sidecar} does not describe features ({error!r}): delete it, and {path}") from error

@@ -1,0 +1,84 @@
+"""What the latents stage is told, and what it is given."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+__all__ = ["SPLITS", "LatentsContext", "LatentsSettings"]
+
+SPLITS = ("train", "val", "test")
+
+
+class LatentsContext(Protocol):
+    """What the stage is given: see `lvd_lightning.modules.stage.StageContext`."""
+
+    @property
+    def dir(self) -> Path: ...
+    @property
+    def data(self) -> Any: ...
+    @property
+    def shared(self) -> Mapping[str, Any]: ...
+    @property
+    def device(self) -> torch.device: ...
+    def previous(self, stage: str) -> Path | None: ...
+    def generator(self, *parts: int | str) -> torch.Generator: ...
+
+
+@dataclass(frozen=True)
+class LatentsSettings:
+    """How features become latent variables.
+
+    num_clusters: values of a latent variable, K.
+    pooled: one clustering for all patch positions, or one for each.
+    max_points: training patches that the centroids are fitted to, drawn at random; if not pooled, so many of each
+        position; None: 1024 per cluster.
+    iterations: of Lloyd's algorithm.
+    batch_size: images per call of the teacher.
+    context: "tree": a patch is encoded together with its ancestors in a tree over the patches; "none": alone.
+    context_images: training images that the tree is learned from.
+    center: "position" subtracts every position's mean from its features, "none" does not. None: "position" for features
+        of a teacher that are pooled. These carry the position and the number of visible ancestors, which a position's
+        mean takes up for the most part; left in, clusters would tell positions apart instead of contents. Pixels are
+        left as they are: the conditionals model them, and they mean the same at all positions.
+    pca: cluster so many principal components of the features; None: the features.
+    whiten: scale the components to unit variance.
+    keep_features: leave the features on disk, for clustering them again.
+    num_threads: threads of faiss, see `fit_centroids`.
+    """
+
+    num_clusters: int
+    pooled: bool = True
+    max_points: int | None = None
+    iterations: int = 25
+    batch_size: int = 256
+    context: str = "tree"
+    context_images: int = 4096
+    center: str | None = None
+    pca: int | None = None
+    whiten: bool = False
+    keep_features: bool = True
+    num_threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("num_clusters", "max_points", "iterations", "batch_size", "context_images", "pca", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"latents.{name} is {value}, expected at least 1")
+        if self.context not in ("tree", "none"):
+            raise ValueError(f"latents.context is {self.context!r}, expected 'tree' or 'none'")
+        if self.center not in (None, "position", "none"):
+            raise ValueError(f"latents.center is {self.center!r}, expected 'position' or 'none'")
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> "LatentsSettings":
+        """Raises ValueError for a missing or unknown setting, or a value out of range."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ValueError(f"latents has no setting {', '.join(unknown)}; its settings are {', '.join(known)}")
+        if settings.get("num_clusters") is None:
+            raise ValueError("latents.num_clusters is missing: the number of values of a latent variable")
+        return cls(**settings)

@@ -1,0 +1,119 @@
+"""An affine map of features before they are clustered: centring, principal components, whitening.
+
+Shapes: N images, P patches, E features, D features after the map, m rows; Q is P, or 1 if all patches share a map.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lvd_lightning.latents.features import PatchVectors
+
+__all__ = ["AffineMap", "fit_map"]
+
+_CHUNK_ENTRIES = 2**23  # features held at once: 64 MiB of float64
+_SMALLEST_EIGENVALUE = 1e-6  # relative to the largest; what varies less is noise of float16 and is not blown up
+
+
+class AffineMap(NamedTuple):
+    """x -> (x - mean) matrix, of its own for every patch or shared.
+
+    mean: float32 with shape (Q, E).
+    matrix: float32 with shape (Q, E, D), or None for the identity.
+    """
+
+    mean: Tensor
+    matrix: Tensor | None
+
+    def of_images(self, x_NPE: Tensor) -> Tensor:
+        """Maps the features of whole images, to shape (N, P, D)."""
+        centered_NPE = x_NPE - self.mean
+        if self.matrix is None:
+            return centered_NPE
+        return torch.einsum("npe,ped->npd", centered_NPE, self.matrix.expand(x_NPE.shape[1], -1, -1))
+
+    def of_patches(self, x_mE: Tensor, positions: Tensor) -> Tensor:
+        """Maps the features of single patches of given positions, to shape (m, D)."""
+        row = positions if len(self.mean) > 1 else torch.zeros_like(positions)
+        centered_mE = x_mE - self.mean[row]
+        if self.matrix is None:
+            return centered_mE
+        if len(self.matrix) == 1:
+            return centered_mE @ self.matrix[0]
+        mapped_mD = x_mE.new_empty(len(x_mE), self.matrix.shape[2])
+        for p in positions.unique().tolist():
+            mapped_mD[positions == p] = centered_mE[positions == p] @ self.matrix[p]
+        return mapped_mD
+
+
+def fit_map(
+    vectors: PatchVectors,
+    *,
+    center: bool,
+    per_position: bool,
+    num_components: int | None = None,
+    whiten: bool = False,
+    device: torch.device | str = "cpu",
+) -> AffineMap:
+    """Fit the map to all patches of all images, in one pass over them.
+
+    Args:
+        center: whether to subtract every position's own mean; principal components subtract a mean in any case, that of
+            all patches if not this.
+        per_position: whether every position has principal components of its own.
+        num_components: the number of principal components to keep; None keeps the features as they are, or if they are
+            whitened, all components.
+        whiten: whether to scale the components to unit variance.
+
+    Raises:
+        ValueError: if there are fewer features than components.
+    """
+    num_features = vectors.shape[2]
+    if num_components is not None and not 1 <= num_components <= num_features:
+        raise ValueError(f"pca is {num_components}, expected 1 to the number of features, {num_features}")
+    rotate = num_components is not None or whiten
+    if not center and not rotate:
+        return AffineMap(torch.zeros(1, num_features), None)
+    mean_PE, moment_PEE = _moments(vectors, rotate, device)
+    shared = not (center or per_position)
+    mean_QE = mean_PE.mean(0, keepdim=True) if shared else mean_PE
+    if not rotate:
+        return AffineMap(mean_QE.float(), None)
+    if not per_position:
+        # Within positions if these are centred, else around the common mean.
+        correction_EE = torch.einsum("pe,pf->ef", mean_QE, mean_QE) / len(mean_QE)
+        covariance_QEE = (moment_PEE.mean(0) - correction_EE)[None]
+    else:
+        covariance_QEE = moment_PEE - mean_QE[:, :, None] * mean_QE[:, None, :]
+    return AffineMap(mean_QE.float(), _components(covariance_QEE, num_components or num_features, whiten).float())
+
+
+def _moments(vectors: PatchVectors, second: bool, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Means [P, E] and, if wanted, means of the outer products [P, E, E], in float64 on the CPU."""
+    num_images, num_patches, num_features = vectors.shape
+    mean_PE = torch.zeros(num_patches, num_features, dtype=torch.float64, device=device)
+    moment_PEE = torch.zeros(
+        num_patches, num_features, num_features if second else 0, dtype=torch.float64, device=device
+    )
+    step = max(1, _CHUNK_ENTRIES // (num_patches * num_features))
+    for start in range(0, num_images, step):
+        x_PNE = vectors.read(start, min(start + step, num_images)).to(device, torch.float64).transpose(0, 1)
+        mean_PE += x_PNE.sum(1) / num_images
+        if second:
+            moment_PEE += x_PNE.mT @ x_PNE / num_images
+    return mean_PE.cpu(), moment_PEE.cpu()
+
+
+def _components(covariance_QEE: Tensor, num_components: int, whiten: bool) -> Tensor:
+    """Leading eigenvectors as columns, with shape (Q, E, D), scaled to unit variance if wanted."""
+    value_QE, vector_QEE = torch.linalg.eigh(covariance_QEE)
+    value_QD = value_QE.flip(1)[:, :num_components]
+    vector_QED = vector_QEE.flip(2)[:, :, :num_components]
+    # An eigenvector's sign is arbitrary: its largest entry is made positive, whatever the linear algebra library.
+    largest_Q1D = vector_QED.gather(1, vector_QED.abs().argmax(1, keepdim=True))
+    vector_QED = vector_QED * largest_Q1D.sign()
+    if whiten:
+        kept_QD = value_QD > _SMALLEST_EIGENVALUE * value_QD[:, :1]
+        vector_QED = vector_QED * torch.where(kept_QD, value_QD.clamp_min(1e-30).rsqrt(), 0.0)[:, None, :]
+    return vector_QED

@@ -1,0 +1,255 @@
+"""The latents stage from teacher to assignments: what it writes, what it uses again, what it refuses."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lvd_lightning.color import patchify
+from lvd_lightning.latents import load_assignments, load_latents_info, run_latents
+from lvd_lightning.latents.context import ancestor_mask
+from lvd_lightning.latents.features import FeatureStore
+from lvd_lightning.latents.kmeans import assign
+from lvd_lightning.latents.sampling import sample_distinct
+from lvd_lightning.modules.stage import DONE_MARKER, StageContext
+from lvd_lightning.teachers import MAE, load_teacher, save_teacher
+
+SPLITS = ("train", "val", "test")
+
+
+class Ramps:
+    """8 x 8 images that are smooth ramps; counts how often each split is read."""
+
+    color, region, lossy, image_shape = "rgb", "whole", False, (3, 8, 8)
+
+    def __init__(self, sizes: tuple[int, int, int] = (40, 9, 7), seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.splits = {split: self._draw(size, generator) for split, size in zip(SPLITS, sizes)}
+
+    @staticmethod
+    def _draw(count: int, generator: torch.Generator) -> Tensor:
+        slope = torch.rand(count, 3, 2, 1, generator=generator) * 16
+        grid = torch.arange(8.0)
+        return (slope[:, :, 0, :, None] * grid[:, None] + slope[:, :, 1, :, None] * grid).to(torch.uint8)
+
+    def num_examples(self, split: str) -> int:
+        return len(self.splits[split])
+
+    def batch(self, split: str, indices: Tensor) -> Tensor:
+        return self.splits[split][indices]
+
+
+def _context(run_dir: Path, *, teacher: bool = True, seed: int = 0, data: Any = None) -> StageContext:
+    if teacher and not (run_dir / "teacher").exists():
+        torch.manual_seed(0)
+        mae = MAE(image_size=8, patch_size=2, hidden_size=8, num_layers=1, num_heads=1, decoder_hidden_size=8)
+        save_teacher(mae, run_dir / "teacher")
+        (run_dir / "teacher" / DONE_MARKER).write_text("{}")
+    return StageContext(run_dir, "latents", seed, Ramps() if data is None else data, {"patch_size": 2})
+
+
+def test_a_teachers_features_become_latents(tmp_path: Path) -> None:
+    context = _context(tmp_path)
+    figures = run_latents(context, {"num_clusters": 5})
+    info = load_latents_info(context.dir)
+    assert info["num_clusters"] == 5
+    assert (info["pooled"], info["source"], info["center"]) == (True, "teacher", "position")
+    assert info["num_patches"] == 16
+    # Each patch was encoded with its ancestors, and belongs to the centroid nearest to its centred feature.
+    teacher = load_teacher(tmp_path / "teacher")
+    visible = ancestor_mask(torch.tensor(info["parents"]))
+    features = {
+        s: teacher.features(context.data.batch(s, torch.arange(context.data.num_examples(s))), visible) for s in SPLITS
+    }
+    centroids = torch.from_numpy(np.load(context.dir / "centroids.npy"))
+    assert centroids.shape == (5, 8)
+    for split in SPLITS:
+        stored = FeatureStore(context.dir / f"features_{split}.npy").read(0, 99)
+        torch.testing.assert_close(stored, features[split], atol=2e-3, rtol=1e-3)
+        mean = FeatureStore(context.dir / "features_train.npy").read(0, 99).mean(0)
+        expected = assign((stored - mean).flatten(0, 1), centroids).view(-1, 16)
+        labels = load_assignments(context.dir, split)
+        assert labels.dtype == torch.int64
+        assert (labels == expected).float().mean() > 0.99
+    counts = load_assignments(context.dir, "train").flatten().bincount(minlength=5)
+    assert counts.min() >= 1
+    assert figures["num_clusters"] == 5
+    assert figures["smallest_cluster_share"] == pytest.approx(counts.min().item() / counts.sum().item())
+    assert 1 < figures["cluster_perplexity"] <= 5
+    assert sorted(path.name for path in context.dir.iterdir()) == sorted(
+        ["context.json", "centroids.json", "centroids.npy", "map.safetensors", "latents.json"]
+        + [f"assignments_{split}.npy" for split in SPLITS]
+        + [f"features_{split}.{ending}" for split in SPLITS for ending in ("npy", "json")]
+    )
+
+
+def test_without_a_teacher_pixels_are_clustered(tmp_path: Path) -> None:
+    context = _context(tmp_path, teacher=False)
+    run_latents(context, {"num_clusters": 6})
+    info = load_latents_info(context.dir)
+    assert (info["source"], info["center"], info["parents"]) == ("pixels", "none", None)
+    centroids = torch.from_numpy(np.load(context.dir / "centroids.npy"))
+    patches = patchify(context.data.splits["val"], 2).float()
+    assert torch.equal(load_assignments(context.dir, "val").flatten(), assign(patches.flatten(0, 1), centroids))
+    assert not list(context.dir.glob("features_*"))
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_positions_may_have_clusters_of_their_own(tmp_path: Path, teacher: bool) -> None:
+    context = _context(tmp_path, teacher=teacher)
+    settings = {"num_clusters": 4, "pooled": False, "context": "none", "pca": 3, "whiten": True}
+    run_latents(context, settings)
+    assert np.load(context.dir / "centroids.npy").shape == (16, 4, 3)
+    labels = load_assignments(context.dir, "train")
+    assert all(labels[:, p].bincount(minlength=4).min() >= 1 for p in range(16))
+    assert load_latents_info(context.dir)["parents"] is None
+
+
+def test_the_seed_decides(tmp_path: Path) -> None:
+    labels = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        context = _context(tmp_path / name, seed=seed)
+        run_latents(context, {"num_clusters": 8, "max_points": 100, "context_images": 10})
+        labels.append(load_assignments(context.dir, "train"))
+    assert torch.equal(labels[0], labels[1])
+    assert not torch.equal(labels[0], labels[2])
+
+
+class CountingMAE:
+    """Counts how many images are encoded, by what is visible; is interrupted after so many, if `limit` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.images: Counter[str] = Counter()
+        self.limit: int | None = None
+        features = MAE.features
+
+        def count(mae: MAE, images: Tensor, visible: Tensor | None = None) -> Tensor:
+            self.images["alone" if visible is None else "ancestors"] += len(images)
+            if self.limit is not None and self.images.total() >= self.limit:
+                raise KeyboardInterrupt
+            return features(mae, images, visible)
+
+        monkeypatch.setattr(MAE, "features", count)
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"num_clusters": 5, "batch_size": 4}
+    run_latents(_context(tmp_path / "whole"), settings)
+    expected = {split: load_assignments(tmp_path / "whole" / "latents", split) for split in SPLITS}
+    context = _context(tmp_path / "parts")
+    counting = CountingMAE(monkeypatch)
+    counting.limit = 41 + 41 + 6  # the alone pass and the training images are done, validation is not
+    with pytest.raises(KeyboardInterrupt):
+        run_latents(context, settings)
+    assert not (context.dir / "latents.json").exists()
+    counting.images.clear()
+    counting.limit = None
+    run_latents(context, settings)
+    # One image per file tells the shape.
+    assert counting.images == {"ancestors": (9 + 1) + (7 + 1)}
+    for split in SPLITS:
+        assert torch.equal(load_assignments(context.dir, split), expected[split])
+
+
+def test_complete_files_are_used_again_unless_what_they_come_from_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = _context(tmp_path)
+    run_latents(context, {"num_clusters": 5})
+    before = {path.name: path.stat().st_mtime_ns for path in context.dir.iterdir()}
+    counting = CountingMAE(monkeypatch)
+    run_latents(context, {"num_clusters": 5, "batch_size": 3})
+    unchanged = {path.name for path in context.dir.iterdir() if path.stat().st_mtime_ns == before[path.name]}
+    assert unchanged == before.keys() - {"latents.json"}
+    (context.dir / "assignments_val.npy").unlink()
+    run_latents(context, {"num_clusters": 5})
+    assert load_assignments(context.dir, "val").shape == (9, 16)
+    run_latents(context, {"num_clusters": 4})  # the same features, other clusters
+    assert not counting.images
+    assert load_assignments(context.dir, "test").max() < 4
+    save_teacher(MAE(image_size=8, patch_size=2, hidden_size=12, num_layers=1, num_heads=1), tmp_path / "teacher")
+    run_latents(context, {"num_clusters": 4})
+    assert counting.images["ancestors"] == 40 + 9 + 7 + 3
+    assert load_latents_info(context.dir)["num_features"] == 12
+    counting.images.clear()
+    run_latents(_context(tmp_path, data=Ramps(seed=1)), {"num_clusters": 4})  # other images
+    assert counting.images["ancestors"] == 40 + 9 + 7 + 3
+
+
+def test_features_need_not_be_kept(tmp_path: Path) -> None:
+    context = _context(tmp_path)
+    run_latents(context, {"num_clusters": 3, "keep_features": False})
+    assert not list(context.dir.glob("features_*"))
+    assert load_assignments(context.dir, "train").shape == (40, 16)
+
+
+def test_a_split_may_be_empty(tmp_path: Path) -> None:
+    context = _context(tmp_path, data=Ramps((40, 9, 0)))
+    run_latents(context, {"num_clusters": 3})
+    assert load_assignments(context.dir, "test").shape == (0, 16)
+
+
+def test_wrong_settings_are_named(tmp_path: Path) -> None:
+    context = _context(tmp_path)
+    for settings, message in (
+        ({}, "num_clusters is missing"),
+        ({"num_clusters": 4, "clusters": 3}, "no setting clusters"),
+        ({"num_clusters": 0}, "num_clusters is 0"),
+        ({"num_clusters": 4, "context": "trees"}, "context is 'trees'"),
+        ({"num_clusters": 4, "center": "mean"}, "center is 'mean'"),
+        ({"num_clusters": 4, "pca": 9}, "pca is 9"),
+        ({"num_clusters": 10_000}, "all positions: num_clusters is 10000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_latents(context, settings)
+
+
+def test_damaged_or_missing_results_are_refused(tmp_path: Path) -> None:
+    context = _context(tmp_path, teacher=False)
+    with pytest.raises(FileNotFoundError, match="run stage latents first"):
+        load_assignments(context.dir, "train")
+    run_latents(context, {"num_clusters": 3})
+    with pytest.raises(ValueError, match="split is 'valid'"):
+        load_assignments(context.dir, "valid")
+    path = context.dir / "assignments_val.npy"
+    labels = np.load(path)
+    np.save(path, labels[:-1])
+    with pytest.raises(ValueError, match=r"expected int32 \(9, 16\)"):
+        load_assignments(context.dir, "val")
+    np.save(path, np.full_like(labels, 3))
+    with pytest.raises(ValueError, match=r"expected 0\.\.2"):
+        load_assignments(context.dir, "val")
+    os.truncate(path, 50)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_assignments(context.dir, "val")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="again"):
+        load_assignments(context.dir, "val")
+
+
+def test_results_are_plain_files(tmp_path: Path) -> None:
+    context = _context(tmp_path, teacher=False)
+    run_latents(context, {"num_clusters": 3})
+    assert np.load(context.dir / "assignments_train.npy", allow_pickle=False).dtype == np.int32
+    assert json.loads((context.dir / "latents.json").read_text())["num_examples"] == {"train": 40, "val": 9, "test": 7}
+
+
+@pytest.mark.parametrize(("size", "count"), [(10, 10), (10, 20), (100, 60), (10_000, 50), (5, 1)])
+def test_samples_are_distinct_and_sorted(size: int, count: int) -> None:
+    drawn = sample_distinct(size, count, torch.Generator().manual_seed(0))
+    assert len(drawn) == min(size, count)
+    assert drawn.tolist() == sorted(set(drawn.tolist()))
+    assert drawn.min() >= 0
+    assert drawn.max() < size
+
+
+def test_samples_are_uniform() -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.stack([sample_distinct(20, 4, generator).bincount(minlength=20) for _ in range(4000)]).sum(0)
+    assert (counts / 4000 - 0.2).abs().max() < 0.03

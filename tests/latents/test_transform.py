@@ -1,0 +1,81 @@
+"""Centring, principal components, whitening: against their definitions, over several chunks."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lvd_lightning.latents import transform
+from lvd_lightning.latents.transform import fit_map
+
+
+class InMemory:
+    def __init__(self, x_NPE: Tensor) -> None:
+        self._x = x_NPE
+        self.shape = (x_NPE.shape[0], x_NPE.shape[1], x_NPE.shape[2])
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self._x[start:stop]
+
+    def gather(self, images: Tensor, positions: Tensor) -> Tensor:
+        return self._x[images, positions]
+
+
+@pytest.fixture
+def x(monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    monkeypatch.setattr(transform, "_CHUNK_ENTRIES", 100)
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(3, 4, 4, generator=generator)
+    return (
+        torch.einsum("npe,pef->npf", torch.randn(60, 3, 4, generator=generator), mixing)
+        + 7 * torch.arange(3.0)[:, None]
+    )
+
+
+def test_nothing_asked_nothing_done(x: Tensor) -> None:
+    fitted = fit_map(InMemory(x), center=False, per_position=False)
+    assert torch.equal(fitted.of_images(x), x)
+
+
+def test_centring_takes_each_positions_mean(x: Tensor) -> None:
+    fitted = fit_map(InMemory(x), center=True, per_position=False)
+    torch.testing.assert_close(fitted.of_images(x), x - x.mean(0))
+
+
+@pytest.mark.parametrize("per_position", [False, True])
+@pytest.mark.parametrize("center", [False, True])
+def test_whitened_components_are_uncorrelated_with_unit_variance(x: Tensor, center: bool, per_position: bool) -> None:
+    y = fit_map(InMemory(x), center=center, per_position=per_position, num_components=2, whiten=True).of_images(x)
+    groups = list(y.unbind(1)) if per_position else [y.flatten(0, 1)]
+    for group in groups:
+        torch.testing.assert_close(group.T @ group / len(group), torch.eye(2), atol=1e-4, rtol=0)
+
+
+def test_components_keep_the_most_variance(x: Tensor) -> None:
+    flat = x.flatten(0, 1)
+    y = fit_map(InMemory(x), center=False, per_position=False, num_components=2).of_images(x).flatten(0, 1)
+    _, values, vectors = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
+    torch.testing.assert_close(y.square().sum(), values[:2].square().sum())
+    projected = (flat - flat.mean(0)) @ vectors[:2].T
+    torch.testing.assert_close(y.abs(), projected.abs(), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("per_position", [False, True])
+@pytest.mark.parametrize("num_components", [None, 3])
+def test_single_patches_are_mapped_like_whole_images(x: Tensor, per_position: bool, num_components: int | None) -> None:
+    fitted = fit_map(InMemory(x), center=True, per_position=per_position, num_components=num_components)
+    images, positions = torch.tensor([5, 0, 5, 9]), torch.tensor([2, 0, 0, 1])
+    torch.testing.assert_close(
+        fitted.of_patches(x[images, positions], positions), fitted.of_images(x)[images, positions]
+    )
+
+
+def test_features_that_do_not_vary_are_not_blown_up(x: Tensor) -> None:
+    constant = torch.cat([x, torch.full_like(x[..., :1], 3.0)], dim=2)
+    y = fit_map(InMemory(constant), center=True, per_position=False, whiten=True).of_images(constant)
+    assert y.shape == constant.shape
+    assert y.abs().max() < 10
+
+
+def test_too_many_components_are_refused(x: Tensor) -> None:
+    with pytest.raises(ValueError, match="pca is 5"):
+        fit_map(InMemory(x), center=True, per_position=False, num_components=5)
