@@ -160,7 +160,7 @@ def _read_archive(file: Path, key: str | None) -> Pixels:
 
 def _channels_first(array: Pixels, file: Path, image_size: int) -> Pixels:
     """See an array of images as (N, 3, S, S); the ValueError for anything else names the file."""
-    if array.dtype == np.uint8 and array.ndim == 4:
+    if array.dtype == np.uint8 and array.ndim == 4 and len(array):
         if array.shape[1:] == (3, image_size, image_size):
             return array
         if array.shape[1:] == (image_size, image_size, 3):

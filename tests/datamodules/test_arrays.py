@@ -93,6 +93,7 @@ def test_max_examples(tmp_path: Path) -> None:
     [
         (np.zeros((9, 3, 8, 8)), "float64"),
         (np.zeros((9, 3, 16, 16), dtype=np.uint8), r"\(9, 3, 16, 16\).*image_size is 8"),
+        (np.zeros((0, 3, 8, 8), dtype=np.uint8), r"\(0, 3, 8, 8\)"),
         (np.zeros((9, 192), dtype=np.uint8), r"\(9, 192\)"),
         (np.array([{}, None]), "damaged|object"),
     ],
