@@ -1,0 +1,394 @@
+"""Small circuits of every structure, and their mathematics by enumeration in NumPy.
+
+An induced tree picks one child at every sum it reaches and all children at every product: a joint state of the latent
+variables. Log-likelihoods, posteriors, flows and maxima are sums and maxima over the list of all induced trees, which
+shares no code and no recursion with the engine.
+
+Shapes: B examples, D variables, T induced trees, H heads, K units, G circuits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import lvd_lightning.circuits as pc
+
+Array = NDArray[Any]
+Flows = dict[int, Array]
+
+
+class Reference:
+    """A circuit as the list of its induced trees, with parameters of its own that its M-steps change."""
+
+    def __init__(self, graph: pc.CircuitGraph) -> None:
+        self.nodes = graph.nodes
+        self.num_heads = graph.num_heads
+        self.root = graph.root
+        self.owner = [index if node.tied_to is None else node.tied_to for index, node in enumerate(graph.nodes)]
+        self.params: dict[int, Array] = {}
+        self.live: dict[int, Array] = {}
+        for index, node in enumerate(graph.nodes):
+            tensor = node.weight if node.kind == "sum" else node.params
+            if tensor is not None and node.tied_to is None:
+                self.params[index] = tensor.detach().double().numpy().copy()
+                self.live[index] = np.ones(tensor.shape) if node.mask is None else node.mask.double().numpy()
+        memo: dict[tuple[int, int], list[dict[int, tuple[int, int]]]] = {}
+        self.trees = [self._expand(graph.root, head, memo) for head in range(graph.num_heads)]
+
+    def _expand(self, index: int, unit: int, memo: dict) -> list[dict[int, tuple[int, int]]]:
+        """All induced trees below a unit: node -> (unit, column of the chosen edge or -1)."""
+        if (index, unit) in memo:
+            return memo[index, unit]
+        node = self.nodes[index]
+        if node.kind == "input":
+            trees = [{index: (unit, -1)}]
+        elif node.kind == "product":
+            units = [unit] * len(node.children) if node.units is None else node.units[unit].tolist()
+            below = [self._expand(child, u, memo) for child, u in zip(node.children, units, strict=True)]
+            trees = [{k: v for part in parts for k, v in part.items()} for parts in itertools.product(*below)]
+            trees = [tree | {index: (unit, -1)} for tree in trees]
+        else:
+            ends = [(child, u) for child in node.children for u in range(self.nodes[child].num_units)]
+            columns = np.flatnonzero(self.live[self.owner[index]][unit])
+            trees = [t | {index: (unit, int(c))} for c in columns for t in self._expand(*ends[c], memo)]
+        memo[index, unit] = trees
+        return trees
+
+    def tree_weights(self, head: int) -> Array:
+        """Product of the edge weights of every induced tree, shape (T,)."""
+        weights = np.ones(len(self.trees[head]))
+        for t, tree in enumerate(self.trees[head]):
+            for index, (unit, column) in tree.items():
+                if column >= 0:
+                    weights[t] *= self.params[self.owner[index]][unit, column]
+        return weights
+
+    def joint(self, x: Any, observed: Any = None, *, head: int = 0, maximise: bool = False) -> Array:
+        """p(observed part of x, induced tree) with shape (B, T); `maximise`: unobserved leaves at their modes."""
+        x = np.asarray(x)
+        observed = np.ones(x.shape[:2], bool) if observed is None else np.asarray(observed)
+        leaves = {i: self._leaf(i, x, observed, maximise) for i, node in enumerate(self.nodes) if node.kind == "input"}
+        joint = np.repeat(self.tree_weights(head)[None], len(x), 0)
+        for t, tree in enumerate(self.trees[head]):
+            for index, (unit, _) in tree.items():
+                if index in leaves:
+                    joint[:, t] *= leaves[index][:, unit]
+        return joint
+
+    def _leaf(self, index: int, x: Array, observed: Array, maximise: bool) -> Array:
+        """Likelihoods of a node's units with shape (B, K), ones (or the modes') where the variable is not observed."""
+        node = self.nodes[index]
+        value = x[:, node.variable]
+        if node.distribution.is_evidence:
+            seen, rest = np.exp(value), np.ones(node.num_units)
+        elif isinstance(node.distribution, pc.Gaussian):
+            mean, std = self.params[self.owner[index]].T
+            seen = np.exp(-0.5 * ((value[:, None] - mean) / std) ** 2) / (std * np.sqrt(2 * np.pi))
+            rest = 1 / (std * np.sqrt(2 * np.pi))
+        else:
+            probs = self.params[self.owner[index]]
+            seen, rest = probs.T[value.astype(int)], probs.max(1)
+        return np.where(observed[:, node.variable, None], seen, rest if maximise else 1.0)
+
+    def log_prob(self, x: Any, observed: Any = None) -> Array:
+        """Log-likelihoods of all heads, shape (B, H)."""
+        with np.errstate(divide="ignore"):
+            heads = [np.log(self.joint(x, observed, head=head).sum(1)) for head in range(self.num_heads)]
+        return np.stack(heads, 1)
+
+    def posterior(self, index: int, x: Any, observed: Any = None, *, head: int = 0) -> Array:
+        """p(node reached, in its unit k | observed part of x), shape (B, K)."""
+        joint = self.joint(x, observed, head=head)
+        out = np.zeros((len(joint), self.nodes[index].num_units))
+        for t, tree in enumerate(self.trees[head]):
+            if index in tree:
+                out[:, tree[index][0]] += joint[:, t]
+        return out / joint.sum(1, keepdims=True)
+
+    def log_max(self, x: Any, observed: Any = None, *, head: int = 0) -> Array:
+        """log max over the induced trees and the values of the unobserved variables, shape (B,)."""
+        return np.log(self.joint(x, observed, head=head, maximise=True).max(1))
+
+    def flows(self, x: Any, head_weights: Any, observed: Any = None) -> Flows:
+        """Flow of every edge, of every category of a table, and sums of (1, x, x^2) for Gaussians."""
+        x, head_weights = np.asarray(x), np.asarray(head_weights)
+        observed = np.ones(x.shape[:2], bool) if observed is None else np.asarray(observed)
+        gaussian = {i for i in self.params if isinstance(self.nodes[i].distribution, pc.Gaussian)}
+        flows = {i: np.zeros((len(p), 3) if i in gaussian else p.shape) for i, p in self.params.items()}
+        for head in range(self.num_heads):
+            joint = self.joint(x, observed, head=head)
+            total = joint.sum(1)  # an impossible example has no flow
+            share = joint * (head_weights[:, head] * (total > 0) / np.where(total > 0, total, 1))[:, None]
+            for t, tree in enumerate(self.trees[head]):
+                for index, (unit, column) in tree.items():
+                    self._count(flows, index, unit, column, x, observed, share[:, t])
+        return flows
+
+    def _count(self, flows: Flows, index: int, unit: int, column: int, x: Array, observed: Array, share: Array) -> None:
+        node, owner = self.nodes[index], self.owner[index]
+        if column >= 0:
+            flows[owner][unit, column] += share.sum()
+        elif node.kind == "input" and owner in flows:
+            seen = observed[:, node.variable]
+            value, share = x[seen, node.variable], share[seen]
+            if isinstance(node.distribution, pc.Gaussian):
+                flows[owner][unit] += [share.sum(), (share * value).sum(), (share * value**2).sum()]
+            else:
+                np.add.at(flows[owner][unit], value.astype(int), share)
+
+    def top_down(self, head_share: Array) -> Flows:
+        """Probability of reaching each unit of the parameters' owners from heads with these shares, shape (K,)."""
+        reached = {index: np.zeros(len(params)) for index, params in self.params.items()}
+        for head in range(self.num_heads):
+            for tree, weight in zip(self.trees[head], self.tree_weights(head) * head_share[head], strict=True):
+                for index, (unit, _) in tree.items():
+                    if self.owner[index] in reached:
+                        reached[self.owner[index]][unit] += weight
+        return reached
+
+    def em_step(self, flows: Flows, lr: float, pseudocount: float) -> None:
+        """The mini-batch rule: parameters move towards those that the flows of this batch alone would give."""
+        for index, flow in flows.items():
+            total = _totals(self, index, flow)
+            moments, prior = self._moments(index), self._prior(index)
+            statistics = flow[:, 1:] if flow.shape[1] != self.params[index].shape[1] else flow
+            target = (statistics + pseudocount * prior) / np.where(total > 0, total + pseudocount, 1)
+            self._set(index, np.where(total > 0, (1 - lr) * moments + lr * target, moments), total > 0)
+
+    def _moments(self, index: int) -> Array:
+        """Expectation parameters: the probabilities themselves, or (E x, E x^2) of a Gaussian."""
+        params = self.params[index]
+        if not isinstance(self.nodes[index].distribution, pc.Gaussian):
+            return params
+        return np.stack([params[:, 0], params[:, 1] ** 2 + params[:, 0] ** 2], 1)
+
+    def _prior(self, index: int) -> Array:
+        """What one pseudo-sample adds: the live edges evenly, or a Gaussian's current expectations."""
+        if isinstance(self.nodes[index].distribution, pc.Gaussian):
+            return self._moments(index)
+        return self.live[index] / self.live[index].sum(1, keepdims=True)
+
+    def _set(self, index: int, moments: Array, moved: Array) -> None:
+        distribution = self.nodes[index].distribution
+        if isinstance(distribution, pc.Gaussian):
+            variance = np.maximum(moments[:, 1] - moments[:, 0] ** 2, distribution.min_std**2)
+            moments = np.stack([moments[:, 0], np.sqrt(variance)], 1)
+        self.params[index] = np.where(moved, moments, self.params[index])
+
+
+def _totals(reference: Reference, index: int, flow: Array) -> Array:
+    """Flow of each unit, shape (K, 1)."""
+    gaussian = isinstance(reference.nodes[index].distribution, pc.Gaussian)
+    return flow[:, :1] if gaussian else flow.sum(1, keepdims=True)
+
+
+class AnemoneReference:
+    """Anemone (arXiv 2505.19982) on the circuits of one folded batch, in expectation parameters."""
+
+    def __init__(self, references: list[Reference], lr: float, momentum: float, pseudocount: float) -> None:
+        self.references, self.lr, self.momentum, self.pseudocount = references, lr, momentum, pseudocount
+        self.steps = 0
+        self.average: list[Flows] = [{} for _ in references]
+        self.root_flow = [np.zeros(reference.num_heads) for reference in references]
+
+    def step(self, flows: list[Flows], root_flows: list[Array]) -> None:
+        """One update from the flows of a batch and the flows of the heads, per circuit."""
+        self.steps += 1
+        m, correction = self.momentum, 1 - self.momentum**self.steps
+        for g, batch in enumerate(flows):
+            self.average[g] = {i: m * self.average[g].get(i, 0.0) + (1 - m) * flow for i, flow in batch.items()}
+            self.root_flow[g] = m * self.root_flow[g] + (1 - m) * root_flows[g]
+        total = sum(root.sum() for root in self.root_flow) / correction
+        for g, reference in enumerate(self.references):
+            reached = reference.top_down(self.root_flow[g] / correction / total)
+            for index, flow in self.average[g].items():
+                self._update(reference, index, flow / correction, reached[index][:, None], total)
+
+    def _update(self, reference: Reference, index: int, flow: Array, reached: Array, total: float) -> None:
+        unit_flow = _totals(reference, index, flow)
+        moments = reference._moments(index)
+        statistics = flow[:, 1:] if flow.shape[1] != moments.shape[1] else flow
+        new = self.lr / total * statistics + (1 - self.lr) * reached * moments
+        new_unit = self.lr / total * unit_flow + (1 - self.lr) * reached
+        denominator = total * new_unit + self.pseudocount
+        target = (total * new + self.pseudocount * reference._prior(index)) / np.where(unit_flow > 0, denominator, 1)
+        reference._set(index, np.where(unit_flow > 0, target, moments), unit_flow > 0)
+
+
+# Structures. Every builder takes a leaf and a number of heads; drawing is seeded by the fixture.
+
+CHAIN, STAR, BUSH = [-1, 0, 1, 2], [1, -1, 1, 1], [2, 2, -1, 2, 0]
+
+
+def _hclt(parents: list[int], num_latents: int) -> Callable[[pc.Distribution, int], pc.CircuitGraph]:
+    return lambda leaf, heads: pc.hclt(torch.tensor(parents), num_latents=num_latents, leaf=leaf, num_heads=heads)
+
+
+def _sparse_hclt(leaf: pc.Distribution, heads: int) -> pc.CircuitGraph:
+    """Structural zeros, among them a unit of a latent that no edge leads to."""
+    graph = pc.hclt(torch.tensor(CHAIN), num_latents=3, leaf=leaf, num_heads=heads)
+    for index, node in enumerate(graph.nodes):
+        if node.kind == "sum":
+            node.mask = torch.rand(node.weight.shape) < 0.6
+            node.mask[:, index % node.mask.shape[1]] = True
+            if index != graph.root:
+                node.mask[:, (index + 1) % node.mask.shape[1]] = False
+            node.weight = node.weight * node.mask / (node.weight * node.mask).sum(1, keepdim=True)
+    return graph
+
+
+def _shared_dag(leaf: pc.Distribution, heads: int) -> pc.CircuitGraph:
+    """Two decompositions that share a sum and an input node, ragged widths, explicit units, masks."""
+    graph = pc.CircuitGraph()
+    leaves = [graph.add_input(v, leaf, units) for v, units in enumerate((3, 2, 2, 3))]
+    p01 = graph.add_product(leaves[:2], torch.tensor([[0, 0], [1, 1], [2, 1], [2, 0]]))
+    mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1], [1, 0, 0, 1]]).bool()
+    s01 = graph.add_sum([p01], 3, mask=mask)
+    p23 = graph.add_product(leaves[2:], torch.tensor([[0, 0], [1, 2]]))
+    s23 = graph.add_sum([p23], 2)
+    other = graph.add_input(2, leaf, 2)
+    p012 = graph.add_product([s01, other], torch.tensor([[2, 1], [0, 0], [1, 1]]))
+    s012 = graph.add_sum([p012], 2)
+    left = graph.add_product([s01, s23], torch.tensor([[0, 0], [1, 1], [2, 0]]))
+    right = graph.add_product([s012, leaves[3]], torch.tensor([[0, 1], [1, 0]]))
+    graph.root = graph.add_sum([left, right], heads)
+    graph.latents = {0: p01, 1: p012, 2: left}
+    return graph
+
+
+def _tied_chain(leaf: pc.Distribution, heads: int) -> pc.CircuitGraph:
+    """A homogeneous hidden Markov model of length 4: one emission and one transition matrix."""
+    graph = pc.CircuitGraph()
+    emission = graph.add_input(3, leaf, 2)
+    below, transition = emission, None
+    for v in (2, 1, 0):
+        step = graph.add_sum([below], 2, tied_to=transition)
+        transition = step if transition is None else transition
+        below = graph.add_product([step, graph.add_input(v, leaf, 2, tied_to=emission)])
+        graph.latents[v] = below
+    graph.root = graph.add_sum([below], heads)
+    return graph
+
+
+def _ragged(leaf: pc.Distribution, heads: int) -> pc.CircuitGraph:
+    """Two binary trees of regions; so many different widths that unequal nodes share a folded layer."""
+    graph = pc.CircuitGraph()
+
+    def two_edges(children: list[int], num_units: int) -> int:
+        width = sum(graph.nodes[child].num_units for child in children)
+        mask = torch.zeros(num_units, width, dtype=torch.bool)
+        for row in mask:
+            row[torch.randperm(width)[:2]] = True
+        return graph.add_sum(children, num_units, mask=mask)
+
+    tops = []
+    for regions, wide in (((0, 1, 2, 3), 0), ((0, 2, 1, 3), 4)):
+        sums = [two_edges([graph.add_input(v, leaf, wide + i + 1)], 9 - wide - i) for i, v in enumerate(regions)]
+        pairs = []
+        for a, b in ((0, 1), (2, 3)):
+            units = torch.stack([torch.randint(0, 9 - wide - i, (3 + wide + b,)) for i in (a, b)], 1)
+            pairs.append(two_edges([graph.add_product([sums[a], sums[b]], units)], 10 - wide + a))
+        tops.append(graph.add_product(pairs, torch.tensor([[0, 0], [5, 6], [3, 1]])[: 2 + wide // 4]))
+    graph.latents = {0: tops[0], 1: tops[1]}
+    graph.root = graph.add_sum(tops, heads)
+    return graph
+
+
+STRUCTURES: dict[str, Callable[[pc.Distribution, int], pc.CircuitGraph]] = {
+    "chain": _hclt(CHAIN, 3),
+    "star": _hclt(STAR, 3),
+    "bush": _hclt(BUSH, 2),
+    "pair": _hclt([-1, 0], 4),
+    "single": _hclt([-1], 3),
+    "sparse": _sparse_hclt,
+    "shared": _shared_dag,
+    "tied": _tied_chain,
+    "ragged": _ragged,
+}
+# A floor that EM reaches, yet wide enough for the reference's linear densities.
+LEAVES = {"categorical": pc.Categorical(3), "bernoulli": pc.Bernoulli(), "gaussian": pc.Gaussian(min_std=0.3)}
+
+
+@dataclass
+class Case:
+    """A circuit, its enumeration, and examples: all worlds of discrete variables, or random rows."""
+
+    graph: pc.CircuitGraph
+    circuit: pc.Circuit
+    reference: Reference
+    x: Tensor
+    observed: Tensor
+
+
+def make_case(structure: str, leaf: str, num_heads: int, seed: int = 0) -> Case:
+    """Build a case; masks hold a row with nothing and one with everything observed."""
+    torch.manual_seed(seed)
+    distribution = LEAVES[leaf]
+    graph = STRUCTURES[structure](distribution, num_heads)
+    num_vars = graph.num_variables
+    if isinstance(distribution, pc.Categorical):
+        values = torch.arange(distribution.num_categories)
+        x = torch.cartesian_prod(*[values] * num_vars).view(-1, num_vars)
+    else:
+        for node in graph.nodes:  # distinct deviations: the initial ones are all 1
+            if node.kind == "input" and node.tied_to is None:
+                node.params[:, 1] = 0.5 + torch.rand(node.num_units)
+        x = torch.randn(12, num_vars)
+    observed = torch.rand(x.shape) < 0.6
+    observed[0], observed[-1] = False, True
+    return Case(graph, pc.Circuit(graph), Reference(graph), x, observed)
+
+
+def _cases(leaves: tuple[str, ...]) -> list[Any]:
+    """Every pair of structure and leaf; one, two and three heads in turn."""
+    names = itertools.product(enumerate(STRUCTURES), enumerate(leaves))
+    cases = [(structure, leaf, 1 + (i + j) % 3) for (i, structure), (j, leaf) in names]
+    return [pytest.param(found, id="{}-{}-{}heads".format(*found)) for found in cases]
+
+
+@pytest.fixture(autouse=True)
+def double_precision() -> Iterator[None]:
+    """Correctness is judged in float64; a test of float32 asks for it."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(params=_cases(("categorical", "bernoulli", "gaussian")))
+def case(request: pytest.FixtureRequest, double_precision: None) -> Case:
+    """Every structure with every leaf."""
+    return make_case(*request.param)
+
+
+@pytest.fixture(params=_cases(("categorical", "bernoulli")))
+def discrete(request: pytest.FixtureRequest, double_precision: None) -> Case:
+    """Every structure with every leaf whose worlds can be listed."""
+    return make_case(*request.param)
+
+
+@pytest.fixture
+def build_case(double_precision: None) -> Callable[..., Case]:
+    """`make_case(structure, leaf, num_heads, seed)` for tests that choose."""
+    return make_case
+
+
+@pytest.fixture
+def enumerate_trees() -> type[Reference]:
+    """The reference, for circuits that a test builds itself."""
+    return Reference
+
+
+@pytest.fixture
+def anemone_reference() -> type[AnemoneReference]:
+    """Anemone in NumPy."""
+    return AnemoneReference
