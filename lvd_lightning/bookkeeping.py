@@ -11,14 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from lvd_lightning.modules.stage import derive_seed
 
-__all__ = ["EpochCheckpoint", "EpochLines", "EpochSeed", "MetricsFile", "Stopwatch", "read_metrics", "write_atomically"]
+__all__ = [
+    "EpochCheckpoint",
+    "EpochLines",
+    "EpochSeed",
+    "MetricsFile",
+    "ProgressBar",
+    "Stopwatch",
+    "protocol_note",
+    "read_metrics",
+    "write_atomically",
+]
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -29,6 +39,12 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def protocol_note(lossy: bool, region: str) -> str:
+    """What stands next to every figure that is not the bits per dimension of a whole RGB image; else empty."""
+    notes = [*(["lossy"] if lossy else []), *([] if region == "whole" else [region])]
+    return f" ({', '.join(notes)})" if notes else ""
 
 
 class Stopwatch(Callback):
@@ -148,27 +164,46 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 class EpochLines(Checkpoint):
-    """Prints one line per epoch, for terminals that are files.
+    """Prints one line per epoch, for output that is a file.
 
     It is a Checkpoint callback because these run after the module's own `on_train_epoch_end`, whose metrics would
     otherwise be missing from the line.
+
+    note: see `protocol_note`.
     """
 
-    def __init__(self, stage: str, clock: Callable[[], float]) -> None:
+    def __init__(self, stage: str, clock: Callable[[], float], note: str = "") -> None:
         self.stage = stage
         self.clock = clock
+        self.note = note
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
-        # "val/bpd" says it all where Lightning also keeps a "_step" and an "_epoch" form of a metric.
-        shown = [f"{name} {value:.4g}" for name, value in metrics.items() if not name.endswith(("_step", "_epoch"))]
+        # Where Lightning also keeps a "_step" and an "_epoch" form of a metric, its plain name says it all.
+        metrics = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if value.numel() == 1 and not name.endswith(("_step", "_epoch"))
+        }
+        shown = [f"{name} {value:.4f}{self.note if name.endswith('bpd') else ''}" for name, value in metrics.items()]
         of = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
-        print(
-            f"{self.stage}: epoch {trainer.current_epoch + 1}{of}  {'  '.join(shown)}  {self.clock():.1f} s", flush=True
-        )
+        text = f"{self.stage}: epoch {trainer.current_epoch + 1}{of}"
+        print("  ".join([text, *shown, f"{self.clock():.1f} s"]), flush=True)
+
+
+class ProgressBar(RichProgressBar):
+    """The progress bar of a terminal, with the protocol's note next to every bpd."""
+
+    def __init__(self, note: str = "") -> None:
+        super().__init__()
+        self.note = note
+
+    @override
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        metrics = {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+        return {f"{name}{self.note}" if name.endswith("bpd") else name: value for name, value in metrics.items()}
 
 
 class MetricsFile(Logger):

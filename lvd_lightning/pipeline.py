@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lvd_lightning.bookkeeping import (
@@ -22,12 +22,17 @@ from lvd_lightning.bookkeeping import (
     EpochLines,
     EpochSeed,
     MetricsFile,
+    ProgressBar,
     Stopwatch,
+    protocol_note,
     write_atomically,
 )
-from lvd_lightning.experiment import EVALUATE, Experiment, Stage, adopt_run_directory, record_stage
+from lvd_lightning.evaluation import circuit_bpd, evaluate_run, final_stage
+from lvd_lightning.experiment import EVALUATE, REPORT, Experiment, Stage, adopt_run_directory, record_stage
+from lvd_lightning.modules.assembled import AssembledCircuit
 from lvd_lightning.modules.stage import DONE_MARKER, StageContext, StageModule, derive_seed
 from lvd_lightning.ranks import Ranks
+from lvd_lightning.report import write_report
 
 __all__ = ["Pipeline"]
 
@@ -57,6 +62,20 @@ class Pipeline:
         self.ranks.on_first(partial(adopt_run_directory, self.experiment, changed))
         for stage in stages:
             self._run_stage(stage)
+        if only is None:
+            self._evaluate()
+
+    def print_bpd(self, split: str) -> None:
+        """Print what the run's final circuit reaches on "val" or "test"; nothing is written."""
+        run_dir = self.experiment.run_dir
+        stage = final_stage(run_dir)
+        if stage is None:
+            raise ValueError(f"{run_dir} holds no trained circuit: run `fit` with the same config first")
+        data = self.datamodule()
+        circuit = AssembledCircuit.load(run_dir / stage).to(self.ranks.device).eval()
+        bpd = circuit_bpd(circuit, data, split, self.ranks)
+        note = protocol_note(data.lossy, data.region)
+        self.say(f"{split}/bpd {bpd:.4f}{note}  ({run_dir / stage}, {data.num_examples(split)} images, {data.color})")
 
     def datamodule(self, make: Callable[[], LightningDataModule] | None = None) -> Any:
         """The datamodule that `make` makes (the experiment's own by default), set up; made once."""
@@ -80,6 +99,7 @@ class Pipeline:
             self.say(f"{stage.name}: finished before, skipped")
             return
         self.ranks.on_first(partial(self._open, stage))
+        self.say(f"{stage.name}: starts")
         clock = Stopwatch()
         context = self._context(stage)
         # After the datamodule was made, which draws random numbers only in the first stage of each process.
@@ -88,9 +108,20 @@ class Pipeline:
         self.ranks.on_first(partial(mark_done, folder, {"seconds": clock.seconds, **results}))
         self.say(f"{stage.name}: done in {clock.seconds:.1f} s")
 
+    def _evaluate(self) -> None:
+        """Evaluate the circuits on all splits and write the report, once: test images are looked at after training."""
+        run_dir, data = self.experiment.run_dir, self.datamodule()
+        if not self.ranks.on_first((run_dir / EVALUATE / DONE_MARKER).is_file):
+            self.say("evaluate: the circuits on all splits")
+            clock = Stopwatch()
+            results = evaluate_run(run_dir, data, self.ranks)
+            self.ranks.on_first(partial(mark_done, run_dir / EVALUATE, {"seconds": clock.seconds, **results}))
+        self.ranks.on_first(partial(write_report, self.experiment, data, self.ranks.device))
+
     def _open(self, stage: Stage) -> None:
         # What was evaluated before this stage ran is no longer the whole experiment.
-        shutil.rmtree(self.experiment.run_dir / EVALUATE, ignore_errors=True)
+        for folder in (EVALUATE, REPORT):
+            shutil.rmtree(self.experiment.run_dir / folder, ignore_errors=True)
         record_stage(self.experiment, stage)
 
     def _context(self, stage: Stage) -> StageContext:
@@ -115,13 +146,15 @@ class Pipeline:
         self.ranks.on_first(partial(metrics.keep, last_epoch))
         if last_epoch >= 0:
             self.say(f"{stage.name}: goes on after epoch {last_epoch + 1}")
-        trainer = self._trainer(stage, module, [clock, checkpoint], metrics)
+        note = protocol_note(context.data.lossy, context.data.region)
+        trainer = self._trainer(stage, module, (clock, checkpoint), metrics, note)
         trainer.fit(
             module,
             datamodule=None if is_overridden("train_dataloader", module) else context.data,
             ckpt_path=checkpoint.last_path if last_epoch >= 0 else None,
             weights_only=True,
         )
+        close_wandb()
         return self.ranks.on_first(partial(self._finish, module, context, checkpoint))
 
     def _finish(self, module: StageModule, context: StageContext, checkpoint: EpochCheckpoint) -> dict[str, float]:
@@ -129,30 +162,27 @@ class Pipeline:
         module.to(self.ranks.device).eval()
         return module.finish_stage(context)
 
-    def _trainer(self, stage: Stage, module: StageModule, own: list[Callback], metrics: MetricsFile) -> Trainer:
+    def _trainer(
+        self, stage: Stage, module: StageModule, own: tuple[Callback, Callback], metrics: MetricsFile, note: str
+    ) -> Trainer:
         """The Trainer of a stage: what the config says, and what makes it resumable."""
         folder = metrics.path.parent
-        arguments = {**self.experiment.devices, **stage.trainer(folder)}
-        callbacks = [
-            EpochSeed(derive_seed(self.experiment.seed, stage.name)),
-            *(arguments.pop("callbacks", None) or []),
-        ]
-        bar = arguments.pop("enable_progress_bar", None)
-        if not any(isinstance(callback, ProgressBar) for callback in callbacks):
-            bar = sys.stdout.isatty() if bar is None else bar
-            callbacks.append(RichProgressBar() if bar else EpochLines(stage.name, metrics.clock))
+        arguments = {key: value for key, value in stage.trainer(folder).items() if value is not None}
+        callbacks = [EpochSeed(derive_seed(self.experiment.seed, stage.name)), *arguments.pop("callbacks", [])]
+        bar = arguments.pop("enable_progress_bar", sys.stdout.isatty())
+        if not any(isinstance(callback, AnyProgressBar) for callback in callbacks):
+            callbacks.append(ProgressBar(note) if bar else EpochLines(stage.name, metrics.clock, note))
         if module.em and self.ranks.world_size > 1 and arguments.get("strategy", "auto") in ("auto", "ddp"):
             from lvd_lightning.strategies import EMStrategy
 
             arguments["strategy"] = EMStrategy()
         defaults = {"num_sanity_val_steps": 0, "enable_model_summary": sys.stdout.isatty()}
-        given = {name: value for name, value in arguments.items() if value is not None}
         return Trainer(
-            **{**defaults, **given, "logger": [metrics, *(given.get("logger") or [])]},
-            callbacks=[*own[:-1], *callbacks, own[-1]],
+            **{**self.experiment.devices, **defaults, **arguments, "logger": [metrics, *arguments.get("logger", [])]},
+            callbacks=[own[0], *callbacks, own[1]],
             default_root_dir=folder,
             use_distributed_sampler=False,
-            enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+            enable_progress_bar=any(isinstance(callback, AnyProgressBar) for callback in callbacks),
         )
 
 
@@ -192,7 +222,15 @@ def load_best(module: StageModule, checkpoint: EpochCheckpoint) -> None:
 
 def mark_done(folder: Path, results: dict[str, Any]) -> None:
     """Write the marker that says that a folder is complete, with figures for the report."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / DONE_MARKER, json.dumps(results, indent=2))
+
+
+def close_wandb() -> None:
+    """End the W&B run of a stage, or that of the next one would be taken for it."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
 
 
 def _quieten_lightning() -> None:

@@ -23,7 +23,7 @@ from lvd_lightning.modules.stage import StageContext, StageModule, derive_seed
 from lvd_lightning.pipeline import Pipeline, resume_epoch
 from lvd_lightning.ranks import Ranks
 
-KILLS = (("teacher", "batch"), ("latents", "function"), ("prior", "between"), ("finetune", "finish"))
+KILLS = (("teacher", "batch"), ("codes", "function"), ("student", "between"), ("tuned", "finish"))
 
 
 class ShuffledBatches(Sampler[int]):
@@ -48,6 +48,8 @@ class ShuffledBatches(Sampler[int]):
 class Lines(LightningDataModule):
     """Points of a noisy plane. Making it draws from the global generator, as careless datamodules do."""
 
+    color, region, lossy = "rgb", "whole", False
+
     def setup(self, stage: str) -> None:
         torch.randn(3)
         x = torch.randn(24, 2, generator=torch.Generator().manual_seed(0))
@@ -69,7 +71,7 @@ class Plane(StageModule):
         self.kill = kill
 
     def begin_stage(self, context: StageContext) -> None:
-        earlier = context.previous("latents")
+        earlier = context.previous("codes")
         self.shift = 0.0 if earlier is None else float((earlier / "shift.txt").read_text())
 
     def _loss(self, batch: list[Tensor]) -> Tensor:
@@ -92,7 +94,7 @@ class Plane(StageModule):
         if self.kill is not None:
             self.kill("finish")
         torch.save(self.layer.state_dict(), context.dir / "layer.pt")
-        return {"val_bpd": float(self._loss(list(context.data.points[:])))}
+        return {"val_bpd": float(self._loss(list(context.data.points[:])).detach())}
 
 
 class KillOnce:
@@ -140,7 +142,7 @@ def experiment(run_dir: Path, kill: bool = False, epochs: int = 3, seed: int = 0
     def stage(name: str) -> Stage:
         killer = KillOnce(run_dir.parent, name, kill)
         config = {"seed": seed, "epochs": epochs}
-        if name == "latents":
+        if name == "codes":
             return Stage(name, config, Lines, function=partial(cluster, killer))
         return Stage(name, config, Lines, partial(Plane, killer), trainer=partial(arguments, killer))
 
@@ -160,6 +162,9 @@ def record(run_dir: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(run_dir.rglob("*.*")):
         key = str(path.relative_to(run_dir))
+        if key.startswith("report"):
+            found[key] = path.name  # all about times here
+            continue
         if path.name == "done.json":
             found[key] = {name: value for name, value in json.loads(path.read_text()).items() if name != "seconds"}
         elif path.name == "metrics.csv":
@@ -187,8 +192,8 @@ class TestOneProcess:
     ) -> None:
         run(experiment(tmp_path / "run"))
         first = record(tmp_path / "run")
-        assert first["prior/done.json"]["val_bpd"] != first["teacher/done.json"]["val_bpd"]
-        assert [row["epoch"] for row in first["prior/metrics.csv"] if row["val/bpd"]] == ["0", "1", "2"]
+        assert first["student/done.json"]["val_bpd"] != first["teacher/done.json"]["val_bpd"]
+        assert [row["epoch"] for row in first["student/metrics.csv"] if row["val/bpd"]] == ["0", "1", "2"]
         capsys.readouterr()
         run(experiment(tmp_path / "run"))
         assert capsys.readouterr().out.count("finished before, skipped") == 4
@@ -203,10 +208,10 @@ class TestOneProcess:
         assert result["seconds"] >= float(rows[-1]["seconds"]) > 0
 
     def test_one_stage_needs_the_stages_before(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="run stage 'latents' first"):
-            run(experiment(tmp_path / "run"), only="prior")
-        with pytest.raises(ValueError, match="has no stage 'priro'; its stages are teacher, latents"):
-            run(experiment(tmp_path / "run"), only="priro")
+        with pytest.raises(ValueError, match="run stage 'codes' first"):
+            run(experiment(tmp_path / "run"), only="student")
+        with pytest.raises(ValueError, match="has no stage 'studnet'; its stages are teacher, codes"):
+            run(experiment(tmp_path / "run"), only="studnet")
 
     def test_unreadable_checkpoint_starts_the_stage_again(self, tmp_path: Path) -> None:
         run(experiment(tmp_path / "run"), only="teacher")
@@ -243,17 +248,17 @@ class TestChangedConfiguration:
 
     def test_continue_keeps_it(self, tmp_path: Path) -> None:
         run(experiment(tmp_path / "run"), only="teacher")
-        run(experiment(tmp_path / "run", epochs=2), only="latents", changed="continue")
-        run(experiment(tmp_path / "run", epochs=2), only="prior")
+        run(experiment(tmp_path / "run", epochs=2), only="codes", changed="continue")
+        run(experiment(tmp_path / "run", epochs=2), only="student")
         assert max(float(row["epoch"]) for row in read_metrics(tmp_path / "run/teacher/metrics.csv")) == 2
-        assert max(float(row["epoch"]) for row in read_metrics(tmp_path / "run/prior/metrics.csv")) == 1
+        assert max(float(row["epoch"]) for row in read_metrics(tmp_path / "run/student/metrics.csv")) == 1
 
     def test_stage_that_was_not_begun_may_change(self, tmp_path: Path) -> None:
         run(experiment(tmp_path / "run"), only="teacher")
         changed = experiment(tmp_path / "run", epochs=2)
         stages = (experiment(tmp_path / "run").stages[0], *changed.stages[1:])
-        run(Experiment("toy", tmp_path / "run", 0, Lines, stages, devices=changed.devices), only="latents")
-        assert (tmp_path / "run/latents/done.json").is_file()
+        run(Experiment("toy", tmp_path / "run", 0, Lines, stages, devices=changed.devices), only="codes")
+        assert (tmp_path / "run/codes/done.json").is_file()
 
 
 class TestMetricsFile:

@@ -1,0 +1,93 @@
+"""What the trained circuits of a run reach on its images: bits per dimension, exact, over whole images."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvd_lightning.latents import load_assignments
+from lvd_lightning.modules.assembled import AssembledCircuit
+from lvd_lightning.modules.stage import DONE_MARKER, ImageData, derive_seed
+from lvd_lightning.ranks import Ranks
+
+__all__ = ["CIRCUIT_STAGES", "SPLITS", "circuit_bpd", "evaluate_run", "final_stage", "mean_bpd"]
+
+SPLITS = ("train", "val", "test")
+# Stages that leave a circuit over images, and what reports call it.
+CIRCUIT_STAGES = {"prior": "distilled", "finetune": "finetuned"}
+# So many training images, drawn once, say where a circuit stands on them; validation and test images all count.
+MAX_TRAIN_IMAGES = 10_000
+# Images per pass over all ranks; a circuit divides them further by itself.
+_BATCH = 256
+
+
+def evaluate_run(run_dir: Path, data: ImageData, ranks: Ranks) -> dict[str, Any]:
+    """Bits per dimension of a run's circuits on all splits; all ranks have to call.
+
+    Returns:
+        "circuits": {"lvd_objective" | "distilled" | "finetuned": {"train_bpd", "val_bpd", "test_bpd"}}, "num_train":
+        the training images that were counted, "num_parameters" and "num_heads" (values of a latent variable) of the
+        final circuit. Empty if no stage left a circuit.
+    """
+    circuits: dict[str, dict[str, float]] = {}
+    described: dict[str, Any] = {}
+    for stage, name in CIRCUIT_STAGES.items():
+        if not _is_finished(run_dir, stage):
+            continue
+        circuit = AssembledCircuit.load(run_dir / stage).to(ranks.device).eval()
+        if stage == "prior" and _is_finished(run_dir, "latents"):
+            circuits["lvd_objective"] = {
+                f"{split}_bpd": mean_bpd(_joint(circuit, data, split, run_dir, ranks), data, split, ranks)
+                for split in SPLITS
+            }
+        circuits[name] = {f"{split}_bpd": circuit_bpd(circuit, data, split, ranks) for split in SPLITS}
+        described = {"num_parameters": circuit.num_parameters, "num_heads": circuit.num_states}
+    return {"circuits": circuits, "num_train": len(_rows(data, "train")), **described} if circuits else {}
+
+
+def final_stage(run_dir: Path) -> str | None:
+    """The last finished stage that left a circuit over images, if there is one."""
+    finished = [stage for stage in CIRCUIT_STAGES if _is_finished(run_dir, stage)]
+    return finished[-1] if finished else None
+
+
+def circuit_bpd(circuit: AssembledCircuit, data: ImageData, split: str, ranks: Ranks) -> float:
+    """Bits per dimension of a circuit on a split; all ranks have to call."""
+    device = ranks.device
+    return mean_bpd(lambda rows: circuit.log_prob(data.batch(split, rows).to(device)), data, split, ranks)
+
+
+@torch.inference_mode()
+def mean_bpd(log_prob: Callable[[Tensor], Tensor], data: ImageData, split: str, ranks: Ranks) -> float:
+    """The mean of -log2 p(x) / (3 H W) over a split, each rank doing its share.
+
+    log_prob: rows of the split int64 [n] -> log-likelihoods in nats [n].
+    """
+    total = torch.zeros(2, dtype=torch.float64)
+    for rows in ranks.share(_rows(data, split)).split(max(1, _BATCH // ranks.world_size)):
+        total += torch.tensor([log_prob(rows).double().sum().item(), len(rows)], dtype=torch.float64)
+    nats, count = ranks.sum(total).tolist()
+    return -nats / count / math.prod(data.image_shape) / math.log(2.0)
+
+
+def _joint(
+    circuit: AssembledCircuit, data: ImageData, split: str, run_dir: Path, ranks: Ranks
+) -> Callable[[Tensor], Tensor]:
+    """log p(x, z) with the assignments of the latents stage: what the stages before finetuning maximise."""
+    z_NP, device = load_assignments(run_dir / "latents", split), ranks.device
+    return lambda rows: circuit.lvd_objective(data.batch(split, rows).to(device), z_NP[rows].to(device))
+
+
+def _rows(data: ImageData, split: str) -> Tensor:
+    count = data.num_examples(split)
+    if split != "train" or count <= MAX_TRAIN_IMAGES:
+        return torch.arange(count)
+    generator = torch.Generator().manual_seed(derive_seed("evaluate", count))
+    return torch.randperm(count, generator=generator)[:MAX_TRAIN_IMAGES].sort().values
+
+
+def _is_finished(run_dir: Path, stage: str) -> bool:
+    return (run_dir / stage / DONE_MARKER).is_file()

@@ -1,0 +1,136 @@
+"""Pictures of a run: samples, completed images, patches of clusters, bits per dimension over time."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from torch import Tensor
+
+from lvd_lightning.bookkeeping import protocol_note, read_metrics
+from lvd_lightning.color import decode_color, patchify
+from lvd_lightning.latents import load_assignments, load_latents_info
+from lvd_lightning.modules.assembled import AssembledCircuit
+from lvd_lightning.modules.stage import ImageData
+
+__all__ = ["cluster_picture", "curve_picture", "grid", "half_masks", "inpainting_picture", "sample_picture"]
+
+_WHITE, _GREY = 255, 128
+_MIN_SIDE = 96  # pixels on the screen that one image takes at least
+
+
+def grid(images: Tensor, columns: int, gap: int = 1) -> Tensor:
+    """Images uint8 (N, 3, H, W) side by side, row by row, on white: uint8 (3, H', W')."""
+    count, channels, height, width = images.shape
+    rows = math.ceil(count / columns)
+    canvas = torch.full((channels, rows * (height + gap) - gap, columns * (width + gap) - gap), _WHITE).to(torch.uint8)
+    for number, image in enumerate(images):
+        top, left = number // columns * (height + gap), number % columns * (width + gap)
+        canvas[:, top : top + height, left : left + width] = image
+    return canvas
+
+
+def sample_picture(path: Path, circuit: AssembledCircuit, data: ImageData, generator: torch.Generator) -> None:
+    """64 samples, eight in a row."""
+    drawn = decode_color(circuit.sample(64, generator=generator).cpu(), data.color)
+    _save(path, grid(drawn, 8), data.image_shape[1])
+
+
+def inpainting_picture(path: Path, circuit: AssembledCircuit, data: ImageData, generator: torch.Generator) -> None:
+    """Test images in three rows: the original, the half that the circuit is given, and what it completes that to."""
+    count = min(12, data.num_examples("test"))
+    device = circuit.prior.device
+    original = data.batch("test", torch.linspace(0, data.num_examples("test") - 1, count).long())
+    observed = half_masks(count, *data.image_shape[1:])
+    completed = circuit.inpaint(original.to(device), observed.to(device), generator=generator).cpu()
+    original, completed = decode_color(original, data.color), decode_color(completed, data.color)
+    masked = torch.where(observed, original, _GREY).to(torch.uint8)
+    _save(path, grid(torch.cat([original, masked, completed]), count), data.image_shape[1])
+
+
+def half_masks(count: int, height: int, width: int) -> Tensor:
+    """Which pixels are given, bool (count, 1, H, W): by turns the left half and the upper half."""
+    observed = torch.zeros(count, 1, height, width, dtype=torch.bool)
+    observed[0::2, :, :, : width // 2] = True
+    observed[1::2, :, : height // 2] = True
+    return observed
+
+
+def cluster_picture(
+    path: Path, latents: Path, data: ImageData, patch_size: int, generator: torch.Generator, examples: int = 16
+) -> None:
+    """Training patches of 24 clusters, one cluster a row, from the most to the least used one.
+
+    Where every position has clusters of its own, those of the middle position are shown.
+    """
+    z_NP = load_assignments(latents, "train")
+    position = None if load_latents_info(latents)["pooled"] else z_NP.shape[1] // 2
+    z_NP = z_NP if position is None else z_NP[:, position : position + 1]
+    uses = z_NP.flatten().bincount()
+    by_use = uses.argsort(descending=True)[: int((uses > 0).sum())]
+    chosen = by_use[torch.linspace(0, len(by_use) - 1, min(24, len(by_use))).long()]
+    rows = []
+    for cluster in chosen.tolist():
+        members = (z_NP.flatten() == cluster).nonzero()[:, 0]
+        members = members[torch.randperm(len(members), generator=generator)[:examples]]
+        rows.append(_patches(data, members, z_NP.shape[1], position or 0, patch_size, examples))
+    _save(path, grid(torch.cat(rows), examples), patch_size)
+
+
+def _patches(data: ImageData, members: Tensor, num_positions: int, first: int, patch_size: int, count: int) -> Tensor:
+    """RGB patches (count, 3, p, p) of flat (image, position) numbers, filled up with white."""
+    images = data.batch("train", members // num_positions)
+    patches_nPD = patchify(images, patch_size)
+    chosen_nD = patches_nPD[torch.arange(len(members)), first + members % num_positions]
+    rgb = decode_color(chosen_nD.reshape(-1, 3, patch_size, patch_size), data.color)
+    blank = torch.full((count - len(members), 3, patch_size, patch_size), _WHITE, dtype=torch.uint8)
+    return torch.cat([rgb, blank])
+
+
+def curve_picture(path: Path, run_dir: Path, seconds: Mapping[str, float], data: ImageData) -> None:
+    """Every stage's bpd curves against the seconds of all stages so far; a baseline's clock starts at zero.
+
+    seconds: of the finished stages, in order.
+    """
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot(ylabel=f"bits per dimension{protocol_note(data.lossy, data.region)}", xlabel="seconds")
+    start = 0.0
+    for stage, taken in seconds.items():
+        offset = 0.0 if stage == "baseline" else start
+        rows = read_metrics(run_dir / stage / "metrics.csv")
+        for metric in sorted({name for row in rows for name in row if name and name.endswith("bpd")}):
+            points = [(offset + float(row["seconds"]), float(row[metric])) for row in rows if row.get(metric)]
+            style = "--" if "val" in metric else "-"
+            if points:
+                axes.plot(*zip(*points), style, marker=".", markersize=4, label=f"{stage} {metric}")
+        if stage != "baseline":
+            start += taken
+            axes.axvline(start, color="0.85", linewidth=1, zorder=0)
+            axes.annotate(stage, (start, 1.0), xycoords=("data", "axes fraction"), ha="right", va="bottom", fontsize=8)
+    if axes.get_lines() and axes.get_legend_handles_labels()[0]:
+        _ignore_outliers(axes)
+        axes.legend(fontsize=8)
+        _replace(path, figure.savefig)
+
+
+def _ignore_outliers(axes: Any) -> None:
+    """The first epochs of a random circuit would press everything else into one line."""
+    values = np.concatenate([line.get_ydata() for line in axes.get_lines() if not line.get_label().startswith("_")])
+    low, middle = float(values.min()), float(np.median(values))
+    axes.set_ylim(low - 0.1, max(min(float(values.max()), middle + 4 * (middle - low) + 0.5), low + 0.2))
+
+
+def _save(path: Path, image: Tensor, side: int) -> None:
+    scale = max(1, math.ceil(_MIN_SIDE / side)) if side >= 16 else 8
+    pixels = image.permute(1, 2, 0).repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy()
+    _replace(path, lambda target: imsave(target, pixels))
+
+
+def _replace(path: Path, write: Any) -> None:
+    temporary = path.with_name(f".{path.name}")
+    write(temporary)
+    temporary.replace(path)
