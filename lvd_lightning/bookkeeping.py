@@ -19,6 +19,7 @@ from typing_extensions import override
 from lvd_lightning.modules.stage import derive_seed
 
 __all__ = [
+    "LAST_CHECKPOINT",
     "EpochCheckpoint",
     "EpochLines",
     "EpochSeed",
@@ -29,6 +30,8 @@ __all__ = [
     "read_metrics",
     "write_atomically",
 ]
+
+LAST_CHECKPOINT = "last.ckpt"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -118,7 +121,7 @@ class EpochCheckpoint(Checkpoint):
 
     @property
     def last_path(self) -> Path:
-        return self.folder / "last.ckpt"
+        return self.folder / LAST_CHECKPOINT
 
     def is_better(self, score: float | None) -> bool:
         if score is None or math.isnan(score):

@@ -1,12 +1,11 @@
 """The command line: `fit` runs an experiment, `validate` and `test` print what its trained circuit reaches."""
 
-import os
+import re
 import sys
-import traceback
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 from lightning.pytorch import LightningDataModule
@@ -19,12 +18,15 @@ from lvd_lightning.configuration import experiment_from, merge
 from lvd_lightning.experiment import CHANGED, STAGES, Experiment
 from lvd_lightning.modules.stage import StageModule
 
-__all__ = ["CONFIG_FOLDER", "find_config", "main", "parse"]
+__all__ = ["CONFIG_FOLDER", "find_config", "main", "one_line", "parse", "run"]
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs"
 _USER_ERRORS = (ArgumentError, ValueError, OSError, ImportError, MisconfigurationException, OmegaConfBaseException)
+# Not Any, for which jsonargparse takes every class_path for one to resolve, and fills in all its defaults.
+_Plain = bool | int | float | str | list | dict | None
 # Arguments that are plain mappings: a second --config is laid over the first key by key.
 _MAPPINGS = ("shared", "trainer", "stages.latents", *(f"stages.{name}.trainer" for name in STAGES if name != "latents"))
+_EMPTY: dict[str, Any] = {"trainer": {}}  # what the parser makes of a stage that no config mentions
 _COMMANDS = {
     "fit": "run every stage of an experiment that is not finished, then evaluate and write the report",
     "validate": "print the bits per dimension of a finished run's circuit on the validation images",
@@ -75,27 +77,25 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, dict[str, Any], 
     options = {key: chosen.pop(key) for key in ("stage", "changed") if key in chosen}
     chosen.pop("config", None)
     dumped = _command_parser(command, "").dump(chosen, skip_validation=True)
-    config = OmegaConf.to_container(OmegaConf.create(dumped))
-    assert isinstance(config, dict)
-    return command, {str(key): value for key, value in config.items()}, options
+    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(dumped)))
+    config["stages"] = {name: settings for name, settings in config["stages"].items() if settings not in ({}, _EMPTY)}
+    return command, config, options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake is one line and exit code 2."""
-    experiment: Experiment | None = None
     try:
         command, config, options = parse(arguments)
-        experiment = experiment_from(config)
-        _run(command, experiment, **options)
+        run(command, experiment_from(config), **options)
     except _USER_ERRORS as error:
         if getattr(rank_zero_only, "rank", 0) == 0:
-            kept = _keep_traceback(experiment)
-            print(f"error: {' '.join(str(error).split())}{kept}", file=sys.stderr)
+            print(f"error: {one_line(str(error))}", *getattr(error, "__notes__", []), file=sys.stderr)
         return 2
     return 0
 
 
-def _run(command: str, experiment: Experiment, stage: str | None = None, changed: str = "refuse") -> None:
+def run(command: str, experiment: Experiment, stage: str | None = None, changed: str = "refuse") -> None:
+    """Run a command on the processes that the experiment's devices ask for."""
     from lvd_lightning.pipeline import Pipeline
     from lvd_lightning.ranks import Ranks
 
@@ -108,6 +108,15 @@ def _run(command: str, experiment: Experiment, stage: str | None = None, changed
     ranks.close()
 
 
+def one_line(message: str) -> str:
+    """A message without line breaks, and without what jsonargparse tells of alternatives nobody meant."""
+    text = " ".join(message.split())
+    text = re.sub(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ", "", text)
+    text = re.sub(r" - Expected a? ?<class 'NoneType'>", "", text)
+    text = re.sub(r" Given value type: .*", "", text)
+    return re.sub(r" - Not a valid subclass of .*", "", text)
+
+
 def _command_parser(command: str, text: str) -> ArgumentParser:
     parser = ArgumentParser(parser_mode="omegaconf+", exit_on_error=False, description=text)
     parser.add_argument("--config", action=ConfigFile, help="a file or a name in configs/; a second one is an overlay")
@@ -115,18 +124,18 @@ def _command_parser(command: str, text: str) -> ArgumentParser:
     parser.add_argument("--run_dir", type=str, default="runs", help="where runs are kept")
     parser.add_argument("--seed", type=int, default=0, help="all random numbers derive from it")
     parser.add_argument(
-        "--shared", type=dict[str, Any], default={}, help="values that stages refer to as ${shared.key}"
+        "--shared", type=dict[str, _Plain], default={}, help="values that stages refer to as ${shared.key}"
     )
     parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=False)
-    parser.add_argument("--trainer", type=dict[str, Any], default={}, help="arguments of every stage's Trainer")
+    parser.add_argument("--trainer", type=dict[str, _Plain], default={}, help="arguments of every stage's Trainer")
     for name in STAGES:
         if name == "latents":
-            parser.add_argument("--stages.latents", type=dict[str, Any] | None, help="settings of the clustering")
+            parser.add_argument("--stages.latents", type=dict[str, _Plain] | None, help="settings of the clustering")
             continue
         parser.add_subclass_arguments(StageModule, f"stages.{name}.model", fail_untyped=False, required=False)
         parser.add_subclass_arguments(LightningDataModule, f"stages.{name}.data", fail_untyped=False, required=False)
         parser.add_argument(
-            f"--stages.{name}.trainer", type=dict[str, Any], default={}, help=f"laid over trainer for {name}"
+            f"--stages.{name}.trainer", type=dict[str, _Plain], default={}, help=f"laid over trainer for {name}"
         )
     if command == "fit":
         parser.add_argument("--stage", type=str | None, help="run this stage alone")
@@ -137,15 +146,3 @@ def _command_parser(command: str, text: str) -> ArgumentParser:
             help="what to do when the run was begun with another config",
         )
     return parser
-
-
-def _keep_traceback(experiment: Experiment | None) -> str:
-    """Leave the details in the run directory, if there is one: the message names the mistake, not the way to it."""
-    if experiment is None or not experiment.run_dir.is_dir():
-        return ""
-    path = experiment.run_dir / "error.txt"
-    try:
-        path.write_text(traceback.format_exc())
-    except OSError:
-        return ""
-    return f" (details: {os.path.relpath(path)})"

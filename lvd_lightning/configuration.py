@@ -35,6 +35,7 @@ _HARMLESS = (
     *("strategy", "plugins", "logger", "enable_progress_bar", "enable_model_summary", "log_every_n_steps"),
     *("profiler", "detect_anomaly", "num_sanity_val_steps", "max_time"),
 )
+_HARMLESS_LATENTS = ("batch_size", "keep_features", "num_threads")
 # Stages before this one do not depend on a shared value.
 _SHARED_FROM = {"num_clusters": "latents"}
 
@@ -108,7 +109,8 @@ def _stage(
     shared = {key: value for key, value in (config.get("shared") or {}).items() if _reaches(key, name)}
     recorded = {"seed": config.get("seed", 0), "shared": shared, "data": _without_workers(data)}
     if name == "latents":
-        recorded["settings"] = dict(settings)
+        _check_latents(settings)
+        recorded["settings"] = {key: value for key, value in settings.items() if key not in _HARMLESS_LATENTS}
         return Stage(name, recorded, datamodule(data), function=partial(_run_latents, dict(settings)))
     trainer = merge(config.get("trainer") or {}, settings.get("trainer") or {})
     _check_trainer(name, trainer, config.get("trainer") or {})
@@ -122,6 +124,12 @@ def _stage(
         model=partial(make, StageModule, settings["model"]),
         trainer=partial(_trainer_arguments, trainer, run_name),
     )
+
+
+def _check_latents(settings: Mapping[str, Any]) -> None:
+    from lvd_lightning.latents import LatentsSettings
+
+    LatentsSettings.from_mapping(settings)
 
 
 def _run_latents(settings: dict[str, Any], context: StageContext) -> dict[str, float]:
@@ -153,6 +161,11 @@ def _check_trainer(stage: str, trainer: Mapping[str, Any], top: Mapping[str, Any
     unknown = [key for key in trainer if key not in known]
     if unknown:
         raise ValueError(f"stages.{stage}: the Trainer has no argument {unknown[0]!r}; it takes {', '.join(known)}")
+    for key, value in trainer.items():
+        if isinstance(value, Mapping) and any("." in str(name) for name in value):
+            raise ValueError(
+                f"trainer.{key} can only be given as a whole on the command line: --trainer.{key} '{{...}}'"
+            )
     _parsed(_trainer_parser(), {"trainer": _without_loggers(trainer)}, f"stages.{stage}: ")
     for logger in _logger_configs(trainer):
         _parsed(_subclass_parser(Logger), {"object": logger}, f"stages.{stage}: trainer.logger: ")

@@ -9,8 +9,8 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from omegaconf import OmegaConf
 
-from lvd_lightning.bookkeeping import write_atomically
-from lvd_lightning.modules.stage import StageContext, StageModule
+from lvd_lightning.bookkeeping import LAST_CHECKPOINT, write_atomically
+from lvd_lightning.modules.stage import DONE_MARKER, StageContext, StageModule
 
 __all__ = ["CHANGED", "EVALUATE", "REPORT", "STAGES", "Experiment", "Stage", "adopt_run_directory", "differences"]
 
@@ -78,7 +78,7 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
 def adopt_run_directory(experiment: Experiment, changed: str = "refuse") -> None:
     """Make the run directory, or check that what it holds was made by this experiment.
 
-    changed: what to do when a stage that was begun had another configuration:
+    changed: what to do when a stage with a result or a checkpoint had another configuration:
         "refuse": a ValueError that names the keys;
         "restart": remove that stage and those after it, so that they start again;
         "continue": keep what there is and go on under the new configuration.
@@ -111,8 +111,11 @@ def record_stage(experiment: Experiment, stage: Stage) -> None:
 
 
 def _recorded(experiment: Experiment, stage: Stage) -> Any:
-    path = experiment.run_dir / stage.name / _CONFIG
-    return OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else None
+    """The configuration of a stage that has something to lose, a result or a checkpoint; else None."""
+    folder = experiment.run_dir / stage.name
+    worth_keeping = any((folder / name).is_file() for name in (DONE_MARKER, LAST_CHECKPOINT))
+    path = folder / _CONFIG
+    return OmegaConf.to_container(OmegaConf.load(path)) if worth_keeping and path.is_file() else None
 
 
 def _write_config(path: Path, config: Mapping[str, Any]) -> None:

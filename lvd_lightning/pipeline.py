@@ -5,6 +5,7 @@ import logging
 import pickle
 import shutil
 import sys
+import traceback
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -61,7 +62,11 @@ class Pipeline:
         stages = self.experiment.stages if only is None else (self.experiment.stage(only),)
         self.ranks.on_first(partial(adopt_run_directory, self.experiment, changed))
         for stage in stages:
-            self._run_stage(stage)
+            try:
+                self._run_stage(stage)
+            except Exception as error:
+                self._keep_details(stage, error)
+                raise
         if only is None:
             self._evaluate()
 
@@ -106,6 +111,7 @@ class Pipeline:
         seed_everything(derive_seed(self.experiment.seed, stage.name), verbose=False)
         results = self._train(stage, context, clock) if stage.function is None else stage.function(context)
         self.ranks.on_first(partial(mark_done, folder, {"seconds": clock.seconds, **results}))
+        (folder / "error.txt").unlink(missing_ok=True)
         self.say(f"{stage.name}: done in {clock.seconds:.1f} s")
 
     def _evaluate(self) -> None:
@@ -123,6 +129,14 @@ class Pipeline:
         for folder in (EVALUATE, REPORT):
             shutil.rmtree(self.experiment.run_dir / folder, ignore_errors=True)
         record_stage(self.experiment, stage)
+
+    def _keep_details(self, stage: Stage, error: Exception) -> None:
+        """Leave the traceback in the stage's folder: the command line prints the message of an error alone."""
+        folder = self.experiment.run_dir / stage.name
+        if self.ranks.is_first and folder.is_dir():
+            write_atomically(folder / "error.txt", traceback.format_exc())
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(f"(stage {stage.name}, details in {folder / 'error.txt'})")
 
     def _context(self, stage: Stage) -> StageContext:
         return StageContext(

@@ -1,0 +1,214 @@
+"""Tests of the command line: configs, references, overlays, overrides, errors, and a small run."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from lvd_lightning.cli import CONFIG_FOLDER, find_config, main, one_line, parse
+from lvd_lightning.configuration import experiment_from, merge
+
+BASE = """
+name: base
+shared: {patch_size: 4, num_clusters: 5, color: ycocg_r, region: whole}
+data:
+  class_path: datamodules.Arrays
+  init_args: {path: images.npy, image_size: 8, color: "${shared.color}", seed: "${seed}", batch_size: 16}
+trainer: {accelerator: cpu, max_epochs: 7, limit_val_batches: 3}
+stages:
+  teacher:
+    model:
+      class_path: lvd_lightning.modules.MAETeacher
+      init_args: {hidden_size: 16, num_layers: 1, num_heads: 2, decoder_hidden_size: 16, decoder_num_layers: 1,
+                  decoder_num_heads: 2, num_pictures: 0}
+    trainer: {max_epochs: 1}
+  latents: {num_clusters: "${shared.num_clusters}", pooled: true}
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A working directory with a config of two stages and data for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    Path("base.yaml").write_text(BASE)
+    np.save("images.npy", np.random.default_rng(0).integers(0, 256, (60, 3, 8, 8), dtype=np.uint8))
+    yield "base.yaml"
+    torch.set_num_threads(threads)
+
+
+def resolved(*arguments: str) -> dict[str, Any]:
+    return parse(["fit", *arguments])[1]
+
+
+class TestConfig:
+    def test_bare_name_is_found_from_any_directory(self, base: str) -> None:
+        assert find_config("photos") == find_config("photos.yaml") == CONFIG_FOLDER / "photos.yaml"
+        assert find_config("overlays/untied") == CONFIG_FOLDER / "overlays" / "untied.yaml"
+        assert find_config(base) == Path(base)
+
+    def test_unknown_name_lists_the_known_ones(self, base: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["fit", "--config", "imagenet33"]) == 2
+        assert "there is no config 'imagenet33'; configs/ has folder, lvd_cifar10" in capsys.readouterr().err
+
+    def test_override_flows_through_references(self, base: str) -> None:
+        config = resolved("--config", base, "--shared.num_clusters=32", "--seed", "9", "--shared.color", "rgb")
+        assert config["stages"]["latents"]["num_clusters"] == 32
+        assert config["data"]["init_args"]["color"] == "rgb"
+        assert config["data"]["init_args"]["seed"] == 9
+
+    def test_overrides_have_the_types_of_yaml(self, base: str) -> None:
+        config = resolved("--config", base, "--stages.teacher.trainer.max_epochs=2", "--stages.latents.pooled=false")
+        assert config["stages"]["teacher"]["trainer"] == {"max_epochs": 2}
+        assert config["stages"]["latents"]["pooled"] is False
+
+    def test_overlay_changes_what_it_names_and_nothing_else(self, base: str) -> None:
+        Path("over.yaml").write_text(
+            "shared: {num_clusters: 3}\ntrainer: {max_epochs: 4}\n"
+            "stages: {teacher: {model: {init_args: {num_layers: 2}}}, latents: {iterations: 2}}\n"
+        )
+        before, after = resolved("--config", base), resolved("--config", base, "--config", "over.yaml")
+        assert after["shared"] == {**before["shared"], "num_clusters": 3}
+        assert after["trainer"] == {**before["trainer"], "max_epochs": 4}
+        assert after["stages"]["latents"] == {"num_clusters": 3, "pooled": True, "iterations": 2}
+        teacher = before["stages"]["teacher"]
+        teacher["model"]["init_args"]["num_layers"] = 2
+        assert after["stages"]["teacher"] == teacher
+
+    def test_printed_config_is_a_config(self, base: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as stop:
+            parse(["fit", "--config", base, "--print_config"])
+        assert stop.value.code == 0
+        Path("printed.yaml").write_text(capsys.readouterr().out)
+        assert resolved("--config", "printed.yaml") == resolved("--config", base)
+
+    def test_stage_can_be_left_away(self, base: str) -> None:
+        Path("over.yaml").write_text("stages: {latents: null}\n")
+        experiment = experiment_from(resolved("--config", base, "--config", "over.yaml"))
+        assert [stage.name for stage in experiment.stages] == ["teacher"]
+
+
+class TestStages:
+    def test_inherit_from_the_top_level_and_not_from_each_other(self, base: str) -> None:
+        text = BASE + "  prior: {model: {class_path: lvd_lightning.modules.MAETeacher}}\n"
+        Path(base).write_text(text)
+        experiment = experiment_from(resolved("--config", base))
+        teacher, prior = experiment.stage("teacher"), experiment.stage("prior")
+        assert teacher.trainer(Path())["max_epochs"] == 1
+        assert teacher.trainer(Path())["limit_val_batches"] == 3
+        assert prior.trainer(Path())["max_epochs"] == 7
+        assert prior.data is teacher.data is experiment.data
+
+    def test_data_of_its_own(self, base: str) -> None:
+        text = BASE.replace("    trainer: {max_epochs: 1}\n", "    data: {class_path: datamodules.Photos}\n")
+        Path(base).write_text(text)
+        experiment = experiment_from(resolved("--config", base))
+        assert type(experiment.stage("teacher").data()).__name__ == "Photos"
+        assert type(experiment.stage("latents").data()).__name__ == "Arrays"
+
+    def test_callbacks_are_made_afresh(self, base: str) -> None:
+        callbacks = "[{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val/loss}}]"
+        experiment = experiment_from(resolved("--config", base, f"--trainer.callbacks={callbacks}"))
+        first, second = (experiment.stage("teacher").trainer(Path())["callbacks"] for _ in range(2))
+        assert first[0].monitor == "val/loss"
+        assert first[0] is not second[0]
+
+    def test_number_of_clusters_is_nothing_to_the_teacher(self, base: str) -> None:
+        few, many = (experiment_from(resolved("--config", base, f"--shared.num_clusters={k}")) for k in (5, 6))
+        assert few.stage("teacher").config == many.stage("teacher").config
+        assert few.stage("latents").config != many.stage("latents").config
+
+    def test_devices_and_workers_are_no_part_of_what_a_stage_is(self, base: str) -> None:
+        here = experiment_from(resolved("--config", base))
+        there = experiment_from(resolved("--config", base, "--trainer.devices=2", "--data.num_workers=3"))
+        assert [stage.config for stage in here.stages] == [stage.config for stage in there.stages]
+
+
+def test_wandb_is_offline_without_an_account_and_keeps_its_id(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    config = resolved("--config", base, "--config", "overlays/wandb")
+    stage = experiment_from(config).stage("teacher")
+    folder = Path("runs/base/teacher")
+    folder.mkdir(parents=True)
+    first, second = (stage.trainer(folder)["logger"][0] for _ in range(2))
+    assert first.version == second.version == (folder / "wandb_id.txt").read_text()
+    assert first.save_dir == str(folder)
+    assert first._offline
+
+
+def test_merge_drops_arguments_of_another_class() -> None:
+    one = {"class_path": "A", "init_args": {"x": 1, "y": 2}}
+    assert merge(one, {"init_args": {"y": 3}}) == {"class_path": "A", "init_args": {"x": 1, "y": 3}}
+    assert merge(one, {"class_path": "B", "init_args": {"z": 3}}) == {"class_path": "B", "init_args": {"z": 3}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trainer.max_epoch=3"], "the Trainer has no argument 'max_epoch'; it takes accelerator"),
+        (["--stages.teacher.trainer.precision=float7"], "trainer.precision"),
+        (["--stages.teacher.model.learning_rate=3"], "Option 'learning_rate' is not accepted"),
+        (["--stages.teacher.model.lr=fast"], "Parser key \"lr\": Expected a <class 'float'>. Got value: fast"),
+        (["--stages.student.model.lr=3"], "unrecognized arguments: --stages.student.model.lr=3"),
+        (["--stages.latents.clusters=3"], "latents has no setting clusters; its settings are num_clusters"),
+        (["--stages.prior.trainer.max_epochs=3"], "stages.prior has settings but no model"),
+        (["--trainer.fast_dev_run=true"], "trainer.fast_dev_run cannot be set: it writes no checkpoints"),
+        (["--stages.teacher.trainer.devices=2"], "one job runs all stages, on the same devices; set trainer.devices"),
+        (["--name=a/b"], "name 'a/b' does not name a directory"),
+        (["--stage=techer"], "this experiment has no stage 'techer'; its stages are teacher, latents"),
+        (["--stage=latents"], "run stage 'teacher' first"),
+        (["--data.path=nowhere.npy"], "nowhere.npy"),
+        (["--shared.color=grey"], "expected one of rgb, ycocg_r, ycbcr_lossy"),
+        (["--stages.latents.num_clusters=${shared.k}"], "Interpolation key 'shared.k' not found"),
+        (["--trainer.logger=lightning.pytorch.loggers.NoLogger"], "trainer.logger"),
+        (["--trainer.logger.init_args.name=x"], "trainer.logger can only be given as a whole"),
+        (["--changed=perhaps"], "perhaps"),
+    ],
+)
+def test_mistakes_are_one_line(
+    base: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["fit", "--config", base, *arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+def test_mistakes_without_a_config(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["fit"], ["fit", "--name", "x"], ["train", "--config", base], ["test", "--config", base]):
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_one_line_keeps_what_matters() -> None:
+    message = "Does not validate against any of the Union subtypes\n  Subtypes: [A, B]\n  Errors:\n    - No such x"
+    assert one_line(message) == "No such x"
+
+
+def test_fit_continues_and_asks_when_the_config_has_changed(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", base, "--stage", "teacher"]) == 0
+    assert not Path("runs/base/latents").exists()
+    assert main(["fit", "--config", base]) == 0
+    assert "teacher: finished before, skipped" in capsys.readouterr().out
+    summary = json.loads(Path("runs/base/report/summary.json").read_text())
+    assert set(summary) == {"stages", "protocol"}
+    assert list(summary["stages"]) == ["teacher", "latents"]
+    assert summary["protocol"] == {"color": "ycocg_r", "region": "whole", "lossy": False}
+
+    assert main(["fit", "--config", "runs/base/config.yaml"]) == 0
+    capsys.readouterr()
+    changed = ["fit", "--config", base, "--stages.latents.iterations=3"]
+    assert main(changed) == 2
+    assert "latents: settings.iterations (absent) -> 3" in capsys.readouterr().err
+    assert main([*changed, "--changed=restart"]) == 0
+    assert "teacher: finished before, skipped" in capsys.readouterr().out
+    assert OmegaConf.load("runs/base/config.yaml").stages.latents.iterations == 3
