@@ -136,7 +136,7 @@ def cluster(kill: KillOnce, context: StageContext) -> dict[str, float]:
     return {"shift": shift}
 
 
-def experiment(run_dir: Path, kill: bool = False, epochs: int = 3, seed: int = 0) -> Experiment:
+def experiment(run_dir: Path, kill: bool = False, epochs: int = 3, seed: int = 0, devices: int = 1) -> Experiment:
     """Four stages: a module, a function, and two modules that read what the function wrote."""
 
     def stage(name: str) -> Stage:
@@ -150,11 +150,13 @@ def experiment(run_dir: Path, kill: bool = False, epochs: int = 3, seed: int = 0
         return {"max_epochs": epochs, "callbacks": [KillInTraining(killer)], "log_every_n_steps": 1}
 
     stages = tuple(stage(name) for name, _ in KILLS)
-    return Experiment("toy", run_dir, seed, Lines, stages, devices={"accelerator": "cpu", "devices": 1})
+    return Experiment("toy", run_dir, seed, Lines, stages, devices={"accelerator": "cpu", "devices": devices})
 
 
 def run(settings: Experiment, **options: Any) -> None:
-    Pipeline(settings, Ranks(settings.devices)).run(**options)
+    ranks = Ranks(settings.devices)
+    Pipeline(settings, ranks).run(**options)
+    ranks.close()
 
 
 def record(run_dir: Path) -> dict[str, Any]:
@@ -303,13 +305,31 @@ def test_scores_that_are_not_numbers_are_never_best(tmp_path: Path) -> None:
     assert highest.is_better(4.0)
 
 
-def test_killed_in_every_stage_equals_uninterrupted(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)],
+def as_script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run this file."""
+    return subprocess.run(
+        [sys.executable, __file__, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
     )
+
+
+def test_two_processes_make_one_run(tmp_path: Path) -> None:
+    first = as_script(str(tmp_path), "two processes")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("done in") == len(KILLS)
+    assert all((tmp_path / "run" / name / "done.json").is_file() for name, _ in KILLS)
+    assert [row["epoch"] for row in read_metrics(tmp_path / "run/tuned/metrics.csv") if row["val/bpd"]] == list("012")
+    (tmp_path / "run/tuned/done.json").unlink()
+    again = as_script(str(tmp_path), "two processes")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("finished before, skipped") == len(KILLS) - 1
+    assert "tuned: goes on after epoch 3" in again.stdout
+
+
+def test_killed_in_every_stage_equals_uninterrupted(tmp_path: Path) -> None:
+    result = as_script(str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == {"killed": [-signal.SIGKILL] * len(KILLS), "whole": []}
     whole, killed = record(tmp_path / "whole/run"), record(tmp_path / "killed/run")
@@ -336,6 +356,9 @@ def starts_until_done(work: Callable[[], None]) -> list[int]:
 
 
 if __name__ == "__main__":
+    if sys.argv[2:]:
+        run(experiment(Path(sys.argv[1]) / "run", devices=2))
+        sys.exit()
     # One process imports everything and forks the runs: it computes nothing itself, so its children can.
     folder = Path(sys.argv[1])
     (folder / "whole").mkdir()
