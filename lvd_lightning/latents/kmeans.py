@@ -17,7 +17,7 @@ def fit_centroids(
     points: Tensor,
     num_clusters: int,
     *,
-    iterations: int = 25,
+    iterations: int = 50,
     generator: torch.Generator | None = None,
     num_threads: int = 1,
 ) -> Tensor:
@@ -31,9 +31,9 @@ def fit_centroids(
         points: finite float32 with shape (N, E).
         iterations: of Lloyd's algorithm.
         generator: where the start is drawn from; the same points and generator state give the same centroids.
-        num_threads: threads of faiss. It brings an OpenMP of its own, whose threads wait for work in a loop: where
-            those and torch's threads are more than the processor has cores, both slow down many times over (0.12 s
-            became 4.6 s on two cores), hence one by default.
+        num_threads: threads of faiss. It brings an OpenMP of its own beside torch's, and such threads wait for each
+            other in a loop: where more of them want to run than the processor has cores, two can be far slower than
+            one (4.6 s in place of 0.12 s, on two cores with another program), hence one by default.
 
     Returns:
         float32 with shape (K, E), on the CPU.

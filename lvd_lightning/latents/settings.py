@@ -52,7 +52,7 @@ class LatentsSettings:
     num_clusters: int
     pooled: bool = True
     max_points: int | None = None
-    iterations: int = 25
+    iterations: int = 50
     batch_size: int = 256
     context: str = "tree"
     context_images: int = 4096

@@ -3,12 +3,15 @@
 import json
 import os
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor
 
 from lvd_lightning.color import patchify
@@ -180,6 +183,26 @@ def test_complete_files_are_used_again_unless_what_they_come_from_changed(
     counting.images.clear()
     run_latents(_context(tmp_path, data=Ramps(seed=1)), {"num_clusters": 4})  # other images
     assert counting.images["ancestors"] == 40 + 9 + 7 + 3
+
+
+def _run_on_rank(rank: int, run_dir: Path) -> None:
+    torch.set_num_threads(1)
+    rendezvous = f"file://{run_dir}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    figures = run_latents(_context(run_dir), {"num_clusters": 5})
+    (run_dir / f"figures{rank}.json").write_text(json.dumps(figures))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
+    figures = run_latents(_context(tmp_path / "one"), {"num_clusters": 5})
+    _context(tmp_path / "two")  # its teacher is there before the ranks start
+    mp.start_processes(_run_on_rank, args=(tmp_path / "two",), nprocs=2, start_method="fork")
+    for rank in range(2):
+        assert json.loads((tmp_path / "two" / f"figures{rank}.json").read_text()) == figures
+    for split in SPLITS:
+        one, two = (load_assignments(tmp_path / name / "latents", split) for name in ("one", "two"))
+        assert torch.equal(one, two)
 
 
 def test_features_need_not_be_kept(tmp_path: Path) -> None:
