@@ -31,8 +31,8 @@ def assert_frequencies(sample: Tensor, worlds: Tensor, probabilities: np.ndarray
 
 def test_samples(discrete: Any) -> None:
     for head in range(discrete.graph.num_heads):
-        sample = discrete.circuit.sample(4000, head=head, generator=torch.Generator().manual_seed(head))
-        assert sample.shape == (4000, discrete.x.shape[1])
+        sample = discrete.circuit.sample(20000, head=head, generator=torch.Generator().manual_seed(head))
+        assert sample.shape == (20000, discrete.x.shape[1])
         assert_frequencies(sample, discrete.x, np.exp(discrete.reference.log_prob(discrete.x)[:, head]))
 
 
@@ -41,8 +41,8 @@ def test_conditional_samples(discrete: Any) -> None:
     joint = np.exp(discrete.reference.log_prob(discrete.x)[:, head])
     row, observed = discrete.x[len(discrete.x) // 2], discrete.observed[len(discrete.x) // 2]
     sample = discrete.circuit.sample(
-        x=row.expand(4000, -1),
-        observed=observed.expand(4000, -1),
+        x=row.expand(20000, -1),
+        observed=observed.expand(20000, -1),
         head=head,
         generator=torch.Generator().manual_seed(1),
     )
@@ -68,7 +68,7 @@ def test_conditional_samples_differ_by_row(build_case: Callable[..., Any]) -> No
 
 def test_samples_of_densities(build_case: Callable[..., Any]) -> None:
     case = build_case("single", "gaussian", 2)
-    sample = case.circuit.sample(4000, head=1, generator=torch.Generator().manual_seed(0))[:, 0]
+    sample = case.circuit.sample(20000, head=1, generator=torch.Generator().manual_seed(0))[:, 0]
     weights, (mean, std) = case.reference.tree_weights(1), case.graph.nodes[0].params.T.numpy()
 
     def cumulative(x: np.ndarray) -> np.ndarray:
@@ -228,10 +228,10 @@ def test_samples_of_a_batch_of_circuits(build_case: Callable[..., Any]) -> None:
         for args in (("chain", "bernoulli", 1), ("star", "bernoulli", 2, 1), ("shared", "bernoulli", 1))
     ]
     many = pc.Circuit([case.graph for case in cases])
-    sample = many.sample(4000, generator=torch.Generator().manual_seed(0))
-    assert sample.shape == (3, 4000, 4)
-    x = cases[0].x[6].expand(3, 4000, 4)
-    observed = torch.tensor([True, False, False, True]).expand(3, 4000, 4)
+    sample = many.sample(20000, generator=torch.Generator().manual_seed(0))
+    assert sample.shape == (3, 20000, 4)
+    x = cases[0].x[6].expand(3, 20000, 4)
+    observed = torch.tensor([True, False, False, True]).expand(3, 20000, 4)
     given = many.sample(x=x, observed=observed, generator=torch.Generator().manual_seed(1))
     for g, case in enumerate(cases):
         joint = np.exp(case.reference.log_prob(case.x)[:, 0])
