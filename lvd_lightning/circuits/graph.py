@@ -81,7 +81,7 @@ class CircuitGraph:
             raise ValueError(f"add_input: num_units must be at least 1, got {num_units}")
         if tied_to is not None:
             params = self._owner(tied_to, "input", num_units).params
-        elif params is None:
+        elif params is None and distribution.size:
             params = distribution.initial(num_units, generator=generator)
         expected = (num_units, distribution.size)
         if distribution.size and (params is None or tuple(params.shape) != expected):
