@@ -91,6 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(rank_zero_only, "rank", 0) == 0:
             print(f"error: {one_line(str(error))}", *getattr(error, "__notes__", []), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -54,6 +54,10 @@ def experiment_from(config: Mapping[str, Any]) -> Experiment:
     present = [stage for stage in STAGES if _is_present(stage, stages.get(stage))]
     if not present:
         raise ValueError("the experiment has no stages: give one by --config, for example --config photos")
+    if not config.get("data"):
+        raise ValueError(
+            "the experiment has no data: give it a datamodule, as in data: {class_path: datamodules.Photos}"
+        )
     top = dict(config.get("trainer") or {})
     datamodule = cache(lambda text: partial(make, LightningDataModule, json.loads(text)))
     data = datamodule(json.dumps(config["data"]))
@@ -116,13 +120,12 @@ def _stage(
     _check_trainer(name, trainer, config.get("trainer") or {})
     recorded["model"] = settings["model"]
     recorded["trainer"] = {key: value for key, value in trainer.items() if key not in _HARMLESS}
-    run_name = f"{config['name']}/{name}"
     return Stage(
         name,
         recorded,
         datamodule(data),
         model=partial(make, StageModule, settings["model"]),
-        trainer=partial(_trainer_arguments, trainer, run_name),
+        trainer=partial(_trainer_arguments, trainer, str(config["name"])),
     )
 
 
@@ -171,14 +174,14 @@ def _check_trainer(stage: str, trainer: Mapping[str, Any], top: Mapping[str, Any
         _parsed(_subclass_parser(Logger), {"object": logger}, f"stages.{stage}: trainer.logger: ")
 
 
-def _trainer_arguments(trainer: Mapping[str, Any], run_name: str, folder: Path) -> dict[str, Any]:
+def _trainer_arguments(trainer: Mapping[str, Any], experiment: str, folder: Path) -> dict[str, Any]:
     """Arguments of the Trainer, with callbacks and loggers made afresh."""
     parser = _trainer_parser()
     made = parser.instantiate(_parsed(parser, {"trainer": _without_loggers(trainer)})).trainer
     arguments = {key: made[key] for key in trainer if key in made}
     if arguments.get("callbacks") is not None and not isinstance(arguments["callbacks"], list):
         arguments["callbacks"] = [arguments["callbacks"]]
-    loggers = [make(Logger, _placed(logger, run_name, folder)) for logger in _logger_configs(trainer)]
+    loggers = [make(Logger, _placed(logger, experiment, folder)) for logger in _logger_configs(trainer)]
     return {**arguments, "logger": loggers}
 
 
@@ -197,25 +200,17 @@ def _logger_configs(trainer: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _placed(config: Mapping[str, Any], run_name: str, folder: Path) -> dict[str, Any]:
-    """A logger's configuration with what it does not say: its folder, its name and, for W&B, how it goes on.
+def _placed(config: Mapping[str, Any], experiment: str, folder: Path) -> dict[str, Any]:
+    """A logger's configuration with what it does not say: its folder and, for W&B, its names and how it goes on.
 
     Weights & Biases continues a run only under an id that was stored, and asks for an account unless it is offline.
     """
-    arguments: dict[str, Any] = {"save_dir": str(folder), **(config.get("init_args") or {})}
+    arguments: dict[str, Any] = {"save_dir": str(folder)}
     if str(config["class_path"]).endswith("WandbLogger"):
-        experiment, _ = run_name.split("/")
         account = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
-        arguments = {
-            "name": run_name,
-            "group": experiment,
-            "offline": not account,
-            "id": _stored_id(folder),
-            **arguments,
-        }
-        extra = {key: arguments.pop(key) for key in ("group",)}
-        return {**config, "init_args": arguments, "dict_kwargs": {**extra, **(config.get("dict_kwargs") or {})}}
-    return {**config, "init_args": arguments}
+        arguments |= {"name": f"{experiment}/{folder.name}", "group": experiment}
+        arguments |= {"offline": not account, "id": _stored_id(folder)}
+    return {**config, "init_args": {**arguments, **(config.get("init_args") or {})}}
 
 
 def _stored_id(folder: Path) -> str:

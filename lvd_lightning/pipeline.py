@@ -205,6 +205,9 @@ def resume_epoch(checkpoint: EpochCheckpoint) -> int:
 
     A file that was cut short, which only a full disk or a broken machine can do, starts the stage again.
     """
+    # What Lightning saves when SLURM sends a job back is taken in the middle of an epoch, and would go first.
+    for interrupted in checkpoint.folder.glob("hpc_ckpt_*"):
+        interrupted.unlink()
     path = checkpoint.last_path
     if path.is_file():
         if zipfile.is_zipfile(path):

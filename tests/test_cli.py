@@ -184,7 +184,7 @@ def test_mistakes_are_one_line(
 
 
 def test_mistakes_without_a_config(base: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["fit"], ["fit", "--name", "x"], ["train", "--config", base], ["test", "--config", base]):
+    for arguments in ([], ["fit"], ["fit", "--config", base, "--data=null"], ["fit", "--name", "x"], ["train", "--config", base], ["test", "--config", base]):
         assert main(arguments) == 2
         assert capsys.readouterr().err.startswith("error: ")
 
