@@ -5,7 +5,7 @@ from lvd_lightning.circuits.distributions import Bernoulli, Categorical, Distrib
 from lvd_lightning.circuits.em import Anemone, CircuitEM
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 from lvd_lightning.circuits.io import load, save
-from lvd_lightning.circuits.structures import chow_liu_tree, hclt
+from lvd_lightning.circuits.structures import chow_liu_tree, hclt, hclt_from_data
 
 __all__ = [
     "Anemone",
@@ -20,6 +20,7 @@ __all__ = [
     "SoftEvidence",
     "chow_liu_tree",
     "hclt",
+    "hclt_from_data",
     "load",
     "save",
 ]

@@ -101,8 +101,8 @@ class Circuit(nn.Module):
     def num_parameters(self) -> int:
         """Free parameters of live edges and input units, over all circuits; tied ones count once."""
         total = 0
-        for number, group in enumerate(self.plan.groups):
-            for row, (g, index) in enumerate(group.owners):
+        for _number, group in enumerate(self.plan.groups):
+            for _row, (g, index) in enumerate(group.owners):
                 node = self.structures[g].nodes[index]
                 if node.distribution is not None:
                     total += node.num_units * node.distribution.num_free

@@ -1,0 +1,164 @@
+"""Stage "finetune": log p(x) of the assembled circuit, end to end, in bounded memory.
+
+Shapes: B images, P patches, D variables of a patch, K latent values, M candidates per patch, G circuits, S slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lvd_lightning.metrics import BitsPerDim
+from lvd_lightning.modules.assembled import AssembledCircuit
+from lvd_lightning.modules.evidence import CircuitGroups, EvidenceCache
+from lvd_lightning.modules.routing import route
+from lvd_lightning.modules.stage import StageContext
+from lvd_lightning.modules.training import EMStudent, Rule
+
+__all__ = ["AssembledCircuit", "JointStudent"]
+
+
+class JointStudent(EMStudent):
+    r"""Finetunes prior and conditionals together by EM on log p(x) = log sum_z p(z) prod_i p(x_i | z_i).
+
+    A step has two halves, both of which need little memory. First the evidence log p(x_i | z_i = k) without gradients;
+    through it the prior's backward pass gives the posteriors p(z_i = k | x). Then only pairs of a patch and a latent
+    value whose posterior exceeds `posterior_floor` pass through their conditional once more, weighted by it: by the
+    chain rule these are the flows of the whole circuit.
+
+    Evidence is computed for values whose kept evidence (see `PriorStudent`) is within `margin` nats of the patch's
+    best, about one value in ten; for the others the kept evidence stands in. With `margin: null` and
+    `posterior_floor: 0` every step is exact. Validation always is.
+
+    Logs `train/bpd` and `val/bpd` (on the first `val_images` validation images).
+
+    Args:
+        optimizer, lr, final_lr, momentum, pseudocount, val_images: as in `ConditionalStudent`.
+        margin: in nats; null computes the evidence of all latent values in every step.
+        posterior_floor: posteriors below it count as zero.
+        slots: slots per conditional circuit and step, as a multiple of the mean number of its pairs.
+    """
+
+    def __init__(
+        self,
+        optimizer: Rule = "anemone",
+        lr: float = 0.2,
+        final_lr: float = 0.02,
+        momentum: float = 0.9,
+        pseudocount: float = 1e-3,
+        margin: float | None = 12.0,
+        posterior_floor: float = 1e-3,
+        slots: float = 2.0,
+        val_images: int = 256,
+    ) -> None:
+        super().__init__()
+        if margin is not None and margin <= 0:
+            raise ValueError(f"margin: expected a positive number of nats or null, got {margin}")
+        if not 0 <= posterior_floor < 1:
+            raise ValueError(f"posterior_floor: expected 0 <= floor < 1, got {posterior_floor}")
+
+    @override
+    def begin_stage(self, context: StageContext) -> None:
+        super().begin_stage(context)
+        folder = context.previous("prior")
+        if folder is None:
+            raise ValueError("stage finetune needs the circuit of a stage prior; the experiment has none")
+        self.assembled = AssembledCircuit.load(folder)
+        self.cache: EvidenceCache | None = None
+        if self.hparams["margin"] is not None:
+            self.cache = EvidenceCache.open(folder / "evidence" / "train")
+            if self.cache is None:
+                raise ValueError(f"{folder / 'evidence'}: is not complete; run stage prior again, or set margin: null")
+            self.groups = CircuitGroups(self.assembled.conditional, self._load())
+        dims = self.assembled.num_dims
+        self.train_bpd, self.val_bpd = BitsPerDim(dims), BitsPerDim(dims)
+
+    @override
+    def trained(self) -> nn.Module:
+        return self.assembled
+
+    @override
+    def on_fit_start(self) -> None:
+        if self.cache is not None:
+            for part in self.groups.circuits:
+                part.to(self.device)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, index = batch
+        evidence_BPK = self._evidence(images, index).requires_grad_()
+        log_B = self.assembled.prior.log_prob(evidence_BPK)[:, 0]
+        self.manual_backward(-log_B.sum())
+        assert evidence_BPK.grad is not None
+        self.em_step(self._conditional_loss(images, -evidence_BPK.grad, batch_idx))
+        self.train_bpd.update(log_B)
+        self.log("train/bpd", self.train_bpd, on_step=False, on_epoch=True, prog_bar=True)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, index = batch
+        wanted = index < self.hparams["val_images"]
+        if bool(wanted.any()):
+            self.val_bpd.update(self.assembled.log_prob(images[wanted]))
+        self.log("val/bpd", self.val_bpd, on_step=False, on_epoch=True, prog_bar=True)
+
+    @override
+    @torch.no_grad()
+    def finish_stage(self, context: StageContext) -> dict[str, float]:
+        self.assembled.save(context.dir)
+        self.val_bpd.reset()
+        count = min(self.hparams["val_images"], context.data.num_examples("val"))
+        for index in torch.arange(count).split(64):
+            self.val_bpd.update(self.assembled.log_prob(context.data.batch("val", index).to(self.device)))
+        return {
+            "val_bpd": float(self.val_bpd.compute()),
+            "val_images": count,
+            "num_parameters": self.assembled.num_parameters,
+        }
+
+    @torch.no_grad()
+    def _evidence(self, images: Tensor, index: Tensor) -> Tensor:
+        """log p(x_i | z_i), (B, P, K): fresh within the margin, kept beyond it, -inf for no candidates."""
+        if self.cache is None:
+            return self.assembled.evidence(images)
+        self.groups.refresh()
+        kept_BPK = self.cache.evidence(index, images.device)
+        near = kept_BPK > kept_BPK.amax(-1, keepdim=True) - self.hparams["margin"]
+        image, position, state = near.nonzero(as_tuple=True)
+        circuit, head = self._circuits(position, state)
+        patches_ND = self.assembled.patches(images).flatten(0, 1)
+        item = image * self.assembled.num_positions + position
+        kept_BPK[image, position, state] = self.groups.log_prob(patches_ND, item, circuit, head)
+        return kept_BPK
+
+    def _conditional_loss(self, images: Tensor, posterior_BPK: Tensor, batch_idx: int) -> Tensor:
+        """Minus the log-likelihoods of the conditionals, weighted by posteriors."""
+        image, position, state = (posterior_BPK > self.hparams["posterior_floor"]).nonzero(as_tuple=True)
+        circuit, head = self._circuits(position, state)
+        conditional = self.assembled.conditional
+        slots = max(1, round(self.hparams["slots"] * len(circuit) / conditional.num_circuits))
+        routed = route(
+            circuit,
+            conditional.num_circuits,
+            slots=slots,
+            weight=posterior_BPK[image, position, state],
+            generator=self.step_generator(batch_idx),
+        )
+        patches_ND = self.assembled.patches(images).flatten(0, 1)
+        item_GS = (image * self.assembled.num_positions + position)[routed.index]
+        log_GS = conditional.log_prob(patches_ND[item_GS], head=torch.where(routed.weight > 0, head[routed.index], 0))
+        return -(routed.weight * log_GS).sum()
+
+    def _circuits(self, position: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Circuit and head of pairs of a position and a latent value."""
+        flat = state if self.assembled.tied else position * self.assembled.num_states + state
+        return self.assembled.circuit_of[flat], self.assembled.head_of[flat]  # type: ignore[index]
+
+    def _load(self) -> Tensor:
+        """How many patches of a sample have each circuit within the margin."""
+        assert self.cache is not None
+        sample = torch.arange(0, len(self.cache.best), max(1, len(self.cache.best) // 512))
+        kept_BPK = self.cache.evidence(sample, "cpu")
+        near = kept_BPK > kept_BPK.amax(-1, keepdim=True) - self.hparams["margin"]
+        _, position, state = near.nonzero(as_tuple=True)
+        circuit, _ = self._circuits(position, state)
+        return torch.bincount(circuit, minlength=self.assembled.conditional.num_circuits)
