@@ -143,7 +143,7 @@ def maximum_spanning_tree(weights: Tensor) -> Tensor:
     for _ in range(weights.shape[-1] - 1):
         new_G = best_GD.masked_fill(~outside_GD, float("-inf")).argmax(1)
         outside_GD[each, new_G] = False
-        row_GD = weights_GDD[each, new_G]
+        row_GD = weights_GDD.gather(1, new_G[:, None, None].expand(-1, 1, weights.shape[-1]))[:, 0]
         better_GD = outside_GD & (row_GD > best_GD)
         best_GD = torch.where(better_GD, row_GD, best_GD)
         parents_GD = torch.where(better_GD, new_G[:, None], parents_GD)
