@@ -18,7 +18,7 @@ from lvd_lightning.latents.features import PatchVectors
 from lvd_lightning.latents.files import key_of, save_array, save_tensors, stored_key, write_json
 from lvd_lightning.latents.kmeans import assign, fit_centroids
 from lvd_lightning.latents.sampling import sample_distinct
-from lvd_lightning.latents.settings import SPLITS, LatentsContext, LatentsSettings
+from lvd_lightning.latents.settings import SPLITS, LatentsContext, LatentsSettings, float64_device
 from lvd_lightning.latents.transform import AffineMap, fit_map
 
 __all__ = ["INFO_FILE", "assignments_path", "write_clusters"]
@@ -51,7 +51,7 @@ def write_clusters(context: LatentsContext, settings: LatentsSettings, encoding:
     centroids = torch.from_numpy(np.load(folder / "centroids.npy", allow_pickle=False))
     for split in SPLITS:
         if not assignments_path(folder, split).is_file():
-            label_NP = _assign_all(encoding.vectors[split], fitted, centroids, context.device)
+            label_NP = _assign_all(encoding.vectors[split], fitted, centroids, float64_device(context.device))
             save_array(assignments_path(folder, split), label_NP.numpy().astype(np.int32))
     label_NP = torch.from_numpy(np.load(assignments_path(folder, "train")).astype(np.int64))
     write_json(
@@ -88,7 +88,7 @@ def _fit(
         per_position=not settings.pooled,
         num_components=settings.pca,
         whiten=settings.whiten,
-        device=context.device,
+        device=float64_device(context.device),
     )
     groups: list[int | None] = [None] if settings.pooled else list(range(num_patches))
     size = num_images * num_patches if settings.pooled else num_images

@@ -17,7 +17,7 @@ from lvd_lightning.latents.features import FeatureStore, PatchVectors, PixelPatc
 from lvd_lightning.latents.files import key_of, stored_key, write_json
 from lvd_lightning.latents.processes import Processes
 from lvd_lightning.latents.sampling import sample_distinct
-from lvd_lightning.latents.settings import SPLITS, LatentsContext, LatentsSettings
+from lvd_lightning.latents.settings import SPLITS, LatentsContext, LatentsSettings, float64_device
 
 __all__ = ["Encoding", "encode_splits", "remove_features"]
 
@@ -89,7 +89,7 @@ class _Encoder:
             alone = self.features("features_alone.npy", "train", drawn, None, key)
 
             def learn() -> None:
-                parents = context_tree(linear_cka(alone, self.context.device))
+                parents = context_tree(linear_cka(alone, float64_device(self.context.device)))
                 write_json(path, {"key": key, "parents": parents.tolist()})
 
             self.processes.on_first(learn)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-__all__ = ["SPLITS", "LatentsContext", "LatentsSettings"]
+__all__ = ["SPLITS", "LatentsContext", "LatentsSettings", "float64_device"]
 
 SPLITS = ("train", "val", "test")
 
@@ -41,8 +41,9 @@ class LatentsSettings:
     context_images: training images that the tree is learned from.
     center: "position" subtracts every position's mean from its features, "none" does not. None: "position" for features
         of a teacher that are pooled. These carry the position and the number of visible ancestors, which a position's
-        mean takes up for the most part; left in, clusters would tell positions apart instead of contents. Pixels are
-        left as they are: the conditionals model them, and they mean the same at all positions.
+        mean takes up for the most part; left in, clusters tell positions apart instead of contents (64 clusters of
+        CIFAR-10: 3.8 bits about the position in place of 0.5). Pixels are left as they are: the conditionals model
+        them, and they mean the same at all positions.
     pca: cluster so many principal components of the features; None: the features.
     whiten: scale the components to unit variance.
     keep_features: leave the features on disk, for clustering them again.
@@ -82,3 +83,8 @@ class LatentsSettings:
         if settings.get("num_clusters") is None:
             raise ValueError("latents.num_clusters is missing: the number of values of a latent variable")
         return cls(**settings)
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where to compute in float64: Apple's GPUs have none."""
+    return torch.device("cpu") if device.type == "mps" else device
