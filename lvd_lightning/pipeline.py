@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torchmetrics import Metric
 
 from lvd_lightning.bookkeeping import (
     EpochCheckpoint,
@@ -174,6 +175,9 @@ class Pipeline:
     def _finish(self, module: StageModule, context: StageContext, checkpoint: EpochCheckpoint) -> dict[str, float]:
         load_best(module, checkpoint)
         module.to(self.ranks.device).eval()
+        for metric in module.modules():
+            if isinstance(metric, Metric):
+                metric.distributed_available_fn = lambda: False  # the other ranks wait and would not answer
         return module.finish_stage(context)
 
     def _trainer(

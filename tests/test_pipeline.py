@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torchmetrics import MeanMetric
 
 from lvd_lightning.bookkeeping import EpochCheckpoint, MetricsFile, read_metrics
 from lvd_lightning.experiment import Experiment, Stage
@@ -68,6 +69,7 @@ class Plane(StageModule):
     def __init__(self, kill: "KillOnce | None" = None) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(2, 1)
+        self.final = MeanMetric()
         self.kill = kill
 
     def begin_stage(self, context: StageContext) -> None:
@@ -94,7 +96,8 @@ class Plane(StageModule):
         if self.kill is not None:
             self.kill("finish")
         torch.save(self.layer.state_dict(), context.dir / "layer.pt")
-        return {"val_bpd": float(self._loss(list(context.data.points[:])).detach())}
+        self.final.update(self._loss(list(context.data.points[:])).detach())
+        return {"val_bpd": float(self.final.compute())}
 
 
 class KillOnce:
