@@ -1,0 +1,119 @@
+"""Every config that ships is parsed and instantiated, and runs one small step per stage on data in the real format."""
+
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lvd_lightning.cli import CONFIG_FOLDER, main, parse
+from lvd_lightning.configuration import experiment_from
+
+CONFIGS = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
+OVERLAYS = {"untied": "lvd_imagenet32", "wandb": "photos"}
+CIFAR10_FILES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+IMAGENET_FILES = [*(f"train_data_batch_{number}" for number in range(1, 11)), "val_data"]
+
+SMALL_TEACHER = {
+    **{"hidden_size": 8, "num_layers": 1, "num_heads": 1, "intermediate_size": 8, "num_pictures": 0},
+    **{"decoder_hidden_size": 8, "decoder_num_layers": 1, "decoder_num_heads": 1},
+}
+SMALL = [
+    "--shared.num_clusters=3",
+    "--trainer={accelerator: cpu, devices: 1, limit_train_batches: 1, limit_val_batches: 1}",
+    "--data.num_workers=0",
+    "--data.batch_size=8",
+    *(f"--stages.teacher.model.{name}={value}" for name, value in SMALL_TEACHER.items()),
+    "--stages.conditional.model.num_latents=2",
+]
+
+
+def write_pickles(folder: Path, names: list[str], side: int, rows: int, numpy_keys: bool) -> None:
+    """Image batches as they are distributed: CIFAR-10 with keys of bytes, downsampled ImageNet with strings."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name in names:
+        data = random.integers(0, 256, (rows, 3 * side * side), dtype=np.uint8)
+        batch: dict[Any, Any] = (
+            {"data": data, "labels": [0] * rows} if numpy_keys else {b"data": data, b"labels": [0] * rows}
+        )
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+
+
+def write_folder(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for number in range(40):
+        Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+
+
+def data_arguments(config: str, folder: Path) -> list[str]:
+    """Small data for a config, and the arguments that make it read them."""
+    if config == "photos":
+        return ["--data.image_size=8", "--data.num_train=32", "--data.num_val=8", "--data.num_test=8"]
+    if config == "folder":
+        write_folder(folder)
+        return [f"--data.path={folder}", "--data.image_size=8"]
+    if config == "lvd_cifar10":
+        write_pickles(folder / "cifar-10-batches-py", CIFAR10_FILES, 32, 8, numpy_keys=False)
+        return [f"--data.path={folder}", "--data.num_val=8"]
+    side = 64 if config == "lvd_imagenet64" else 32
+    write_pickles(folder, IMAGENET_FILES, side, 4, numpy_keys=True)
+    return [f"--data.path={folder}", "--data.num_val=10"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def config_arguments(config: str) -> list[str]:
+    return (
+        [f"--config={config}"] if config in CONFIGS else [f"--config={OVERLAYS[config]}", f"--config=overlays/{config}"]
+    )
+
+
+def small_epochs(stages: dict[str, Any]) -> list[str]:
+    return [f"--stages.{name}.trainer.max_epochs=1" for name in stages if name != "latents"]
+
+
+def test_every_overlay_has_a_base() -> None:
+    assert sorted(OVERLAYS) == sorted(path.stem for path in (CONFIG_FOLDER / "overlays").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, *OVERLAYS])
+def test_config_is_parsed_and_instantiated(config: str, tmp_path: Path) -> None:
+    if config == "wandb":
+        pytest.importorskip("wandb")
+    command, values, _ = parse(["fit", *config_arguments(config)])
+    experiment = experiment_from(values)
+    assert command == "fit"
+    assert experiment.name == (config if config in CONFIGS else OVERLAYS[config])
+    for stage in experiment.stages:
+        stage.data()
+        arguments = stage.trainer(tmp_path)
+        assert stage.name == "latents" or arguments["max_epochs"] > 0
+        assert (stage.model is None) == (stage.name == "latents")
+        if stage.model is not None:
+            stage.model()
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, "untied"])
+def test_config_runs_one_small_step_per_stage(config: str, tmp_path: Path) -> None:
+    base = OVERLAYS.get(config, config)
+    arguments = [*config_arguments(config), *SMALL, *data_arguments(base, tmp_path / "data"), f"--run_dir={tmp_path}"]
+    stages = parse(["fit", *arguments])[1]["stages"]
+    assert main(["fit", *arguments, *small_epochs(stages)]) == 0
+    summary = json.loads((tmp_path / base / "report" / "summary.json").read_text())
+    assert list(summary["stages"]) == list(stages)
+    assert 0 < summary["test"]["bpd"] < 20
+    assert ("baseline" in summary) == ("baseline" in stages)
+    assert summary["protocol"]["region"] == ("quadrant" if config == "untied" else "whole")
