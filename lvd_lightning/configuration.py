@@ -6,6 +6,7 @@ import os
 import secrets
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,6 @@ def _trainer_parser() -> ArgumentParser:
 
 def _parsed(parser: ArgumentParser, values: Mapping[str, Any], where: str = "") -> Any:
     try:
-        return parser.parse_object(dict(values))
+        return parser.parse_object(deepcopy(dict(values)))  # it turns nested values into its own, in place
     except ArgumentError as error:
         raise ValueError(f"{where}{error}") from error

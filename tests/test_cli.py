@@ -118,6 +118,11 @@ class TestStages:
         first, second = (experiment.stage("teacher").trainer(Path())["callbacks"] for _ in range(2))
         assert first[0].monitor == "val/loss"
         assert first[0] is not second[0]
+        record = experiment.config["trainer"]["callbacks"][0]
+        assert record == {
+            "class_path": "lightning.pytorch.callbacks.EarlyStopping",
+            "init_args": {"monitor": "val/loss"},
+        }
 
     def test_number_of_clusters_is_nothing_to_the_teacher(self, base: str) -> None:
         few, many = (experiment_from(resolved("--config", base, f"--shared.num_clusters={k}")) for k in (5, 6))
@@ -184,7 +189,14 @@ def test_mistakes_are_one_line(
 
 
 def test_mistakes_without_a_config(base: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["fit"], ["fit", "--config", base, "--data=null"], ["fit", "--name", "x"], ["train", "--config", base], ["test", "--config", base]):
+    for arguments in (
+        [],
+        ["fit"],
+        ["fit", "--config", base, "--data=null"],
+        ["fit", "--name", "x"],
+        ["train", "--config", base],
+        ["test", "--config", base],
+    ):
         assert main(arguments) == 2
         assert capsys.readouterr().err.startswith("error: ")
 
