@@ -98,7 +98,7 @@ def _is_present(name: str, settings: Mapping[str, Any] | None) -> bool:
     if name == "latents" or settings.get("model"):
         return True
     if settings.get("data") or settings.get("trainer"):
-        raise ValueError(f"stages.{name} has settings but no model: give it one, or leave the stage away")
+        raise ValueError(f"stages.{name} has settings but no model: give it one, or make the stage null")
     return False
 
 
