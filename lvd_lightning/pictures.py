@@ -1,7 +1,7 @@
 """Pictures of a run: samples, completed images, patches of clusters, bits per dimension over time."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,30 +91,52 @@ def _patches(data: ImageData, members: Tensor, num_positions: int, first: int, p
     return torch.cat([rgb, blank])
 
 
-def curve_picture(path: Path, run_dir: Path, seconds: Mapping[str, float], data: ImageData) -> None:
-    """Every stage's bpd curves against the seconds of all stages so far; a baseline's clock starts at zero.
+def curve_picture(
+    path: Path, run_dir: Path, seconds: Mapping[str, float], baselines: Mapping[str, Any], data: ImageData
+) -> None:
+    """Every stage's bpd curves, train solid and val dashed, against the seconds of all stages so far.
 
-    seconds: of the finished stages, in order.
+    A baseline's clock starts at zero, and counts its own share of the stage that trains all of them.
+
+    seconds: of the finished stages, in order; baselines: what baseline.json says.
     """
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot(ylabel=f"bits per dimension{protocol_note(data.lossy, data.region)}", xlabel="seconds")
     start = 0.0
     for stage, taken in seconds.items():
-        offset = 0.0 if stage == "baseline" else start
         rows = read_metrics(run_dir / stage / "metrics.csv")
-        for metric in sorted({name for row in rows for name in row if name and name.endswith("bpd")}):
-            points = [(offset + float(row["seconds"]), float(row[metric])) for row in rows if row.get(metric)]
-            style = "--" if "val" in metric else "-"
-            if points:
-                axes.plot(*zip(*points), style, marker=".", markersize=4, label=f"{stage} {metric}")
-        if stage != "baseline":
-            start += taken
-            axes.axvline(start, color="0.85", linewidth=1, zorder=0)
-            axes.annotate(stage, (start, 1.0), xycoords=("data", "axes fraction"), ha="right", va="bottom", fontsize=8)
-    if axes.get_lines() and axes.get_legend_handles_labels()[0]:
+        if stage == "baseline":
+            for name, figures in baselines.items():
+                _draw_curves(axes, rows, f"{name}_bpd", f"baseline {name}", 0.0, figures["seconds"])
+            continue
+        for name in ("bpd", "lvd_objective_bpd"):
+            _draw_curves(axes, rows, name, stage if name == "bpd" else f"{stage}, log p(x, z)", start)
+        start += taken
+        axes.axvline(start, color="0.85", linewidth=1, zorder=0)
+        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "va": "top"}
+        axes.annotate(stage, (start, 0.99), fontsize=7, color="0.5", **place)
+    axes.set_xlim(left=0.0)
+    if axes.get_legend_handles_labels()[0]:
         _ignore_outliers(axes)
         axes.legend(fontsize=8)
         _replace(path, figure.savefig)
+
+
+def _draw_curves(
+    axes: Any, rows: Sequence[Mapping[str, str]], name: str, label: str, start: float, total: float | None = None
+) -> None:
+    """One metric's curves on training and validation images in one colour.
+
+    start: added to the seconds; total: what the last row's seconds stand for.
+    """
+    scale = 1.0 if total is None or not rows else total / max(float(rows[-1]["seconds"]), 1e-9)
+    color = None
+    for split, style in (("train", "-"), ("val", "--")):
+        metric = f"{split}/{name}"
+        points = [(start + scale * float(row["seconds"]), float(row[metric])) for row in rows if row.get(metric)]
+        if points:
+            line = axes.plot(*zip(*points), style, marker=".", markersize=4, color=color, label=f"{label}, {split}")
+            color = line[0].get_color()
 
 
 def _ignore_outliers(axes: Any) -> None:

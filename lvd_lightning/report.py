@@ -160,7 +160,7 @@ def _number(value: Any, key: str, note: str) -> str:
 def _draw(experiment: Experiment, summary: Row, data: ImageData, device: torch.device) -> None:
     run_dir, folder, seed = experiment.run_dir, experiment.run_dir / REPORT, experiment.seed
     seconds = {stage: figures.get("seconds", 0.0) for stage, figures in summary.get("stages", {}).items()}
-    curve_picture(folder / "training.png", run_dir, seconds, data)
+    curve_picture(folder / "training.png", run_dir, seconds, _baselines(run_dir), data)
     if (run_dir / "latents" / DONE_MARKER).is_file():
         generator = torch.Generator().manual_seed(derive_seed(seed, REPORT, "clusters"))
         patch_size = int(experiment.shared["patch_size"])

@@ -68,7 +68,7 @@ class StageContext:
     data: Any
     shared: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[str, ...] | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def dir(self) -> Path:
