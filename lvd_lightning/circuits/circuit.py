@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lvd_lightning.circuits import queries
+from lvd_lightning.circuits import layers, queries
 from lvd_lightning.circuits.graph import CircuitGraph, Node
-from lvd_lightning.circuits.layers import InputLayer, Layer, Workspace, WorkspacePool, initialise_constants
+from lvd_lightning.circuits.layers import TINY, GradientSpace, InputLayer, Layer, Pool, Workspace
 from lvd_lightning.circuits.plan import ParameterGroup, compile_plan
 
 __all__ = ["Batch", "Circuit"]
@@ -76,7 +76,8 @@ class Circuit(nn.Module):
             table, mask = _stack(graphs, group)
             self.register_buffer(f"mask{number}", mask, persistent=False)
             self.tables.append(nn.Parameter(self._encode(table, group, mask)))
-        self.pool = WorkspacePool()
+        self.pool = Pool()
+        self._careful = False
         self.gradient_pool: dict[int, Tensor] = {}
         self.statistics: dict[int, Tensor] = {}
         self._is_evidence = self._check_evidence()
@@ -191,6 +192,12 @@ class Circuit(nn.Module):
                     node.weight, node.params = owner.weight, owner.params
         return graphs if self.batched else graphs[0]
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients and, with them, the flow statistics of inputs whose gradients do not hold them."""
+        super().zero_grad(set_to_none)
+        for statistics in self.statistics.values():
+            statistics.zero_()
+
     # What follows is for the engine's own modules.
 
     def prepare(self, x: Tensor, observed: Tensor | None) -> Batch:
@@ -253,13 +260,19 @@ class Circuit(nn.Module):
                 raise ValueError(f"head: expected 0..{self.num_heads - 1}, got {low if low < 0 else high}")
         return index
 
-    def run_forward(self, batch: Batch, tables: Sequence[Tensor], keep: bool, space: Workspace) -> None:
+    def run_forward(self, batch: Batch, tables: Sequence[Tensor], space: Workspace) -> None:
         """Fill a workspace with the values of all rows."""
-        initialise_constants(space.values)
+        space.underflow.clear()
         self.run_inputs(batch, tables, space.values)
+        careful = self._careful or not space.keep
+        self._run_layers(tables, space, careful)
+        if not careful and space.sums.numel() and float(space.sums.amin()) < TINY[self.dtype]:
+            self._careful = True  # this circuit's sums underflow: from now on, look at every layer as it is computed
+            self._run_layers(tables, space, True)
+
+    def _run_layers(self, tables: Sequence[Tensor], space: Workspace, careful: bool) -> None:
         for layer in self.layers:
-            assert isinstance(layer, Layer)
-            layer(space, tables[layer.group] if layer.is_sum else None, keep)
+            layer(space, tables[layer.group] if layer.is_sum else None, careful)
 
     def run_inputs(self, batch: Batch, tables: Sequence[Tensor], values: Tensor) -> None:
         """Fill the input rows."""
@@ -269,14 +282,14 @@ class Circuit(nn.Module):
             layer(values, tables[layer.group] if layer.group >= 0 else None, batch.values[number], observed)
 
     def run_backward(
-        self, space: Workspace, tables: Sequence[Tensor], inner_grad: Tensor, grads: Sequence[Tensor | None]
+        self, space: Workspace, tables: Sequence[Tensor], gradient: GradientSpace, grads: Sequence[Tensor | None]
     ) -> None:
-        """From the gradient of the heads in `inner_grad` (see `head_rows`) to that of all inner units and weights."""
+        """From the gradient of the heads in `gradient` (see `head_rows`) to that of all inner units and weights."""
         for layer in reversed(self.layers):  # type: ignore[call-overload]
             if layer.is_sum:
-                layer.backward(space, tables[layer.group], inner_grad, grads[layer.group])
+                layer.backward(space, gradient, tables[layer.group], grads[layer.group])
             else:
-                layer.backward(space, None, inner_grad, None)
+                layer.backward(space, gradient, None, None)
 
     def head_rows(self, inner: Tensor) -> Tensor:
         """The rows of an E matrix that belong to the heads, shape (G, H, B)."""
@@ -301,27 +314,28 @@ class Circuit(nn.Module):
         return out
 
     def lease(self, size: int, keep: bool) -> Lease:
-        """Buffers for a forward pass over `size` examples."""
-        rows, edges = self.plan.num_value_rows, self.plan.num_edge_rows
-        if keep:
-            sizes = (rows * size, edges * size, rows * size)
-        else:
-            inner, outer = self._largest_chunk(size)
-            sizes = (rows * size, inner, outer)
-        return Lease(self.pool, sizes, self._like(), size, keep)
+        """A workspace for a forward pass over `size` examples."""
+        return Lease(self, size, keep)
+
+    def gradient_space(self, size: int) -> GradientSpace:
+        """Buffers for a backward pass; give them back with `return_gradient_space`."""
+        found = self.pool.take(self._pool_key("gradient", size))
+        if isinstance(found, GradientSpace):
+            return found
+        return GradientSpace(self._inner_layers(), self.plan.num_edge_rows, size, self._like())
+
+    def return_gradient_space(self, space: GradientSpace) -> None:
+        """For the next backward pass."""
+        self.pool.give(self._pool_key("gradient", space.inner.shape[1]), space)
+
+    def _inner_layers(self) -> list[Layer]:
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
+
+    def _pool_key(self, purpose: str, size: int) -> object:
+        return purpose, size, self.dtype, self.device, layers.CACHE_SIZE
 
     def _like(self) -> Tensor:
         return torch.empty(0, dtype=self.dtype, device=self.device)
-
-    def _largest_chunk(self, size: int) -> tuple[int, int]:
-        inner = outer = 1
-        for layer in self.layers:
-            assert isinstance(layer, Layer)
-            if layer.is_sum:
-                a, b = next(layer.chunks(max(layer.inner_units, layer.outer_units) * size, self.device))
-                inner = max(inner, (b - a) * layer.inner_units * size)
-                outer = max(outer, (b - a) * layer.outer_units * size)
-        return inner, outer
 
     def _inner_size(self, g: int, node: Node) -> int:
         nodes = self.structures[g].nodes
@@ -379,19 +393,20 @@ class Circuit(nn.Module):
 
 
 class Lease:
-    """A workspace from the pool; it goes back when nothing refers to it any more."""
+    """A workspace from the circuit's pool; it goes back when nothing refers to the lease any more."""
 
-    def __init__(self, pool: WorkspacePool, sizes: tuple[int, ...], like: Tensor, batch: int, keep: bool) -> None:
-        self.pool = pool
-        self.buffers = pool.take(sizes, like)
-        values, inner, sums = self.buffers
-        if keep:
-            self.space = Workspace(values.view(-1, batch), inner.view(-1, batch), sums.view(-1, batch))
+    def __init__(self, circuit: Circuit, size: int, keep: bool) -> None:
+        self.pool, self.key = circuit.pool, circuit._pool_key("keep" if keep else "evaluate", size)
+        found = self.pool.take(self.key)
+        if isinstance(found, Workspace):
+            self.space = found
         else:
-            self.space = Workspace(values.view(-1, batch), inner, sums)
+            rows, edges = circuit.plan.num_value_rows, circuit.plan.num_edge_rows
+            self.space = Workspace(circuit._inner_layers(), rows, edges, size, keep, circuit._like())
 
     def __del__(self) -> None:
-        self.pool.give(self.buffers)
+        if hasattr(self, "space"):
+            self.pool.give(self.key, self.space)
 
 
 class _LogProb(torch.autograd.Function):
@@ -406,7 +421,7 @@ class _LogProb(torch.autograd.Function):
             ctx.shapes = (None if evidence is None else evidence.shape, [table.shape for table in tables])
             return tables[0].new_empty(*circuit.roots.shape, 0)  # type: ignore[misc]
         lease = circuit.lease(batch.size, keep)
-        circuit.run_forward(batch, tables, keep, lease.space)
+        circuit.run_forward(batch, tables, lease.space)
         if keep:
             ctx.lease, ctx.circuit, ctx.batch = lease, circuit, batch
             ctx.evidence_shape = None if evidence is None else evidence.shape
@@ -425,28 +440,27 @@ class _LogProb(torch.autograd.Function):
             ]
             return (None, None, None, evidence_grad, *grads)
         circuit, batch, tables = ctx.circuit, ctx.batch, ctx.saved_tensors
-        size = (circuit.plan.num_edge_rows * batch.size,)
-        buffers = circuit.pool.take(size, circuit._like())
-        inner_grad = buffers[0].view(-1, batch.size)
-        inner_grad[0] = 0.0
-        circuit.head_rows(inner_grad).copy_(grad_GHB)
+        gradient = circuit.gradient_space(batch.size)
+        circuit.head_rows(gradient.inner).copy_(grad_GHB)
         grads = [
             _gradient_buffer(circuit, number, table) if need else None
             for number, (table, need) in enumerate(zip(tables, needed[4:], strict=True))
         ]
-        circuit.run_backward(ctx.lease.space, tables, inner_grad, grads)
+        circuit.run_backward(ctx.lease.space, tables, gradient, grads)
+        inner_grad = gradient.inner
         evidence_grad = None
         for number, layer in enumerate(circuit.input_layers):
             if layer.group < 0:
                 if needed[3]:
                     evidence_grad = _evidence_gradient(circuit, layer, inner_grad, batch, ctx.evidence_shape)
-            elif grads[layer.group] is not None:
+            else:
+                found = grads[layer.group]
+                if found is None:
+                    continue
                 observed = None if batch.observed is None else batch.observed[number]
                 statistics = _statistics(circuit, layer, tables[layer.group])
-                layer.backward(
-                    inner_grad, tables[layer.group], batch.values[number], observed, grads[layer.group], statistics
-                )
-        circuit.pool.give(buffers)
+                layer.backward(inner_grad, tables[layer.group], batch.values[number], observed, found, statistics)
+        circuit.return_gradient_space(gradient)
         return (None, None, None, evidence_grad, *grads)
 
 
@@ -458,7 +472,7 @@ def _gradient_buffer(circuit: Circuit, number: int, table: Tensor) -> Tensor:
 
 
 def _statistics(circuit: Circuit, layer: InputLayer, table: Tensor) -> Tensor | None:
-    if not hasattr(layer.distribution, "statistics"):
+    if not layer.distribution.has_statistics:
         return None
     found = circuit.statistics.get(layer.group)
     if found is None or found.device != table.device or found.dtype != table.dtype:
@@ -522,6 +536,8 @@ def _stack(graphs: Sequence[CircuitGraph], group: ParameterGroup) -> tuple[Tenso
     if any(tensor is None for tensor in found):
         raise ValueError("Circuit: the graph has no parameters; it is a structure only")
     tensors = [tensor for tensor in found if tensor is not None]
+    if group.distribution is not None:
+        tensors = [group.distribution.floored(tensor) for tensor in tensors]
     exact = all(tensor.shape == group.shape for tensor in tensors)
     if exact:
         table = torch.stack(tensors)

@@ -12,6 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+#: The smallest positive probability of a category: flow / probability has to stay finite in single precision.
+SMALLEST = 1e-30
+
 __all__ = ["Bernoulli", "Categorical", "Distribution", "Gaussian", "SoftEvidence"]
 
 
@@ -26,6 +29,8 @@ class Distribution:
     is_table: ClassVar[bool] = False
     #: Values are log-likelihood vectors rather than numbers.
     is_evidence: ClassVar[bool] = False
+    #: EM needs `statistics` beyond the gradient.
+    has_statistics: ClassVar[bool] = False
 
     @property
     def size(self) -> int:
@@ -46,6 +51,14 @@ class Distribution:
 
     def check_values(self, values: Tensor) -> None:
         """Raise a ValueError if `values` (any shape) lie outside the support."""
+
+    def floored(self, params: Tensor) -> Tensor:
+        """Parameters in the range in which gradients are finite."""
+        return params
+
+    def statistics(self, x_FB: Tensor, grad_FKB: Tensor) -> Tensor:
+        """Flow-weighted sums that EM needs beyond the gradient, shape (F, K, 3)."""
+        raise TypeError(f"{type(self).__name__} has none")
 
     def forward(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
         """Write log p(x | unit) in nats to `out_FKB`."""
@@ -122,7 +135,12 @@ class Categorical(Distribution):
         index = x_FB.long()[:, None, :].expand(grad_FKB.shape)
         out_FKS.zero_().scatter_add_(2, index, grad_FKB)
         # flow / parameter; where the parameter is 0 the flow is 0 as well, and so is this gradient by convention
-        out_FKS.div_(params_FKS.clamp_min(torch.finfo(params_FKS.dtype).tiny))
+        out_FKS.div_(params_FKS.clamp_min(SMALLEST))
+
+    def floored(self, params: Tensor) -> Tensor:
+        """Positive probabilities of at least `SMALLEST`; zeros stay zeros."""
+        low = (params < SMALLEST) & (params > 0)
+        return params.masked_fill(low, SMALLEST) if bool(low.any()) else params
 
     def sample(self, params_FBS: Tensor, generator: torch.Generator | None) -> Tensor:
         noise = torch.empty_like(params_FBS).exponential_(generator=generator)
@@ -155,6 +173,7 @@ class Gaussian(Distribution):
     """Normal density with parameters (mean, standard deviation); `min_std` is the floor of every M-step."""
 
     min_std: float = 1e-3
+    has_statistics: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.min_std > 0:

@@ -89,10 +89,17 @@ class _CircuitOptimizer(torch.optim.Optimizer):
         """Sum gradients and statistics over ranks; a rank without examples contributes zeros."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return
+        device = self.circuits[0].device
+        taking_part = torch.tensor(
+            [any(table.grad is not None for table in circuit.tables) for circuit in self.circuits],
+            dtype=torch.int32,
+            device=device,
+        )
+        dist.all_reduce(taking_part, op=dist.ReduceOp.MAX)
         sums: list[Tensor] = []
-        for circuit in self.circuits:
+        for circuit, active in zip(self.circuits, taking_part.tolist(), strict=True):
             for number, (table, group) in enumerate(zip(circuit.tables, circuit.plan.groups, strict=True)):
-                if not table.requires_grad:
+                if not (active and table.requires_grad):
                     continue
                 if table.grad is None:
                     table.grad = torch.zeros_like(table)
@@ -142,6 +149,7 @@ class CircuitEM(_CircuitOptimizer):
                 _add_pseudocount(target_PXY, circuit.mask(number), at, pseudocount)
                 target_PXY.div_((flow_PX1 + pseudocount).clamp_min_(torch.finfo(table.dtype).tiny))
                 theta_PXY.lerp_(target_PXY, step * (flow_PX1 > 0).to(table.dtype))
+                _keep_floor(circuit, number, theta_PXY, pseudocount)
 
     def _step_gaussian(self, circuit: Circuit, number: int, table: Tensor, step: float, pseudocount: float) -> None:
         sums_PX3 = circuit.statistics[number].double()
@@ -213,6 +221,7 @@ class Anemone(_CircuitOptimizer):
                 _add_pseudocount(new_PXY, circuit.mask(number), at, group["pseudocount"])
                 new_PXY.div_(new_PXY.sum(-1, keepdim=True).clamp_min_(torch.finfo(table.dtype).tiny))
                 torch.where(visited_PX1, new_PXY, theta_PXY, out=theta_PXY)
+                _keep_floor(circuit, number, theta_PXY, group["pseudocount"])
 
     def _average(self, circuit: Circuit, number: int, table: Tensor, momentum: float) -> None:
         """Update the moving average of the flows of one parameter tensor."""
@@ -279,6 +288,13 @@ def _add_pseudocount(target_PXY: Tensor, mask: Tensor | None, at: slice, pseudoc
         return
     live_PXY = mask[at].to(target_PXY.dtype)
     target_PXY.add_(live_PXY * (pseudocount / live_PXY.sum(-1, keepdim=True).clamp_min_(1)))
+
+
+def _keep_floor(circuit: Circuit, number: int, theta_PXY: Tensor, pseudocount: float) -> None:
+    """Without pseudocounts probabilities of categories fall without end."""
+    distribution = circuit.plan.groups[number].distribution
+    if pseudocount < 1e-12 and distribution is not None:
+        theta_PXY.copy_(distribution.floored(theta_PXY))
 
 
 def _moments(table: Tensor) -> Tensor:

@@ -3,12 +3,15 @@
 Shapes: F folded nodes, H outer units, K inner units, B batch, S numbers per input unit. Values are log-likelihoods in
 nats; inside a sum layer they are linear, scaled by the largest inner unit of each node and example. Where that scale is
 too coarse (a sum that underflows), the affected entries are computed again in log space.
+
+A workspace binds every layer to its buffers once: the views that a pass needs are made with the workspace, not with
+every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,10 +19,10 @@ from torch import Tensor, nn
 
 from lvd_lightning.circuits.plan import LOG_ONE, LOG_ZERO, Gather, InputPlan, LayerPlan
 
-__all__ = ["GatherRows", "InputLayer", "Layer", "Underflow", "Workspace", "WorkspacePool"]
+__all__ = ["GatherRows", "GradientSpace", "InputLayer", "Layer", "Pool", "Underflow", "Workspace"]
 
 #: Numbers that one round of operations on the CPU touches per array: several arrays of it stay in the cache.
-CACHE_SIZE = 1 << 17
+CACHE_SIZE = 1 << 18
 #: A sum below this has lost precision to underflow.
 TINY = {torch.float32: 1e-30, torch.float64: 1e-280}
 #: Log-scale of a node without any support; -inf would turn the difference of two -inf into NaN.
@@ -34,51 +37,37 @@ class Underflow:
     index_FHB: Tensor
 
 
-@dataclass
-class Workspace:
-    """Buffers of one forward pass, kept until its backward pass is done.
-
-    values (V rows, B) log-likelihoods; inner (E rows, B) linear inner values and sums (V rows, B) linear outer values,
-    both only when a backward pass may follow; underflow: see `Underflow`.
-    """
-
-    values: Tensor
-    inner: Tensor
-    sums: Tensor
-    underflow: list[Underflow] = field(default_factory=list)
-
-
-class WorkspacePool:
-    """Reuses buffers: fresh memory costs as much as the arithmetic on it. Copies of a module start with none."""
+class Pool:
+    """Workspaces that are free again: fresh memory costs as much as the arithmetic on it. Copies start with none."""
 
     def __init__(self, limit: int = 2) -> None:
         self.limit = limit
-        self.free: list[tuple[object, list[Tensor]]] = []
+        self.free: list[tuple[object, object]] = []
 
-    def take(self, sizes: tuple[int, ...], like: Tensor) -> list[Tensor]:
-        """One flat buffer per size, of the type and device of `like`."""
-        key = (sizes, like.dtype, like.device)
-        for position, (found, buffers) in enumerate(self.free):
+    def take(self, key: object) -> object | None:
+        """A workspace that was made for `key`, if one is free."""
+        for position, (found, space) in enumerate(self.free):
             if found == key:
                 del self.free[position]
-                return buffers
-        return [torch.empty(size, dtype=like.dtype, device=like.device) for size in sizes]
+                return space
+        return None
 
-    def give(self, buffers: list[Tensor]) -> None:
-        """Return buffers that `take` handed out."""
-        key = (tuple(len(buffer) for buffer in buffers), buffers[0].dtype, buffers[0].device)
-        self.free.append((key, buffers))
+    def give(self, key: object, space: object) -> None:
+        """Return a workspace."""
+        self.free.append((key, space))
         del self.free[: -self.limit]
 
-    def __deepcopy__(self, memo: dict[int, object]) -> WorkspacePool:
-        return WorkspacePool(self.limit)
+    def __deepcopy__(self, memo: dict[int, object]) -> Pool:
+        return Pool(self.limit)
 
-    def __reduce__(self) -> tuple[type[WorkspacePool], tuple[int]]:
-        return WorkspacePool, (self.limit,)
+    def __reduce__(self) -> tuple[type[Pool], tuple[int]]:
+        return Pool, (self.limit,)
 
 
 class GatherRows(nn.Module):
     """Sums of rows: row r of the result is the sum of some rows of a source (indices are fixed, see `plan.Gather`)."""
+
+    first: Tensor
 
     def __init__(self, gather: Gather) -> None:
         super().__init__()
@@ -95,40 +84,159 @@ class GatherRows(nn.Module):
         """Whether the result is a plain slice of the source."""
         return self.start is not None and not self.bounds
 
-    def view(self, source_RB: Tensor, low: int, high: int) -> Tensor:
-        """Rows low..high of the result, as a view (only if `is_slice`)."""
-        assert self.start is not None
-        return source_RB[self.start + low : self.start + high]
+    def largest_part(self) -> int:
+        """Rows of the largest slot beyond the first."""
+        return max((len(rows) for rows in self.bounds), default=0)
 
-    def into(self, source_RB: Tensor, low: int, high: int, out_NB: Tensor) -> None:
-        """Write rows low..high of the result to `out_NB`."""
-        if self.start is not None:
-            out_NB.copy_(source_RB[self.start + low : self.start + high])
-        else:
-            torch.index_select(source_RB, 0, self.first[low:high], out=out_NB)
+    def bind(self, source_RB: Tensor, low: int, high: int, out_NB: Tensor, scratch: Tensor) -> BoundGather:
+        """Rows low..high of the result into `out_NB`; `scratch` is a flat buffer for `largest_part` rows."""
+        view = None if self.start is None else source_RB[self.start + low : self.start + high]
+        parts = []
         for number, rows in enumerate(self.bounds):
-            a, b = np.searchsorted(rows, [low, high])
+            a, b = (int(found) for found in np.searchsorted(rows, [low, high]))
             if a == b:
                 continue
-            part = source_RB.index_select(0, getattr(self, f"src{number}")[a:b])
+            part = scratch[: (b - a) * source_RB.shape[1]].view(b - a, -1)
+            index = getattr(self, f"src{number}")[a:b]
             if self.prefix[number]:
-                out_NB[: b - a].add_(part)
+                parts.append(_Part(index, part, out_NB[: b - a], None))
             else:
-                out_NB.index_add_(0, getattr(self, f"dst{number}")[a:b] - low, part)
+                parts.append(_Part(index, part, out_NB, getattr(self, f"dst{number}")[a:b] - low))
+        return BoundGather(source_RB, out_NB, view, self.first[low:high], parts)
 
     def dense(self, source_RB: Tensor, low: int, high: int) -> Tensor:
         """Rows low..high of the result: a view where possible, else fresh memory."""
         if self.is_slice:
-            return self.view(source_RB, low, high)
+            assert self.start is not None
+            return source_RB[self.start + low : self.start + high]
         out_NB = source_RB.new_empty(high - low, source_RB.shape[1])
-        self.into(source_RB, low, high, out_NB)
+        self.bind(source_RB, low, high, out_NB, source_RB.new_empty(self.largest_part() * source_RB.shape[1])).run()
         return out_NB
+
+
+@dataclass
+class _Part:
+    """`out[index_out] += source[index]`, by way of `scratch`; `index_out` None means all rows of `out`."""
+
+    index: Tensor
+    scratch: Tensor
+    out: Tensor
+    index_out: Tensor | None
+
+
+@dataclass
+class BoundGather:
+    """A gather with its buffers."""
+
+    source: Tensor
+    out: Tensor
+    view: Tensor | None
+    first: Tensor
+    parts: list[_Part]
+
+    def run(self) -> None:
+        """Fill `out`."""
+        parts = self.parts
+        if self.view is None:
+            torch.index_select(self.source, 0, self.first, out=self.out)
+        elif parts and parts[0].index_out is None and len(parts[0].out) == len(self.out):
+            torch.index_select(self.source, 0, parts[0].index, out=parts[0].scratch)
+            torch.add(self.view, parts[0].scratch, out=self.out)
+            parts = parts[1:]
+        else:
+            self.out.copy_(self.view)
+        for part in parts:
+            torch.index_select(self.source, 0, part.index, out=part.scratch)
+            if part.index_out is None:
+                part.out.add_(part.scratch)
+            else:
+                part.out.index_add_(0, part.index_out, part.scratch)
+
+
+@dataclass
+class BoundForward:
+    """One chunk of folds low..high of a layer with the buffers of its forward pass."""
+
+    low: int
+    high: int
+    gather: BoundGather | None  # None: `log` is a slice of the values
+    log: Tensor  # (F, K, B)
+    inner: Tensor  # (F, K, B)
+    inner_transposed: Tensor  # (F, B, K)
+    scale: Tensor  # (F, 1, B)
+    sums: Tensor  # (F, H, B)
+    out: Tensor  # (F, H, B)
+
+
+@dataclass
+class BoundBackward:
+    """One chunk of folds of a layer with the buffers of its backward pass."""
+
+    gather: BoundGather | None  # None: `pulled` is a slice of the gradient
+    pulled: Tensor  # (F, H, B)
+    scaled: Tensor  # (F, H, B)
+    grad: Tensor  # (F, K, B)
+
+
+class Workspace:
+    """Buffers of one forward pass over `size` examples, and the layers bound to them.
+
+    values (V rows, B): log-likelihoods. With `keep`, for a backward pass: inner (E rows, B), linear inner values, and
+    sums, linear outer values of all sum layers; else one chunk of each. underflow: see `Underflow`.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], num_values: int, num_edges: int, size: int, keep: bool, like: Tensor
+    ) -> None:
+        self.keep = keep
+        self.values = like.new_empty(num_values, size)
+        self.values[LOG_ONE] = 0.0
+        self.values[LOG_ZERO] = -torch.inf
+        chunks = {layer.number: list(layer.chunks(layer.width * size, like.device)) for layer in layers}
+        sums = [layer for layer in layers if layer.is_sum]
+        if keep:
+            self.inner = like.new_empty(num_edges, size)
+            self.sums = like.new_empty(sum(layer.num_folds * layer.outer_units for layer in sums), size)
+        else:
+            folds = [(layer, b - a) for layer in sums for a, b in chunks[layer.number][:1]]
+            self.inner = like.new_empty(max((n * layer.inner_units for layer, n in folds), default=0), size)
+            self.sums = like.new_empty(max((n * layer.outer_units for layer, n in folds), default=0), size)
+        scale = max((b - a for layer in sums for a, b in chunks[layer.number]), default=0)
+        self.scale = like.new_empty(scale * size)
+        self.scratch = like.new_empty(max((layer.inputs.largest_part() for layer in layers), default=0) * size)
+        self.underflow: list[Underflow] = []
+        self.bound: dict[int, list[BoundForward]] = {}
+        start = 0
+        for layer in layers:
+            self.bound[layer.number] = [layer.bind_forward(self, a, b, start) for a, b in chunks[layer.number]]
+            start += layer.num_folds * layer.outer_units if layer.is_sum and keep else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all buffers."""
+        buffers = (self.values, self.inner, self.sums, self.scale, self.scratch)
+        return sum(buffer.nbytes for buffer in buffers)
+
+
+class GradientSpace:
+    """Buffers of one backward pass: `inner` (E rows, B), and the layers bound to it."""
+
+    def __init__(self, layers: Sequence[Layer], num_edges: int, size: int, like: Tensor) -> None:
+        self.inner = like.new_empty(num_edges, size)
+        self.inner[0] = 0.0
+        chunks = {layer.number: list(layer.chunks(layer.width * size, like.device)) for layer in layers}
+        rows = max(((b - a) * layer.outer_units for layer in layers for a, b in chunks[layer.number]), default=0)
+        self.scaled = like.new_empty(rows * size)
+        self.scratch = like.new_empty(max((layer.gradient.largest_part() for layer in layers), default=0) * size)
+        self.bound = {
+            layer.number: [layer.bind_backward(self, a, b) for a, b in chunks[layer.number]] for layer in layers
+        }
 
 
 class _Folded(nn.Module):
     """What input and inner layers share: rows of a parameter group, and chunks of folds that fit the cache."""
 
-    parameter_rows: Tensor | None
+    parameter_rows: Tensor
 
     def __init__(self, group: int, parameter_rows: np.ndarray, num_folds: int) -> None:
         super().__init__()
@@ -142,7 +250,6 @@ class _Folded(nn.Module):
         """Parameters of folds low..high: a view unless nodes are tied."""
         if self.row_start is not None:
             return stacked_PXY[self.row_start + low : self.row_start + high]
-        assert self.parameter_rows is not None
         return stacked_PXY.index_select(0, self.parameter_rows[low:high])
 
     def chunks(self, size: int, device: torch.device) -> Iterator[tuple[int, int]]:
@@ -155,6 +262,9 @@ class _Folded(nn.Module):
 class InputLayer(_Folded):
     """All input nodes of one distribution and width."""
 
+    variables: Tensor
+    columns: Tensor
+
     def __init__(self, plan: InputPlan, num_variables: int) -> None:
         super().__init__(plan.group, plan.parameter_rows, len(plan.nodes))
         assert plan.gradient is not None
@@ -163,15 +273,13 @@ class InputLayer(_Folded):
         self.start = plan.start
         self.stop = plan.start + len(plan.nodes) * plan.num_units
         self.gradient = GatherRows(plan.gradient)
+        columns = plan.circuits * num_variables + plan.variables
         self.register_buffer("variables", torch.from_numpy(plan.variables), persistent=False)
-        self.register_buffer(
-            "columns", torch.from_numpy(plan.circuits * num_variables + plan.variables), persistent=False
-        )
+        self.register_buffer("columns", torch.from_numpy(columns), persistent=False)
 
     def select(self, x_VB: Tensor, shared: bool) -> Tensor:
         """The rows of `x_VB` (variables, or circuits x variables, by batch) that the folds look at."""
-        index = self.variables if shared else self.columns
-        return x_VB.index_select(0, index)
+        return x_VB.index_select(0, self.variables if shared else self.columns)
 
     def forward(self, values: Tensor, stacked: Tensor | None, x_FB: Tensor, observed_FB: Tensor | None) -> None:
         """Write log p(x | unit) of all units; 0 where a variable is not observed."""
@@ -199,7 +307,7 @@ class InputLayer(_Folded):
         stacked: Tensor,
         x_FB: Tensor,
         observed_FB: Tensor | None,
-        out_PKS: Tensor | None,
+        out_PKS: Tensor,
         statistics_PK3: Tensor | None,
     ) -> None:
         """Add the gradient for the parameters to `out_PKS` (rows that only this layer owns are overwritten)."""
@@ -208,11 +316,10 @@ class InputLayer(_Folded):
             grad_FKB = self.gradient_of(inner_grad, a, b)
             if observed_FB is not None:
                 grad_FKB = grad_FKB.masked_fill(~observed_FB[a:b, None, :], 0.0)
-            if out_PKS is not None:
-                self._write(out_PKS, stacked, x_FB, grad_FKB, a, b)
+            self._write(out_PKS, stacked, x_FB, grad_FKB, a, b)
             if statistics_PK3 is not None:
-                found_FK3 = self.distribution.statistics(x_FB[a:b], grad_FKB)  # type: ignore[attr-defined]
-                statistics_PK3.index_add_(0, self.parameter_rows[a:b], -found_FK3)  # type: ignore[index]
+                found_FK3 = self.distribution.statistics(x_FB[a:b], grad_FKB)
+                statistics_PK3.index_add_(0, self.parameter_rows[a:b], -found_FK3)
 
     def _write(self, out_PKS: Tensor, stacked: Tensor, x_FB: Tensor, grad_FKB: Tensor, a: int, b: int) -> None:
         params_FKS = self.parameters_of(stacked, a, b)
@@ -221,7 +328,7 @@ class InputLayer(_Folded):
             return
         part_FKS = torch.empty_like(params_FKS)
         self.distribution.backward(params_FKS, x_FB[a:b], grad_FKB, part_FKS)
-        out_PKS.index_add_(0, self.parameter_rows[a:b], part_FKS)  # type: ignore[index]
+        out_PKS.index_add_(0, self.parameter_rows[a:b], part_FKS)
 
     def gradient_of(self, inner_grad: Tensor, low: int, high: int) -> Tensor:
         """Gradient for the log-likelihoods of folds low..high, shape (F, K, B)."""
@@ -238,6 +345,7 @@ class Layer(_Folded):
         self.number = number
         self.is_sum = plan.group >= 0
         self.inner_units, self.outer_units = plan.inner_units, plan.outer_units
+        self.width = max(plan.inner_units, plan.outer_units)
         self.inner_start, self.outer_start = plan.inner_start, plan.outer_start
         self.inputs = GatherRows(plan.inputs)
         self.gradient = GatherRows(plan.gradient)
@@ -264,87 +372,107 @@ class Layer(_Folded):
         rows = self.gradient.dense(inner_grad, low * self.outer_units, high * self.outer_units)
         return rows.view(high - low, self.outer_units, -1)
 
-    def forward(self, space: Workspace, stacked: Tensor | None, keep: bool) -> None:
-        """Compute the outer units from earlier rows; keep the linear values if a backward pass may follow."""
-        if not self.is_sum:
-            stop = self.num_folds * self.inner_units
-            self.inputs.into(space.values, 0, stop, space.values[self.outer_start : self.outer_start + stop])
-            return
-        assert stacked is not None
-        width = max(self.inner_units, self.outer_units)
-        for a, b in self.chunks(width * space.values.shape[1], space.values.device):
-            self._forward_chunk(space, self.parameters_of(stacked, a, b), keep, a, b)
-
-    def _forward_chunk(self, space: Workspace, weight_FHK: Tensor, keep: bool, a: int, b: int) -> None:
-        if keep:
-            inner_FKB, sums_FHB = self.inner_rows(space.inner, a, b), self.outer_rows(space.sums, a, b)
-        else:
-            batch = space.values.shape[1]
-            inner_FKB = _scratch(space.inner, b - a, self.inner_units, batch)
-            sums_FHB = _scratch(space.sums, b - a, self.outer_units, batch)
-        low, high = a * self.inner_units, b * self.inner_units
-        if self.inputs.is_slice:
-            log_FKB = self.inputs.view(space.values, low, high).view(inner_FKB.shape)
-        else:
-            self.inputs.into(space.values, low, high, inner_FKB.view(high - low, -1))
-            log_FKB = inner_FKB
-        scale_F1B = log_FKB.amax(1, keepdim=True).clamp_min_(FLOOR)
-        torch.sub(log_FKB, scale_F1B, out=inner_FKB)
-        inner_FKB.exp_()
-        torch.bmm(weight_FHK, inner_FKB, out=sums_FHB)
+    def bind_forward(self, space: Workspace, a: int, b: int, sums_start: int) -> BoundForward:
+        """Views of a workspace for folds a..b; `sums_start` is the layer's first row of `space.sums`."""
+        batch, low, high = space.values.shape[1], a * self.inner_units, b * self.inner_units
         out_FHB = self.outer_rows(space.values, a, b)
-        torch.log(sums_FHB, out=out_FHB)
-        out_FHB.add_(scale_F1B)
-        if bool(sums_FHB.amin() < TINY[sums_FHB.dtype]):
-            self._mend_underflow(space, weight_FHK, sums_FHB, out_FHB, keep, a, b)
+        if not self.is_sum:
+            gather = self.inputs.bind(space.values, low, high, out_FHB.view(high - low, batch), space.scratch)
+            return BoundForward(a, b, gather, out_FHB, out_FHB, out_FHB, out_FHB, out_FHB, out_FHB)
+        if space.keep:
+            inner_FKB = self.inner_rows(space.inner, a, b)
+            start = sums_start + a * self.outer_units
+        else:
+            inner_FKB = space.inner[: high - low].view(b - a, self.inner_units, batch)
+            start = 0
+        sums_FHB = space.sums[start : start + (b - a) * self.outer_units].view(b - a, self.outer_units, batch)
+        scale_F1B = space.scale[: (b - a) * batch].view(b - a, 1, batch)
+        gather_rows = None
+        log_FKB = inner_FKB
+        if self.inputs.is_slice:
+            log_FKB = self.log_inner(space.values, a, b)
+        else:
+            gather_rows = self.inputs.bind(space.values, low, high, inner_FKB.view(high - low, batch), space.scratch)
+        transposed = inner_FKB.transpose(1, 2)
+        return BoundForward(a, b, gather_rows, log_FKB, inner_FKB, transposed, scale_F1B, sums_FHB, out_FHB)
 
-    def _mend_underflow(
-        self, space: Workspace, weight_FHK: Tensor, sums_FHB: Tensor, out_FHB: Tensor, keep: bool, a: int, b: int
-    ) -> None:
+    def bind_backward(self, space: GradientSpace, a: int, b: int) -> BoundBackward:
+        """Views of a gradient space for folds a..b."""
+        batch, low, high = space.inner.shape[1], a * self.outer_units, b * self.outer_units
+        grad_FKB = self.inner_rows(space.inner, a, b)
+        scaled_FHB = space.scaled[: (high - low) * batch].view(b - a, self.outer_units, batch)
+        if not self.is_sum:
+            gather = self.gradient.bind(space.inner, low, high, grad_FKB.view(high - low, batch), space.scratch)
+            return BoundBackward(gather, grad_FKB, grad_FKB, grad_FKB)
+        if self.gradient.is_slice:
+            return BoundBackward(None, self.pulled(space.inner, a, b), scaled_FHB, grad_FKB)
+        gather = self.gradient.bind(space.inner, low, high, scaled_FHB.view(high - low, batch), space.scratch)
+        return BoundBackward(gather, scaled_FHB, scaled_FHB, grad_FKB)
+
+    def forward(self, space: Workspace, stacked: Tensor | None, careful: bool) -> None:
+        """Compute the outer units from earlier rows.
+
+        With `careful`, sums that underflow are mended at once; else the caller has to check `space.sums`.
+        """
+        for bound in space.bound[self.number]:
+            if bound.gather is not None:
+                bound.gather.run()
+            if stacked is None:
+                continue
+            weight_FHK = self.parameters_of(stacked, bound.low, bound.high)
+            torch.amax(bound.log, 1, keepdim=True, out=bound.scale)
+            bound.scale.clamp_min_(FLOOR)
+            torch.sub(bound.log, bound.scale, out=bound.inner)
+            bound.inner.exp_()
+            torch.bmm(weight_FHK, bound.inner, out=bound.sums)
+            torch.log(bound.sums, out=bound.out)
+            bound.out.add_(bound.scale)
+            if careful and float(bound.sums.amin()) < TINY[bound.sums.dtype]:
+                self._mend_underflow(space, weight_FHK, bound)
+
+    def _mend_underflow(self, space: Workspace, weight_FHK: Tensor, bound: BoundForward) -> None:
         """Compute sums that underflowed again, entry by entry in log space."""
-        f, h, column = (sums_FHB < TINY[sums_FHB.dtype]).nonzero(as_tuple=True)
-        log_FKB = self.log_inner(space.values, a, b)
+        f, h, column = (bound.sums < TINY[bound.sums.dtype]).nonzero(as_tuple=True)
+        log_FKB = self.log_inner(space.values, bound.low, bound.high)
         step = max(1, CACHE_SIZE // self.inner_units)
         for i in range(0, len(f), step):
             at = slice(i, i + step)
             terms = weight_FHK[f[at], h[at]].log() + log_FKB[f[at], :, column[at]]
-            out_FHB[f[at], h[at], column[at]] = terms.logsumexp(1)
-        sums_FHB[f, h, column] = torch.inf  # gradient / inf = 0: the dense backward pass leaves them out
-        possible = out_FHB[f, h, column] > -torch.inf
-        if keep and bool(possible.any()):
-            space.underflow.append(Underflow(self.number, torch.stack([f + a, h, column])[:, possible]))
+            bound.out[f[at], h[at], column[at]] = terms.logsumexp(1)
+        bound.sums[f, h, column] = torch.inf  # gradient / inf = 0: the dense backward pass leaves them out
+        possible = bound.out[f, h, column] > -torch.inf
+        if space.keep and bool(possible.any()):
+            space.underflow.append(Underflow(self.number, torch.stack([f + bound.low, h, column])[:, possible]))
 
     def backward(
-        self, space: Workspace, stacked: Tensor | None, inner_grad: Tensor, weight_grad_PHK: Tensor | None
+        self, space: Workspace, gradient: GradientSpace, stacked: Tensor | None, weight_grad_PHK: Tensor | None
     ) -> None:
-        """Gradient of the inner units (into `inner_grad`) and of the weights (added or written to its rows)."""
-        if not self.is_sum:
-            stop = self.num_folds * self.inner_units
-            rows = inner_grad[self.inner_start : self.inner_start + stop]
-            self.gradient.into(inner_grad, 0, stop, rows)
-            return
-        assert stacked is not None
-        width = max(self.inner_units, self.outer_units)
-        for a, b in self.chunks(width * inner_grad.shape[1], inner_grad.device):
-            weight_FHK = self.parameters_of(stacked, a, b)
-            inner_FKB = self.inner_rows(space.inner, a, b)
-            scaled_FHB = self.pulled(inner_grad, a, b) / self.outer_rows(space.sums, a, b)
-            grad_FKB = self.inner_rows(inner_grad, a, b)
-            torch.bmm(weight_FHK.transpose(1, 2), scaled_FHB, out=grad_FKB)
-            grad_FKB.mul_(inner_FKB)
+        """Gradient of the inner units (into `gradient`) and of the weights (added or written to its rows)."""
+        pairs = zip(space.bound[self.number], gradient.bound[self.number], strict=True)
+        for forward, bound in pairs:
+            if bound.gather is not None:
+                bound.gather.run()
+            if stacked is None:
+                continue
+            weight_FHK = self.parameters_of(stacked, forward.low, forward.high)
+            torch.div(bound.pulled, forward.sums, out=bound.scaled)
+            torch.bmm(weight_FHK.transpose(1, 2), bound.scaled, out=bound.grad)
+            bound.grad.mul_(forward.inner)
             if weight_grad_PHK is None:
                 continue
             if not self.accumulate:
-                torch.bmm(scaled_FHB, inner_FKB.transpose(1, 2), out=self.parameters_of(weight_grad_PHK, a, b))
+                out_FHK = self.parameters_of(weight_grad_PHK, forward.low, forward.high)
+                torch.bmm(bound.scaled, forward.inner_transposed, out=out_FHK)
             else:
-                part_FHK = torch.bmm(scaled_FHB, inner_FKB.transpose(1, 2))
-                weight_grad_PHK.index_add_(0, self.parameter_rows[a:b], part_FHK)  # type: ignore[index]
+                part_FHK = torch.bmm(bound.scaled, forward.inner_transposed)
+                weight_grad_PHK.index_add_(0, self.parameter_rows[forward.low : forward.high], part_FHK)
         for entry in space.underflow:
             if entry.layer == self.number:
-                self._backward_underflow(space, stacked, inner_grad, weight_grad_PHK, entry.index_FHB)
+                assert stacked is not None
+                self._backward_underflow(space, gradient.inner, stacked, weight_grad_PHK, entry.index_FHB)
 
     def _backward_underflow(
-        self, space: Workspace, stacked: Tensor, inner_grad: Tensor, weight_grad: Tensor | None, index_FHB: Tensor
+        self, space: Workspace, inner_grad: Tensor, stacked: Tensor, weight_grad: Tensor | None, index_FHB: Tensor
     ) -> None:
         """Add what the entries computed in log space contribute."""
         outer_FHB = self.outer_rows(space.values, 0, self.num_folds)
@@ -352,14 +480,13 @@ class Layer(_Folded):
         pulled_FHB = self.pulled(inner_grad, 0, self.num_folds)
         grad_FKB = self.inner_rows(inner_grad, 0, self.num_folds)
         weight_FHK = self.parameters_of(stacked, 0, self.num_folds)
-        assert self.parameter_rows is not None
+        units = torch.arange(self.inner_units, device=inner_grad.device)
         step = max(1, CACHE_SIZE // self.inner_units)
         for i in range(0, index_FHB.shape[1], step):
             f, h, column = index_FHB[:, i : i + step]
             weight_NK = weight_FHK[f, h]
             ratio_NK = log_FKB[f, :, column] - outer_FHB[f, h, column][:, None]
             flow_NK = (weight_NK.log() + ratio_NK).exp() * pulled_FHB[f, h, column][:, None]
-            units = torch.arange(self.inner_units, device=f.device)
             grad_FKB.index_put_((f[:, None], units, column[:, None]), flow_NK, accumulate=True)
             if weight_grad is not None:
                 exact_NK = torch.where(weight_NK > 0, flow_NK / weight_NK.clamp_min(TINY[weight_NK.dtype]), 0.0)
@@ -377,10 +504,6 @@ class Layer(_Folded):
             return None
         torch.bmm(self.parameters_of(stacked, 0, self.num_folds).transpose(1, 2), outer_FH1, out=out_FK1)
         return outer_FH1[..., 0]
-
-
-def _scratch(buffer: Tensor, folds: int, units: int, batch: int) -> Tensor:
-    return buffer.view(-1)[: folds * units * batch].view(folds, units, batch)
 
 
 def _as_range(index: np.ndarray) -> int | None:

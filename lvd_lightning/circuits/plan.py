@@ -176,7 +176,8 @@ class _Compiler:
                 shape = (pad_outer[node.num_units], pad_inner[self._inner_size(key)], True)
             else:
                 shape = (node.num_units, node.num_units, False)
-            buckets[(self.level[key], *shape)].append(key)
+            outer, inner, is_sum = shape
+            buckets[self.level[key], outer, inner, is_sum].append(key)
         for nodes in buckets.values():  # most factors first, so that later slots of a gather fill a prefix
             nodes.sort(key=lambda key: -self._num_factors(key))
         return dict(sorted(buckets.items()))

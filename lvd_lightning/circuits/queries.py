@@ -47,7 +47,7 @@ def sample(
         return out
     tables = circuit.probabilities()
     lease = circuit.lease(batch.size, keep=False)
-    circuit.run_forward(batch, tables, False, lease.space)
+    circuit.run_forward(batch, tables, lease.space)
     _check_possible(circuit, lease.space.values, index_GB)
     active = _descend(circuit, lease.space.values, tables, index_GB, generator, stochastic=True)
     for number, layer in enumerate(circuit.input_layers):
@@ -106,15 +106,17 @@ def posterior(
     index_GB = circuit.head_index(head, batch.size)
     tables = circuit.probabilities()
     lease = circuit.lease(batch.size, keep=True)
-    circuit.run_forward(batch, tables, True, lease.space)
+    circuit.run_forward(batch, tables, lease.space)
     _check_possible(circuit, lease.space.values, index_GB)
-    flow = torch.zeros(circuit.plan.num_edge_rows, batch.size, dtype=circuit.dtype, device=circuit.device)
-    circuit.head_rows(flow).scatter_(1, index_GB[:, None], 1.0)
-    circuit.run_backward(lease.space, tables, flow, [None] * len(tables))
+    gradient = circuit.gradient_space(batch.size)
+    circuit.head_rows(gradient.inner).zero_().scatter_(1, index_GB[:, None], 1.0)
+    circuit.run_backward(lease.space, tables, gradient, [None] * len(tables))
+    flow = gradient.inner
     width = max(len(found) for found in rows)
     out_GBK = flow.new_zeros(circuit.num_circuits, batch.size, width)
     for g, found in enumerate(rows):
         out_GBK[g, :, : len(found)] = flow[found].T
+    circuit.return_gradient_space(gradient)
     return out_GBK if circuit.batched else out_GBK[0]
 
 
@@ -211,8 +213,7 @@ def _descend(
 def _maximise(layer: Layer, values: Tensor, tables: list[Tensor]) -> None:
     """One layer with maxima in place of sums."""
     if not layer.is_sum:
-        stop = layer.num_folds * layer.inner_units
-        layer.inputs.into(values, 0, stop, values[layer.outer_start : layer.outer_start + stop])
+        layer.outer_rows(values, 0, layer.num_folds).copy_(layer.log_inner(values, 0, layer.num_folds))
         return
     for a, b in _fold_chunks(layer.num_folds, layer.inner_units * values.shape[1]):
         log_FKB = layer.log_inner(values, a, b)
