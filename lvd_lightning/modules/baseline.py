@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from typing_extensions import override
 
 from lvd_lightning import circuits as pc
@@ -34,8 +34,8 @@ SIZED = ("finetune", "prior")
 class CircuitBaseline(StageModule):
     """Trains the same random HCLT over all pixels of the image twice: by mini-batch EM and by Anemone.
 
-    Its number of latent states is such that it has at least about as many parameters as the distilled circuit, and each rule
-    trains for about as long as all earlier stages took. The number of steps is fixed once, from a measured rate, and
+    It has as many latent states as give it about the parameters of the distilled circuit, or more, and each rule trains
+    for about as long as all earlier stages took. The number of steps is fixed once, from a measured rate, and
     written to `plan.json`, so a resumed run ends as an uninterrupted one. The tree is learnt outside that time.
 
     Logs `val/em_bpd` and `val/anemone_bpd`; of each rule the epoch with the best validation counts.
@@ -110,7 +110,13 @@ class CircuitBaseline(StageModule):
         """The steps that this epoch takes, of random images, a function of (seed, epoch)."""
         epochs = self.trainer.max_epochs or 1
         per_epoch = max(1, math.ceil(max(self.steps.values()) / epochs))
-        return DataLoader(_RandomBatches(self._context, self.hparams["batch_size"], per_epoch, self), batch_size=None)
+        batches = _RandomBatches(self, self._context, self.hparams["batch_size"], per_epoch)
+        return DataLoader(_Images(self._context.data), sampler=batches, batch_size=None)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Validation images of the datamodule."""
+        found: DataLoader[Any] = self._context.data.val_dataloader()
+        return found
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         images_BD = batch.flatten(1)
@@ -154,6 +160,11 @@ class CircuitBaseline(StageModule):
                     pc.save(self.circuits[rule], self._context.dir / rule)  # type: ignore[arg-type]
 
     @override
+    def on_train_epoch_end(self) -> None:
+        if self.trainer.is_global_zero:  # finish_stage holds the best epoch's state, which may be an earlier one
+            write_atomically(self._context.dir / "spent.json", json.dumps(self.seconds))
+
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["baseline"] = {"seconds": dict(self.seconds), "best": dict(self.best)}
 
@@ -167,9 +178,10 @@ class CircuitBaseline(StageModule):
     def finish_stage(self, context: StageContext) -> dict[str, float]:
         """Evaluate each rule's best epoch on all of validation and, once, on test."""
         results = {}
+        spent = json.loads((context.dir / "spent.json").read_text())
         for rule in RULES:
             circuit = pc.load(context.dir / rule, device=self.device)
-            found = {"seconds": self._spent(context)[rule], "num_parameters": circuit.num_parameters}
+            found = {"seconds": spent[rule], "num_parameters": circuit.num_parameters}
             for split, name in (("val", "val_bpd"), ("test", "bpd")):
                 metric = BitsPerDim(circuit.num_variables).to(self.device)
                 for index in torch.arange(context.data.num_examples(split)).split(256):
@@ -190,10 +202,6 @@ class CircuitBaseline(StageModule):
     def _done(self, batch_idx: int) -> int:
         per_epoch = max(1, math.ceil(max(self.steps.values()) / (self.trainer.max_epochs or 1)))
         return self.current_epoch * per_epoch + batch_idx
-
-    def _spent(self, context: StageContext) -> dict[str, float]:
-        """Seconds of training up to the end; the best epoch's checkpoint, which is loaded now, may be earlier."""
-        return self.seconds
 
     def _sample(self, context: StageContext) -> Tensor:
         count = context.data.num_examples("train")
@@ -251,14 +259,23 @@ class CircuitBaseline(StageModule):
 RULES: tuple[Rule, Rule] = ("em", "anemone")
 
 
-class _RandomBatches(IterableDataset[Tensor]):
-    """Batches of one epoch: images in random order, starting over as often as needed."""
+class _Images(Dataset[Tensor]):
+    """Training images by batches of numbers."""
 
-    def __init__(self, context: StageContext, batch_size: int, num_batches: int, module: CircuitBaseline) -> None:
-        self.context = context
-        self.batch_size = batch_size
-        self.num_batches = num_batches
-        self.module = module
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        found: Tensor = self.data.batch("train", index)
+        return found
+
+
+class _RandomBatches(Sampler[Tensor]):
+    """This rank's share of the batches of one epoch: random order, starting over as often as needed."""
+
+    def __init__(self, module: CircuitBaseline, context: StageContext, batch_size: int, num_batches: int) -> None:
+        self.module, self.context = module, context
+        self.batch_size, self.num_batches = batch_size, num_batches
 
     def __len__(self) -> int:
         return self.num_batches
@@ -271,8 +288,7 @@ class _RandomBatches(IterableDataset[Tensor]):
             while len(order) < min(self.batch_size, count):
                 order = torch.cat([order, torch.randperm(count, generator=generator)])
             index, order = order[: self.batch_size], order[self.batch_size :]
-            share = index[self.module.global_rank :: max(1, self.module.trainer.world_size)]
-            yield self.context.data.batch("train", share)
+            yield index[self.module.global_rank :: max(1, self.module.trainer.world_size)]
 
 
 def _log_prob(circuit: pc.Circuit, images: Tensor) -> Tensor:

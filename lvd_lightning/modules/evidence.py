@@ -1,4 +1,4 @@
-"""Log-likelihoods of patches under the conditionals, computed once and kept: of all latent values, or of the likely ones.
+"""Log-likelihoods of patches under the conditionals, computed once and kept: of all latent values or the likely ones.
 
 Shapes: N images, B batch, P patches, K latent values, M candidates per patch, G circuits, S slots.
 """
@@ -118,7 +118,7 @@ def candidate_table(assembled: AssembledCircuit, images: Tensor, z_BP: Tensor, n
         score_KK.index_add_(0, z_BP[at].reshape(-1), posterior_NK)
     score_KK += 1e-9 * share_K  # never seen in the sample: frequent values first
     score_KK.fill_diagonal_(torch.inf)
-    return score_KK.argsort(1, descending=True, stable=True)[:, :num_candidates].contiguous()
+    return score_KK.argsort(dim=1, descending=True, stable=True)[:, :num_candidates].contiguous()
 
 
 @dataclass(frozen=True)
