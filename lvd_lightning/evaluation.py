@@ -13,13 +13,13 @@ from lvd_lightning.modules.assembled import AssembledCircuit
 from lvd_lightning.modules.stage import DONE_MARKER, ImageData, derive_seed
 from lvd_lightning.ranks import Ranks
 
-__all__ = ["CIRCUIT_STAGES", "SPLITS", "circuit_bpd", "evaluate_run", "final_stage", "mean_bpd"]
+__all__ = ["CIRCUIT_STAGES", "SPLITS", "circuit_bpd", "evaluate_run", "final_stage", "mean_bpds"]
 
 SPLITS = ("train", "val", "test")
 # Stages that leave a circuit over images, and what reports call it.
 CIRCUIT_STAGES = {"prior": "distilled", "finetune": "finetuned"}
 # So many training images, drawn once, say where a circuit stands on them; validation and test images all count.
-MAX_TRAIN_IMAGES = 10_000
+MAX_TRAIN_IMAGES = 1_000
 # Images per pass over all ranks; a circuit divides them further by itself.
 _BATCH = 256
 
@@ -38,12 +38,14 @@ def evaluate_run(run_dir: Path, data: ImageData, ranks: Ranks) -> dict[str, Any]
         if not _is_finished(run_dir, stage):
             continue
         circuit = AssembledCircuit.load(run_dir / stage).to(ranks.device).eval()
-        if stage == "prior" and _is_finished(run_dir, "latents"):
-            circuits["lvd_objective"] = {
-                f"{split}_bpd": mean_bpd(_joint(circuit, data, split, run_dir, ranks), data, split, ranks)
-                for split in SPLITS
-            }
-        circuits[name] = {f"{split}_bpd": circuit_bpd(circuit, data, split, ranks) for split in SPLITS}
+        with_latents = stage == "prior" and _is_finished(run_dir, "latents")
+        for split in SPLITS:
+            if with_latents:
+                found = mean_bpds(_joint(circuit, data, split, run_dir, ranks), data, split, ranks)
+                circuits.setdefault("lvd_objective", {})[f"{split}_bpd"] = found[1]
+            else:
+                found = [circuit_bpd(circuit, data, split, ranks)]
+            circuits.setdefault(name, {})[f"{split}_bpd"] = found[0]
         described = {"num_parameters": circuit.num_parameters, "num_heads": circuit.num_states}
     return {"circuits": circuits, "num_train": len(_rows(data, "train")), **described} if circuits else {}
 
@@ -57,28 +59,31 @@ def final_stage(run_dir: Path) -> str | None:
 def circuit_bpd(circuit: AssembledCircuit, data: ImageData, split: str, ranks: Ranks) -> float:
     """Bits per dimension of a circuit on a split; all ranks have to call."""
     device = ranks.device
-    return mean_bpd(lambda rows: circuit.log_prob(data.batch(split, rows).to(device)), data, split, ranks)
+    return mean_bpds(lambda rows: [circuit.log_prob(data.batch(split, rows).to(device))], data, split, ranks)[0]
 
 
 @torch.inference_mode()
-def mean_bpd(log_prob: Callable[[Tensor], Tensor], data: ImageData, split: str, ranks: Ranks) -> float:
-    """The mean of -log2 p(x) / (3 H W) over a split, each rank doing its share.
+def mean_bpds(log_probs: Callable[[Tensor], list[Tensor]], data: ImageData, split: str, ranks: Ranks) -> list[float]:
+    """The means of -log2 p(x) / (3 H W) over a split, each rank doing its share.
 
-    log_prob: rows of the split int64 [n] -> log-likelihoods in nats [n].
+    log_probs: rows of the split int64 [n] -> log-likelihoods in nats, each [n], of one or several models.
     """
-    total = torch.zeros(2, dtype=torch.float64)
+    total: Tensor | None = None
     for rows in ranks.share(_rows(data, split)).split(max(1, _BATCH // ranks.world_size)):
-        total += torch.tensor([log_prob(rows).double().sum().item(), len(rows)], dtype=torch.float64)
-    nats, count = ranks.sum(total).tolist()
-    return -nats / count / math.prod(data.image_shape) / math.log(2.0)
+        part = torch.stack([found.double().sum().cpu() for found in log_probs(rows)] + [torch.tensor(float(len(rows)))])
+        total = part if total is None else total + part
+    if total is None:  # fewer images than ranks
+        total = torch.zeros(len(log_probs(_rows(data, split)[:1])) + 1, dtype=torch.float64)
+    *nats, count = ranks.sum(total).tolist()
+    return [-value / count / math.prod(data.image_shape) / math.log(2.0) for value in nats]
 
 
 def _joint(
     circuit: AssembledCircuit, data: ImageData, split: str, run_dir: Path, ranks: Ranks
-) -> Callable[[Tensor], Tensor]:
-    """log p(x, z) with the assignments of the latents stage: what the stages before finetuning maximise."""
+) -> Callable[[Tensor], list[Tensor]]:
+    """log p(x), and log p(x, z) with the assignments of the latents stage, which earlier stages maximise."""
     z_NP, device = load_assignments(run_dir / "latents", split), ranks.device
-    return lambda rows: circuit.lvd_objective(data.batch(split, rows).to(device), z_NP[rows].to(device))
+    return lambda rows: list(circuit.log_prob_and_objective(data.batch(split, rows).to(device), z_NP[rows].to(device)))
 
 
 def _rows(data: ImageData, split: str) -> Tensor:

@@ -32,9 +32,11 @@ class BitsPerDim(Metric):
         self.add_state("weight", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, log_prob: Tensor, weight: Tensor | float = 1.0) -> None:
-        """Add log-likelihoods in nats, shape (B,), of `weight` examples each."""
-        self.nats += (log_prob.detach().double() * weight).sum()
-        self.weight += torch.as_tensor(weight, dtype=torch.float64).to(log_prob.device).expand(log_prob.shape).sum()
+        """Add log-likelihoods in nats, shape (B,), of `weight` examples each (a number, or shape (B,))."""
+        nats_B = log_prob.detach().double()
+        weight_B = torch.as_tensor(weight, dtype=torch.float64, device=nats_B.device).expand(nats_B.shape)
+        self.nats += torch.where(weight_B > 0, nats_B * weight_B, 0.0).sum()
+        self.weight += weight_B.sum()
 
     def compute(self) -> Tensor:
         """Bits per dimension; NaN without examples."""

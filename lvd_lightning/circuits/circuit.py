@@ -295,22 +295,23 @@ class Circuit(nn.Module):
         """The rows of an E matrix that belong to the heads, shape (G, H, B)."""
         return inner[1 : 1 + self.roots.numel()].view(*self.roots.shape, -1)  # type: ignore[operator]
 
+    @torch.no_grad()
     def top_down(self, share_GH: Tensor) -> list[Tensor]:
         """TD(n), the top-down probability of every parameter row (rows, units), given that of every head."""
-        with torch.no_grad():
-            tables = self.probabilities()
-            inner = share_GH.new_zeros(self.plan.num_edge_rows, 1)
-            self.head_rows(inner)[..., 0] = share_GH
-            out = [table.new_zeros(table.shape[:2]) for table in tables]
-            for layer in reversed(self.layers):  # type: ignore[call-overload]
-                found_FH = layer.pass_down(tables[layer.group] if layer.is_sum else None, inner)
-                if found_FH is not None:
-                    out[layer.group].index_add_(0, layer.parameter_rows, found_FH)
-            for layer in self.input_layers:
-                assert isinstance(layer, InputLayer)
-                if layer.group >= 0:
-                    found_FK = layer.gradient_of(inner, 0, layer.num_folds)[..., 0]
-                    out[layer.group].index_add_(0, layer.parameter_rows, found_FK)  # type: ignore[arg-type]
+        tables = self.probabilities()
+        space = self.gradient_space(1)
+        self.head_rows(space.inner)[..., 0] = share_GH
+        out = [table.new_zeros(table.shape[:2]) for table in tables]
+        for layer in reversed(self.layers):  # type: ignore[call-overload]
+            if layer.is_sum:
+                layer.pass_down(space, tables[layer.group], out[layer.group])
+            else:
+                layer.pass_down(space, None, None)
+        for layer in self.input_layers:
+            assert isinstance(layer, InputLayer)
+            if layer.group >= 0:
+                layer.add_rows(out[layer.group], layer.gradient_of(space.inner, 0, layer.num_folds)[..., 0], 0)
+        self.return_gradient_space(space)
         return out
 
     def lease(self, size: int, keep: bool) -> Lease:
@@ -355,14 +356,21 @@ class Circuit(nn.Module):
             raise ValueError("Circuit: all soft evidence must have the same number of states")
         return True in kinds
 
-    def _find_root_parameters(self, graphs: Sequence[CircuitGraph]) -> list[tuple[int, int, int]]:
-        """Where the weights of every circuit's heads are: (group, row, number of heads)."""
+    def _find_root_parameters(self, graphs: Sequence[CircuitGraph]) -> list[tuple[int, Tensor, Tensor]]:
+        """Where the weights of the heads are: for every parameter group with some, the circuits and their rows."""
         place = {
             owner: (number, row)
             for number, group in enumerate(self.plan.groups)
             for row, owner in enumerate(group.owners)
         }
-        return [(*place[g, graph.root], graph.num_heads) for g, graph in enumerate(graphs)]
+        found: dict[int, list[tuple[int, int]]] = {}
+        for g, graph in enumerate(graphs):
+            number, row = place[g, graph.root]
+            found.setdefault(number, []).append((g, row))
+        return [
+            (number, torch.tensor([g for g, _ in pairs]), torch.tensor([row for _, row in pairs]))
+            for number, pairs in found.items()
+        ]
 
     def _mark_shared_rows(self) -> None:
         uses = [torch.zeros(len(group.owners), dtype=torch.int64) for group in self.plan.groups]

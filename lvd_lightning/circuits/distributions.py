@@ -135,7 +135,9 @@ class Categorical(Distribution):
         index = x_FB.long()[:, None, :].expand(grad_FKB.shape)
         out_FKS.zero_().scatter_add_(2, index, grad_FKB)
         # flow / parameter; where the parameter is 0 the flow is 0 as well, and so is this gradient by convention
-        out_FKS.div_(params_FKS.clamp_min(SMALLEST))
+        if params_FKS.is_cuda or float(params_FKS.amin()) < SMALLEST:
+            params_FKS = params_FKS.clamp_min(SMALLEST)
+        out_FKS.div_(params_FKS)
 
     def floored(self, params: Tensor) -> Tensor:
         """Positive probabilities of at least `SMALLEST`; zeros stay zeros."""

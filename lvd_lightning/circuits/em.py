@@ -21,6 +21,7 @@ __all__ = ["Anemone", "CircuitEM"]
 
 #: Flows of examples long past; below this they only cost time, as denormal numbers.
 FORGOTTEN = 1e-30
+FORGET_EVERY = 16
 
 
 class _CircuitOptimizer(torch.optim.Optimizer):
@@ -143,12 +144,13 @@ class CircuitEM(_CircuitOptimizer):
                 self._step_gaussian(circuit, number, table, step, pseudocount)
                 continue
             for at in _chunks(table):
-                theta_PXY = table[at]
-                target_PXY = torch.mul(theta_PXY, table.grad[at]).neg_()
-                flow_PX1 = target_PXY.sum(-1, keepdim=True)
-                _add_pseudocount(target_PXY, circuit.mask(number), at, pseudocount)
-                target_PXY.div_((flow_PX1 + pseudocount).clamp_min_(torch.finfo(table.dtype).tiny))
-                theta_PXY.lerp_(target_PXY, step * (flow_PX1 > 0).to(table.dtype))
+                theta_PXY, grad_PXY = table[at], table.grad[at]
+                flow_PX1 = torch.mul(theta_PXY, grad_PXY).sum(-1, keepdim=True).neg_()
+                # the rule, written as theta * (keep - rate * gradient) + floor: few passes over the table
+                rate_PX1 = step * (flow_PX1 > 0) / (flow_PX1 + pseudocount).clamp_min_(torch.finfo(table.dtype).tiny)
+                keep_PX1 = 1 - step * (flow_PX1 > 0).to(table.dtype)
+                factor_PXY = torch.addcmul(keep_PX1, grad_PXY, rate_PX1, value=-1)
+                _scale_and_add(theta_PXY, factor_PXY, rate_PX1, circuit.mask(number), at, pseudocount)
                 _keep_floor(circuit, number, theta_PXY, pseudocount)
 
     def _step_gaussian(self, circuit: Circuit, number: int, table: Tensor, step: float, pseudocount: float) -> None:
@@ -212,16 +214,30 @@ class Anemone(_CircuitOptimizer):
             if isinstance(circuit.plan.groups[number].distribution, Gaussian):
                 self._step_gaussian(circuit, number, table, scale_PX1, correction, group)
                 continue
-            flows = self.state[table]["flow"]
-            for at in _chunks(table):
-                theta_PXY, flow_PXY = table[at], flows[at]
-                new_PXY = flow_PXY * (group["lr"] / correction)
-                visited_PX1 = flow_PXY.sum(-1, keepdim=True) > 0
-                new_PXY.addcmul_(theta_PXY, scale_PX1[at])
-                _add_pseudocount(new_PXY, circuit.mask(number), at, group["pseudocount"])
-                new_PXY.div_(new_PXY.sum(-1, keepdim=True).clamp_min_(torch.finfo(table.dtype).tiny))
-                torch.where(visited_PX1, new_PXY, theta_PXY, out=theta_PXY)
-                _keep_floor(circuit, number, theta_PXY, group["pseudocount"])
+            self._update(circuit, number, table, scale_PX1, correction, group)
+
+    def _update(
+        self,
+        circuit: Circuit,
+        number: int,
+        table: Tensor,
+        scale_PX1: Tensor,
+        correction: float,
+        group: dict[str, Any],
+    ) -> None:
+        """theta = (s F + (1 - s) N TD theta + a / |ch|) / (the sum of that): rows of theta sum to one."""
+        step, pseudocount = group["lr"] / correction, group["pseudocount"]
+        flows = self.state[table]["flow"]
+        for at in _chunks(table):
+            theta_PXY, flow_PXY = table[at], flows[at]
+            total_PX1 = flow_PXY.sum(-1, keepdim=True)
+            weight_PX1 = (step * total_PX1 + scale_PX1[at] + pseudocount).clamp_min_(torch.finfo(table.dtype).tiny)
+            visited_PX1 = (total_PX1 > 0).to(table.dtype)
+            keep_PX1 = torch.lerp(torch.ones_like(visited_PX1), scale_PX1[at] / weight_PX1, visited_PX1)
+            rate_PX1 = visited_PX1 / weight_PX1
+            _scale_and_add(theta_PXY, keep_PX1, rate_PX1, circuit.mask(number), at, pseudocount)
+            theta_PXY.addcmul_(flow_PXY, step * rate_PX1)
+            _keep_floor(circuit, number, theta_PXY, pseudocount)
 
     def _average(self, circuit: Circuit, number: int, table: Tensor, momentum: float) -> None:
         """Update the moving average of the flows of one parameter tensor."""
@@ -236,19 +252,21 @@ class Anemone(_CircuitOptimizer):
             state["flow"].lerp_(circuit.statistics[number], 1 - momentum)
             return
         for at in _chunks(table):
-            new_PXY = torch.mul(table[at], table.grad[at]).neg_()
             flow_PXY = state["flow"][at]
-            flow_PXY.lerp_(new_PXY, 1 - momentum)
-            functional.threshold_(flow_PXY, FORGOTTEN, 0.0)
+            flow_PXY.mul_(momentum).addcmul_(table[at], table.grad[at], value=momentum - 1)
+            if state["step"] % FORGET_EVERY == 0:
+                functional.threshold_(flow_PXY, FORGOTTEN, 0.0)
 
     def _root_flow(self, circuit: Circuit) -> Tensor:
         """The averaged flow of every head, (G, H), bias-corrected."""
-        out_GH = torch.zeros(circuit.roots.shape, dtype=torch.float64, device=circuit.device)  # type: ignore[arg-type]
-        for g, (number, row, heads) in enumerate(circuit.root_parameters):
+        out_GH = torch.zeros(circuit.roots.shape, dtype=torch.float64, device=circuit.device)
+        momentum = self.param_groups[self._group(circuit)]["momentum"]
+        for number, circuits, rows in circuit.root_parameters:
             state = self.state.get(circuit.tables[number])
             if state:
-                correction = 1 - self.param_groups[self._group(circuit)]["momentum"] ** state["step"]
-                out_GH[g, :heads] = state["flow"][row, :heads].sum(-1).double() / correction
+                flow_FH = state["flow"][rows.to(circuit.device)].sum(-1).double() / (1 - momentum ** state["step"])
+                width = min(out_GH.shape[1], flow_FH.shape[1])  # either may be padded
+                out_GH[circuits.to(circuit.device), :width] = flow_FH[:, :width]
         return out_GH
 
     def _group(self, circuit: Circuit) -> int:
@@ -279,15 +297,18 @@ def _chunks(table: Tensor) -> Iterator[slice]:
         yield slice(low, min(low + step, rows))
 
 
-def _add_pseudocount(target_PXY: Tensor, mask: Tensor | None, at: slice, pseudocount: float) -> None:
-    """Spread `pseudocount` evenly over the live alternatives of every row."""
+def _scale_and_add(
+    theta_PXY: Tensor, factor: Tensor, rate_PX1: Tensor, mask: Tensor | None, at: slice, pseudocount: float
+) -> None:
+    """theta = theta * factor + rate * pseudocount / (live alternatives of the row), on live alternatives."""
     if pseudocount == 0:
-        return
-    if mask is None:
-        target_PXY.add_(pseudocount / target_PXY.shape[-1])
-        return
-    live_PXY = mask[at].to(target_PXY.dtype)
-    target_PXY.add_(live_PXY * (pseudocount / live_PXY.sum(-1, keepdim=True).clamp_min_(1)))
+        theta_PXY.mul_(factor)
+    elif mask is None:
+        torch.addcmul(rate_PX1 * (pseudocount / theta_PXY.shape[-1]), theta_PXY, factor, out=theta_PXY)
+    else:
+        live_PXY = mask[at].to(theta_PXY.dtype)
+        share_PX1 = rate_PX1 * (pseudocount / live_PXY.sum(-1, keepdim=True).clamp_min_(1))
+        torch.addcmul(live_PXY * share_PX1, theta_PXY, factor, out=theta_PXY)
 
 
 def _keep_floor(circuit: Circuit, number: int, theta_PXY: Tensor, pseudocount: float) -> None:

@@ -22,7 +22,7 @@ from lvd_lightning.circuits.plan import LOG_ONE, LOG_ZERO, Gather, InputPlan, La
 __all__ = ["GatherRows", "GradientSpace", "InputLayer", "Layer", "Pool", "Underflow", "Workspace"]
 
 #: Numbers that one round of operations on the CPU touches per array: several arrays of it stay in the cache.
-CACHE_SIZE = 1 << 18
+CACHE_SIZE = 1 << 19
 #: A sum below this has lost precision to underflow.
 TINY = {torch.float32: 1e-30, torch.float64: 1e-280}
 #: Log-scale of a node without any support; -inf would turn the difference of two -inf into NaN.
@@ -251,6 +251,13 @@ class _Folded(nn.Module):
         if self.row_start is not None:
             return stacked_PXY[self.row_start + low : self.row_start + high]
         return stacked_PXY.index_select(0, self.parameter_rows[low:high])
+
+    def add_rows(self, out_PX: Tensor, found_FX: Tensor, low: int) -> None:
+        """Add values of the folds from `low` on to their parameter rows."""
+        if self.accumulate:
+            out_PX.index_add_(0, self.parameter_rows[low : low + len(found_FX)], found_FX)
+        else:
+            self.parameters_of(out_PX, low, low + len(found_FX)).copy_(found_FX)
 
     def chunks(self, size: int, device: torch.device) -> Iterator[tuple[int, int]]:
         """Ranges of folds; `size` numbers per fold. One range on an accelerator."""
@@ -492,18 +499,18 @@ class Layer(_Folded):
                 exact_NK = torch.where(weight_NK > 0, flow_NK / weight_NK.clamp_min(TINY[weight_NK.dtype]), 0.0)
                 weight_grad.index_put_((self.parameter_rows[f], h), exact_NK, accumulate=True)
 
-    def pass_down(self, stacked: Tensor | None, inner: Tensor) -> Tensor | None:
-        """Top-down probabilities: those of the outer units, shape (F, H), from which those of the inner follow.
+    def pass_down(self, space: GradientSpace, stacked: Tensor | None, out_PH: Tensor | None) -> None:
+        """Top-down probabilities: those of the outer units (added to `out_PH`), then those of the inner ones.
 
-        `inner` is an E matrix with one column.
+        `space` has one column.
         """
-        outer_FH1 = self.pulled(inner, 0, self.num_folds)
-        out_FK1 = self.inner_rows(inner, 0, self.num_folds)
-        if stacked is None:
-            out_FK1.copy_(outer_FH1)
-            return None
-        torch.bmm(self.parameters_of(stacked, 0, self.num_folds).transpose(1, 2), outer_FH1, out=out_FK1)
-        return outer_FH1[..., 0]
+        for (a, b), bound in zip(self.chunks(self.width, space.inner.device), space.bound[self.number], strict=True):
+            if bound.gather is not None:
+                bound.gather.run()
+            if stacked is None or out_PH is None:
+                continue
+            self.add_rows(out_PH, bound.pulled[..., 0], a)
+            torch.bmm(self.parameters_of(stacked, a, b).transpose(1, 2), bound.pulled, out=bound.grad)
 
 
 def _as_range(index: np.ndarray) -> int | None:

@@ -5,9 +5,9 @@ Shapes: B images, P patches (positions), D variables of a patch, K latent values
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lvd_lightning import circuits as pc
 from lvd_lightning.bookkeeping import write_atomically
 from lvd_lightning.color import patchify, unpatchify
-from lvd_lightning.modules.routing import route
+from lvd_lightning.modules.routing import route_in_passes
 
 __all__ = ["AssembledCircuit"]
 
@@ -29,34 +29,38 @@ class AssembledCircuit(nn.Module):
 
     Args:
         prior: circuit over P variables with soft evidence of K states.
-        conditional: K heads over the D variables of a patch, tied over positions; or P x K of them, position by
-            position. Heads of its circuits are counted through: circuit 0 first.
+        conditional: batch of circuits (`pc.Circuit([...])`) with K heads altogether over the D variables of a patch,
+            tied over positions; or with P x K heads, position by position. Heads are counted through: circuit 0 first.
         patch_size: side of a patch, in pixels.
         image_shape: (3, height, width).
+
+    Raises:
+        ValueError: prior, conditional and geometry do not belong together.
     """
 
     def __init__(
         self, prior: pc.Circuit, conditional: pc.Circuit, patch_size: int, image_shape: tuple[int, int, int]
     ) -> None:
         super().__init__()
+        evidence = prior.plan.inputs[0].distribution
+        if prior.batched or not isinstance(evidence, pc.SoftEvidence):
+            raise ValueError(f"prior: expected a single circuit over SoftEvidence, got {prior} over {evidence}")
         self.prior = prior
         self.conditional = conditional
         self.patch_size = patch_size
         self.image_shape = image_shape
         self.num_positions = prior.num_variables
-        self.num_states = prior.plan.inputs[0].distribution.num_states  # type: ignore[attr-defined]
-        circuit, head = [], []
-        for g, structure in enumerate(conditional.structures):
-            circuit += [g] * structure.num_heads
-            head += [*range(structure.num_heads)]
-        if len(circuit) not in (self.num_states, self.num_states * self.num_positions):
-            raise ValueError(
-                f"conditional: has {len(circuit)} heads, expected {self.num_states} (tied over positions) or "
-                f"{self.num_states * self.num_positions} (one set per position)"
-            )
-        self.tied = len(circuit) == self.num_states
-        self.register_buffer("circuit_of", torch.tensor(circuit), persistent=False)
-        self.register_buffer("head_of", torch.tensor(head), persistent=False)
+        self.num_states = evidence.num_states
+        self._check_geometry()
+        self.tied = self._is_tied()
+        heads_G = torch.tensor([structure.num_heads for structure in conditional.structures])
+        first_G = heads_G.cumsum(0) - heads_G
+        self.circuit_of: Tensor  # of every head
+        self.head_of: Tensor  # its number within its circuit
+        self.position_of: Tensor  # of every circuit, if not tied
+        self.register_buffer("circuit_of", torch.arange(len(heads_G)).repeat_interleave(heads_G), persistent=False)
+        self.register_buffer("head_of", torch.arange(len(self.circuit_of)) - first_G[self.circuit_of], persistent=False)
+        self.register_buffer("position_of", first_G // self.num_states, persistent=False)
 
     @property
     def num_parameters(self) -> int:
@@ -78,8 +82,13 @@ class AssembledCircuit(nn.Module):
 
     def lvd_objective(self, images: Tensor, z: Tensor) -> Tensor:
         """log p(x, z) = log p(z) + sum_i log p(x_i | z_i) in nats, shape (B,); z: int64 (B, P)."""
-        given = self.evidence(images).gather(2, z[..., None]).sum((1, 2))
-        return self.prior_log_prob(z) + given
+        return self.log_prob_and_objective(images, z)[1]
+
+    def log_prob_and_objective(self, images: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(x) and log p(x, z) in nats, both (B,), at the cost of one."""
+        evidence_BPK = self.evidence(images)
+        given_B = evidence_BPK.gather(2, z[..., None]).sum((1, 2))
+        return self.prior.log_prob(evidence_BPK)[:, 0], self.prior_log_prob(z) + given_B
 
     def prior_log_prob(self, z: Tensor) -> Tensor:
         """log p(z) in nats, shape (B,); z: int64 (B, P)."""
@@ -89,44 +98,47 @@ class AssembledCircuit(nn.Module):
     def patches(self, images: Tensor) -> Tensor:
         """(B, P, D), the variables of the conditional circuits."""
         if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape or images.dtype != torch.uint8:
-            raise ValueError(f"images: expected uint8 (batch, {self.image_shape}), got {images.dtype} {images.shape}")
+            raise ValueError(
+                f"images: expected uint8 (batch, {', '.join(map(str, self.image_shape))}), got {images.dtype} "
+                f"{tuple(images.shape)}"
+            )
         return patchify(images, self.patch_size)
 
+    @torch.no_grad()
     def evidence(self, images: Tensor, observed: Tensor | None = None) -> Tensor:
         """log p(x_i | z_i = k) in nats, shape (B, P, K), in bounded memory (without gradients).
 
-        observed: bool (B, 3, H, W); False marginalises a pixel's channel.
+        observed: bool, broadcast to the images; False marginalises a pixel's channel.
         """
-        patches_BPD = self.patches(images)
-        mask_BPD = None if observed is None else patchify(observed, self.patch_size)
-        out_BPK = torch.empty(
-            *patches_BPD.shape[:2], self.num_states, dtype=self.conditional.dtype, device=patches_BPD.device
+        rows, masks = self.patches(images), None if observed is None else self._mask_patches(images, observed)
+        if self.tied:
+            rows, masks = rows.flatten(0, 1), None if masks is None else masks.flatten(0, 1)
+        out = torch.empty(
+            *rows.shape[:-1], self.num_states, dtype=self.conditional.dtype, device=self.conditional.device
         )
-        with torch.no_grad():
-            for at in self._chunks(patches_BPD):
-                mask = None if mask_BPD is None else mask_BPD.view(at.flat)[at.range]
-                self._evidence_chunk(patches_BPD.reshape(at.flat)[at.range], mask, out_BPK, at)
-        return out_BPK
+        step = self._chunk_size()
+        for low in range(0, len(rows), step):
+            at = slice(low, low + step)
+            out[at] = self._evidence_rows(rows[at], None if masks is None else masks[at])
+        return out.view(len(images), self.num_positions, self.num_states)
 
     def circuit_index(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Which circuit of the conditional, and which of its heads, models each patch: z (B, P) to two of (B P,)."""
         if not self.tied:
             z = z + self.num_states * torch.arange(self.num_positions, device=z.device)
         flat = z.reshape(-1)
-        return self.circuit_of[flat], self.head_of[flat]  # type: ignore[index]
+        return self.circuit_of[flat], self.head_of[flat]
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """`n` exact samples, uint8 (n, 3, H, W), colour-encoded."""
+        """`n` exact samples, uint8 (n, 3, H, W), colour-encoded; generator: on the circuit's device."""
         z = self.prior.sample(n, generator=generator)
-        shape = (n, *self.image_shape)
-        blank = torch.zeros(shape, dtype=torch.uint8, device=z.device)
-        return self._complete(blank, torch.zeros(shape, dtype=torch.bool, device=z.device), z, generator)
+        blank = torch.zeros((n, *self.image_shape), dtype=torch.uint8, device=z.device)
+        return self._complete(blank, torch.zeros_like(blank, dtype=torch.bool), z, generator)
 
     @torch.no_grad()
     def inpaint(self, images: Tensor, observed: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Exact samples of what is not `observed` (bool, broadcast to the images) given what is; uint8 (B, 3, H, W)."""
-        observed = observed.expand(images.shape)
         z = self.prior.sample(x=self.evidence(images, observed), generator=generator)
         return self._complete(images, observed, z, generator)
 
@@ -147,60 +159,84 @@ class AssembledCircuit(nn.Module):
         path = folder / "assembled.json"
         if not path.is_file():
             raise ValueError(f"{folder}: holds no assembled circuit ({path.name} is missing); run its stage first")
-        geometry = json.loads(path.read_text())
-        prior, conditional = pc.load(folder / "prior"), pc.load(folder / "conditional")
-        return cls(prior, conditional, int(geometry["patch_size"]), tuple(geometry["image_shape"]))
+        try:
+            geometry = json.loads(path.read_text())
+            prior, conditional = pc.load(folder / "prior"), pc.load(folder / "conditional")
+            return cls(prior, conditional, int(geometry["patch_size"]), tuple(geometry["image_shape"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder}: holds no complete assembled circuit ({error}); run its stage again") from error
+
+    def _check_geometry(self) -> None:
+        channels, height, width = self.image_shape
+        side = self.patch_size
+        if side < 1 or height % side or width % side:
+            raise ValueError(f"patch_size: {side} does not tile images of {height} x {width}; choose a divisor of both")
+        if self.num_positions != height * width // side**2:
+            raise ValueError(
+                f"prior: has {self.num_positions} variables, expected one for each of the {height * width // side**2} "
+                f"patches of {side} x {side} in images of {height} x {width}"
+            )
+        if not self.conditional.batched or self.conditional.num_variables != channels * side**2:
+            kind = "a batch of circuits" if self.conditional.batched else "a single circuit"
+            raise ValueError(
+                f"conditional: is {kind} over {self.conditional.num_variables} variables, expected a batch of circuits "
+                f"(`pc.Circuit([...])`) over the {channels * side**2} of a patch"
+            )
+
+    def _is_tied(self) -> bool:
+        heads = [structure.num_heads for structure in self.conditional.structures]
+        if sum(heads) == self.num_states:
+            return True
+        if sum(heads) != self.num_states * self.num_positions:
+            raise ValueError(
+                f"conditional: has {sum(heads)} heads, expected {self.num_states} (tied over positions) or "
+                f"{self.num_states * self.num_positions} (one set per position)"
+            )
+        ends = set(itertools.accumulate(heads))
+        if not ends.issuperset(range(self.num_states, sum(heads) + 1, self.num_states)):
+            raise ValueError(f"conditional: a circuit has heads of two positions; every {self.num_states} are one's")
+        return False
+
+    def _mask_patches(self, images: Tensor, observed: Tensor) -> Tensor:
+        """The mask as patches, bool (B, P, D)."""
+        fits = all(size in (1, wanted) for size, wanted in zip(observed.shape[::-1], images.shape[::-1]))
+        if observed.dtype != torch.bool or observed.ndim > 4 or not fits:
+            raise ValueError(
+                f"observed: expected bool of a shape that broadcasts to {tuple(images.shape)}, got {observed.dtype} "
+                f"{tuple(observed.shape)}"
+            )
+        return patchify(observed.expand(images.shape), self.patch_size)
 
     def _complete(self, images: Tensor, observed: Tensor, z: Tensor, generator: torch.Generator | None) -> Tensor:
         """Draw unobserved pixels of every patch from the conditional of its latent value."""
         patches_ND = self.patches(images).flatten(0, 1)
-        mask_ND = patchify(observed, self.patch_size).flatten(0, 1)
+        mask_ND = self._mask_patches(images, observed).flatten(0, 1)
         circuit_N, head_N = self.circuit_index(z)
         out_ND = patches_ND.clone()
-        step = max(1, self._chunk_size() * self.conditional.num_circuits // 4)
-        for at in torch.arange(len(patches_ND), device=z.device).split(step):
-            routed = route(circuit_N[at], self.conditional.num_circuits, generator=generator)
-            index_GS = at[routed.index]
+        slots = max(1, self._chunk_size() // 4)  # drawing takes more memory than a likelihood
+        for index_GS, filled_GS in route_in_passes(circuit_N, self.conditional.num_circuits, slots):
             drawn_GSD = self.conditional.sample(
                 x=patches_ND[index_GS].long(),
                 observed=mask_ND[index_GS],
-                head=torch.where(routed.weight > 0, head_N[index_GS], 0),
+                head=torch.where(filled_GS, head_N[index_GS], 0),
                 generator=generator,
             )
-            filled = routed.weight > 0
-            out_ND[index_GS[filled]] = drawn_GSD[filled].to(torch.uint8)
+            out_ND[index_GS[filled_GS]] = drawn_GSD[filled_GS].to(torch.uint8)
         _, height, width = self.image_shape
         return unpatchify(out_ND.view(len(images), self.num_positions, -1), self.patch_size, height, width)
 
     def _chunk_size(self) -> int:
+        """How many examples every circuit of the conditional may be given at once."""
         limit = MAX_NUMBERS["cpu" if self.conditional.device.type == "cpu" else "cuda"]
         return max(1, limit // self.conditional.plan.num_value_rows)
 
-    def _chunks(self, patches_BPD: Tensor) -> Iterator[_Chunk]:
-        """Tied: ranges of patches of all images. Untied: ranges of images."""
-        batch, positions, size = patches_BPD.shape
-        flat = (batch * positions, size) if self.tied else (batch, positions, size)
-        step = self._chunk_size()
-        for low in range(0, flat[0], step):
-            yield _Chunk(flat, slice(low, min(low + step, flat[0])))
-
-    def _evidence_chunk(self, patches: Tensor, mask: Tensor | None, out_BPK: Tensor, at: _Chunk) -> None:
+    def _evidence_rows(self, patches: Tensor, mask: Tensor | None) -> Tensor:
+        """Evidence of patches (N, D), tied, shape (N, K); or of the patches of images (B, P, D), shape (B, P, K)."""
         if self.tied:
             log_GNH = self.conditional.log_prob(patches, observed=mask)
-            out_BPK.view(-1, self.num_states)[at.range] = log_GNH[self.circuit_of, :, self.head_of].T  # type: ignore[index]
-            return
-        position_G = torch.zeros(self.conditional.num_circuits, dtype=torch.int64, device=patches.device)
-        position_G[self.circuit_of] = (  # type: ignore[index]
-            torch.arange(len(self.circuit_of), device=patches.device) // self.num_states  # type: ignore[arg-type]
-        )
-        chosen_GBD = patches.transpose(0, 1)[position_G]
-        chosen_mask = None if mask is None else mask.transpose(0, 1)[position_G]
-        log_GBH = self.conditional.log_prob(chosen_GBD, observed=chosen_mask)
-        found_TB = log_GBH[self.circuit_of, :, self.head_of]  # type: ignore[index]
-        out_BPK[at.range] = found_TB.view(self.num_positions, self.num_states, -1).permute(2, 0, 1)
-
-
-class _Chunk:
-    def __init__(self, flat: tuple[int, ...], found: slice) -> None:
-        self.flat = flat
-        self.range = found
+            return log_GNH[self.circuit_of, :, self.head_of].T
+        chosen_GBD = patches.transpose(0, 1)[self.position_of]
+        mask_GBD = None if mask is None else mask.transpose(0, 1)[self.position_of]
+        log_GBH = self.conditional.log_prob(chosen_GBD, observed=mask_GBD)
+        found_TB = log_GBH[self.circuit_of, :, self.head_of]
+        return found_TB.view(self.num_positions, self.num_states, -1).permute(2, 0, 1)

@@ -151,7 +151,7 @@ class JointStudent(EMStudent):
     def _circuits(self, position: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Circuit and head of pairs of a position and a latent value."""
         flat = state if self.assembled.tied else position * self.assembled.num_states + state
-        return self.assembled.circuit_of[flat], self.assembled.head_of[flat]  # type: ignore[index]
+        return self.assembled.circuit_of[flat], self.assembled.head_of[flat]
 
     def _load(self) -> Tensor:
         """How many patches of a sample have each circuit within the margin."""

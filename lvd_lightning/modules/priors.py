@@ -19,32 +19,36 @@ def latent_tree(z: Tensor, num_states: int, max_examples: int = 20000) -> Tensor
 def chow_liu_prior(z: Tensor, num_states: int, parents: Tensor, pseudocount: float = 1.0) -> pc.Circuit:
     """The tree over z with maximum-likelihood parameters from counts (method of Chow and Liu, 1968).
 
-    `pseudocount` examples per row are spread in proportion to the overall frequencies of the states, so that a state
-    that was never seen next to another keeps a plausible probability there.
+    Every row p(z_v | z_pa(v) = k) gets `pseudocount` examples more, spread in proportion to the overall frequencies of
+    the states (a thousandth of an example added to each), so that a state that was never seen next to another keeps a
+    plausible probability there.
 
     Args:
         z: int64 (N, P), values below `num_states`.
         parents: (P,) from `latent_tree`.
     """
+    if not pseudocount > 0:
+        raise ValueError(f"pseudocount: must be positive, or some states are impossible for good, got {pseudocount}")
     graph = pc.hclt(parents, num_states, pc.SoftEvidence(num_states))
-    order = {graph.latents[v]: v for v in graph.latents}
+    variable_of = {node: v for v, node in graph.latents.items()}
     overall_K = torch.bincount(z.reshape(-1), minlength=num_states).double() + 1e-3
     smooth_K = pseudocount * overall_K / overall_K.sum()
     for node in graph.nodes:
-        if node.kind != "sum":
-            continue
-        v = order[node.children[0]]
-        above = int(parents[v])
-        if above < 0:
-            counts = torch.bincount(z[:, v], minlength=num_states)[None].double()
-        else:
-            pairs = z[:, above] * num_states + z[:, v]
-            counts = torch.bincount(pairs, minlength=num_states**2).view(num_states, num_states).double()
-        weight = counts + smooth_K
-        node.weight = (weight / weight.sum(1, keepdim=True)).float()
+        if node.kind == "sum":
+            v = variable_of[node.children[0]]
+            weight = _counts(z, v, int(parents[v]), num_states) + smooth_K
+            node.weight = (weight / weight.sum(1, keepdim=True)).to(torch.get_default_dtype())
     return pc.Circuit(graph)
 
 
 def hidden_prior(num_states: int, num_latents: int, parents: Tensor, generator: torch.Generator) -> pc.Circuit:
     """A hidden Chow-Liu tree over z with `num_latents` states per latent, drawn at random."""
     return pc.Circuit(pc.hclt(parents, num_latents, pc.SoftEvidence(num_states), generator=generator))
+
+
+def _counts(z: Tensor, v: int, above: int, num_states: int) -> Tensor:
+    """How often z_v has each state, for each state of its parent: float64 (K, K), or (1, K) for the root."""
+    if above < 0:
+        return torch.bincount(z[:, v], minlength=num_states)[None].double()
+    pairs = z[:, above] * num_states + z[:, v]
+    return torch.bincount(pairs, minlength=num_states**2).view(num_states, num_states).double()
