@@ -1,0 +1,51 @@
+"""Bits per dimension, by hand."""
+
+import math
+
+import pytest
+import torch
+
+from lvd_lightning.metrics import BitsPerDim
+
+
+def test_bits_per_dimension() -> None:
+    metric = BitsPerDim(4)
+    metric.update(torch.tensor([-8.0, -4.0]) * math.log(2))  # 8 and 4 bits over four dimensions
+    assert metric.compute().item() == pytest.approx(1.5)
+    metric.update(torch.tensor([-12.0]) * math.log(2))
+    assert metric.compute().item() == pytest.approx(2.0)
+
+
+def test_weights_count_examples() -> None:
+    metric = BitsPerDim(1)
+    metric.update(torch.tensor([-1.0, -5.0, -torch.inf]) * math.log(2), torch.tensor([3.0, 1.0, 0.0]))
+    assert metric.compute().item() == pytest.approx(2.0)
+    metric.update(torch.tensor([-6.0]) * math.log(2), 4.0)
+    assert metric.compute().item() == pytest.approx(4.0)
+
+
+def test_many_float32_likelihoods_keep_their_digits() -> None:
+    metric = BitsPerDim(1)
+    for _ in range(200):
+        metric.update(torch.full((1000,), -12345.678))
+    assert metric.compute().item() * math.log(2) == pytest.approx(float(torch.tensor(12345.678)), rel=1e-12)
+
+
+def test_no_gradient_is_kept() -> None:
+    metric = BitsPerDim(1)
+    metric.update(torch.tensor([-1.0], requires_grad=True))
+    assert not metric.compute().requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_impossible_examples_are_infinite_and_no_examples_are_nan() -> None:
+    metric = BitsPerDim(1)
+    metric.update(torch.tensor([-1.0, -torch.inf]))
+    assert metric.compute().item() == math.inf
+    metric.reset()
+    assert torch.isnan(metric.compute())
+
+
+def test_no_dimensions_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_dims: expected at least 1, got 0"):
+        BitsPerDim(0)
