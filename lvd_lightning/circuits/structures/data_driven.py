@@ -36,31 +36,32 @@ def hclt_from_data(
         parents: (D,), from `chow_liu_tree`.
         num_latents: H.
         leaf: Categorical (or Bernoulli).
-        smoothing: share of the counts that the smoothing adds.
+        smoothing: what the smoothing adds, as a share of the counts.
+        generator: on the CPU.
+
+    Raises:
+        ValueError: the data are no values of the leaf, or fit no tree over their variables.
     """
-    if x.ndim != 2 or len(x) == 0 or x.shape[1] != len(parents):
-        raise ValueError(f"x: expected integers of shape (examples, {len(parents)}), got {tuple(x.shape)}")
+    if not isinstance(leaf, Categorical):
+        raise ValueError(f"leaf: expected Categorical or Bernoulli, whose values can be counted, got {leaf}")
     if not smoothing > 0:
         raise ValueError(f"smoothing: must be positive, or some parameters are zero for good, got {smoothing}")
+    graph = hclt(parents, num_latents, leaf, generator=generator)
+    if x.ndim != 2 or len(x) == 0 or x.shape[1] != len(parents):
+        raise ValueError(f"x: expected integers of shape (examples, {len(parents)}), got {tuple(x.shape)}")
     leaf.check_values(x)
-    x = x.long()
+    x, parents = x.cpu().long(), parents.cpu()
     state_ND = _quantiles(x, num_latents, generator)
-    leaves_DHC = _leaf_counts(x, state_ND, num_latents, leaf.num_categories)
-    marginal_D1C = leaves_DHC.sum(1, keepdim=True) + 0.05
-    marginal_D1C /= marginal_D1C.sum(-1, keepdim=True)
-    leaves_DHC += smoothing * len(x) / num_latents * marginal_D1C
-    leaves_DHC /= leaves_DHC.sum(-1, keepdim=True)
+    leaves_DHC = _smooth_leaves(_leaf_counts(x, state_ND, num_latents, leaf.num_categories), smoothing)
     edges_DHH = _edge_counts(state_ND, parents, num_latents) + smoothing * len(x) / num_latents**2
     edges_DHH /= edges_DHH.sum(-1, keepdim=True)
-    graph = hclt(parents, num_latents, leaf, generator=generator)
     variable_of = {node: v for v, node in graph.latents.items()}
     for node in graph.nodes:
         if node.kind == "input":
             node.params = leaves_DHC[node.variable]
         elif node.kind == "sum":
             v = variable_of[node.children[0]]
-            uniform = torch.full((1, num_latents), 1.0 / num_latents)
-            node.weight = edges_DHH[v] if int(parents[v]) >= 0 else uniform
+            node.weight = edges_DHH[v] if int(parents[v]) >= 0 else torch.full((1, num_latents), 1.0 / num_latents)
     return graph
 
 
@@ -72,14 +73,25 @@ def _quantiles(x_ND: Tensor, num_latents: int, generator: torch.Generator | None
 
 
 def _leaf_counts(x_ND: Tensor, state_ND: Tensor, num_latents: int, num_categories: int) -> Tensor:
+    """How often each value came in each part, (D, H, C)."""
     size = x_ND.shape[1]
     cell = (torch.arange(size) * num_latents + state_ND) * num_categories + x_ND
     counts = torch.bincount(cell.reshape(-1), minlength=size * num_latents * num_categories)
-    return counts.view(size, num_latents, num_categories).float()
+    return counts.view(size, num_latents, num_categories).to(torch.get_default_dtype())
+
+
+def _smooth_leaves(counts_DHC: Tensor, smoothing: float) -> Tensor:
+    """Probabilities: counts and `smoothing` times as many examples of the marginal (0.05 added to each value)."""
+    marginal_D1C = counts_DHC.sum(1, keepdim=True) + 0.05
+    per_part_DH1 = counts_DHC.sum(-1, keepdim=True).mean(1, keepdim=True)
+    leaves_DHC = counts_DHC + smoothing * per_part_DH1 * marginal_D1C / marginal_D1C.sum(-1, keepdim=True)
+    return leaves_DHC / leaves_DHC.sum(-1, keepdim=True)
 
 
 def _edge_counts(state_ND: Tensor, parents: Tensor, num_latents: int) -> Tensor:
+    """How often each part came with each part of the parent, (D, H, H); the root's entry means nothing."""
     size = state_ND.shape[1]
     above_ND = state_ND[:, parents.clamp_min(0)]
     cell = (torch.arange(size) * num_latents + above_ND) * num_latents + state_ND
-    return torch.bincount(cell.reshape(-1), minlength=size * num_latents**2).view(size, num_latents, -1).float()
+    counts = torch.bincount(cell.reshape(-1), minlength=size * num_latents**2)
+    return counts.view(size, num_latents, num_latents).to(torch.get_default_dtype())

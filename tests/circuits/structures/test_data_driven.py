@@ -1,0 +1,108 @@
+"""First parameters from data: they are distributions, they are counts, and they know the data."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import lvd_lightning.circuits as pc
+
+
+@pytest.fixture
+def x() -> Tensor:
+    """Six smooth columns of 8-bit values: a random walk over columns."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randint(256, (400, 1), generator=generator)
+    steps = torch.randint(-9, 10, (400, 5), generator=generator).cumsum(1)
+    return torch.cat([start, start + steps], 1).clamp(0, 255)
+
+
+@pytest.mark.parametrize("num_latents", [1, 3])
+def test_normalised(num_latents: int) -> None:
+    x = torch.randint(3, (50, 4), generator=torch.Generator().manual_seed(0))
+    graph = pc.hclt_from_data(x, torch.tensor([1, -1, 1, 0]), num_latents, pc.Categorical(3))
+    graph.validate()
+    worlds = torch.tensor(list(itertools.product(range(3), repeat=4)))
+    log_prob = pc.Circuit(graph).log_prob(worlds)
+    assert log_prob.exp().sum().item() == pytest.approx(1.0)
+    assert torch.isfinite(log_prob).all()
+
+
+def test_parameters_are_counts_of_quantiles() -> None:
+    """Two variables that rise together: the parts of both are 0..4, 5..9, and always the same."""
+    x = torch.arange(10)[:, None].expand(10, 2)
+    graph = pc.hclt_from_data(x, torch.tensor([-1, 0]), 2, pc.Categorical(10), smoothing=0.1)
+    edge = next(node for index, node in enumerate(graph.nodes) if node.kind == "sum" and index != graph.root)
+    # 5 examples in each part, a tenth of the 10 examples spread over four cells.
+    torch.testing.assert_close(edge.weight, torch.tensor([[5.25, 0.25], [0.25, 5.25]]) / 5.5)
+    torch.testing.assert_close(graph.nodes[graph.root].weight, torch.tensor([[0.5, 0.5]]))
+    for leaf in (node for node in graph.nodes if node.kind == "input"):
+        assert leaf.params is not None
+        # Every value once, in one part; a tenth of 5 examples of the marginal, which is uniform.
+        torch.testing.assert_close(leaf.params, (torch.eye(2).repeat_interleave(5, 1) + 0.05) / 5.5)
+
+
+@pytest.mark.parametrize(("num_categories", "first", "margin"), [(256, 0, 1.5), (16, 300, 1.0)])
+def test_data_are_known_far_better_than_to_random_parameters(
+    x: Tensor, num_categories: int, first: int, margin: float
+) -> None:
+    """The data themselves; and, where there are enough for so few values, held-out ones."""
+    x, leaf = x * num_categories // 256, pc.Categorical(num_categories)
+    parents, generator = pc.chow_liu_tree(x, num_categories), torch.Generator().manual_seed(0)
+    graphs = {
+        "random": pc.hclt(parents, 8, leaf, generator=generator),
+        "data": pc.hclt_from_data(x[:300], parents, 8, leaf, generator=generator),
+    }
+    log_prob = {name: pc.Circuit(graph).log_prob(x[first : first + 300]).mean() for name, graph in graphs.items()}
+    bits = {name: -float(found) / x.shape[1] / math.log(2) for name, found in log_prob.items()}
+    assert bits["data"] < bits["random"] - margin
+
+
+def test_ties_are_broken_evenly() -> None:
+    """A constant column has no quantiles, yet all states of its latent have the same share."""
+    x = torch.cat([torch.zeros(90, 1), torch.arange(90)[:, None] % 9], 1).long()
+    graph = pc.hclt_from_data(
+        x, torch.tensor([1, -1]), 3, pc.Categorical(9), generator=torch.Generator().manual_seed(0)
+    )
+    circuit = pc.Circuit(graph)
+    torch.testing.assert_close(circuit.posterior(x[:1], 0)[0], torch.full((3,), 1 / 3), atol=0.15, rtol=0)
+    edge = next(node for index, node in enumerate(graph.nodes) if node.kind == "sum" and index != graph.root)
+    assert edge.weight is not None
+    assert (edge.weight - 1 / 3).abs().max() < 0.2
+
+
+def test_the_generator_decides(x: Tensor) -> None:
+    parents = torch.arange(-1, 5)
+    weights = []
+    for seed in (0, 0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        graph = pc.hclt_from_data(x, parents, 4, pc.Categorical(256), generator=generator)
+        # Leaves are the same whatever the order of ties is, edges are not.
+        weights.append(
+            torch.stack([node.weight for node in graph.nodes if node.weight is not None and len(node.weight) > 1])
+        )
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_fewer_examples_than_states(x: Tensor) -> None:
+    graph = pc.hclt_from_data(x[:3], torch.arange(-1, 5), 8, pc.Categorical(256))
+    assert torch.isfinite(pc.Circuit(graph).log_prob(x)).all()
+
+
+def test_wrong_arguments_are_named(x: Tensor) -> None:
+    parents, leaf = torch.arange(-1, 5), pc.Categorical(256)
+    with pytest.raises(ValueError, match=r"x: expected integers of shape \(examples, 6\), got \(400, 5\)"):
+        pc.hclt_from_data(x[:, 1:], parents, 4, leaf)
+    with pytest.raises(ValueError, match="x: .*expects values in 0..99"):
+        pc.hclt_from_data(x, parents, 4, pc.Categorical(100))
+    with pytest.raises(ValueError, match="x: .*whole numbers"):
+        pc.hclt_from_data(x + 0.5, parents, 4, leaf)
+    with pytest.raises(ValueError, match="num_latents.* at least 1, got 0"):
+        pc.hclt_from_data(x, parents, 0, leaf)
+    with pytest.raises(ValueError, match="smoothing: must be positive.* got 0"):
+        pc.hclt_from_data(x, parents, 4, leaf, smoothing=0)
+    with pytest.raises(ValueError, match="leaf: expected Categorical or Bernoulli.* got Gaussian"):
+        pc.hclt_from_data(x, parents, 4, pc.Gaussian())  # type: ignore[arg-type]
