@@ -41,6 +41,8 @@ class Circuit(nn.Module):
         parameterization: "probabilities" (for EM), or "logits" (for gradient optimizers).
     """
 
+    roots: Tensor
+
     def __init__(
         self,
         graph: CircuitGraph | Sequence[CircuitGraph],
@@ -96,7 +98,7 @@ class Circuit(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the circuit."""
-        return self.roots.device  # type: ignore[return-value]
+        return self.roots.device
 
     @property
     def num_parameters(self) -> int:
@@ -217,8 +219,7 @@ class Circuit(nn.Module):
         values, masks = [], []
         columns = _variables_first(x.detach(), shared)
         mask_columns = None if observed is None else _variables_first(observed, shared)
-        for layer in self.input_layers:
-            assert isinstance(layer, InputLayer)
+        for layer in self._leaf_layers():
             found = layer.select(columns, shared)
             if mask_columns is not None:
                 mask = layer.select(mask_columns, shared)
@@ -271,13 +272,12 @@ class Circuit(nn.Module):
             self._run_layers(tables, space, True)
 
     def _run_layers(self, tables: Sequence[Tensor], space: Workspace, careful: bool) -> None:
-        for layer in self.layers:
+        for layer in self._inner_layers():
             layer(space, tables[layer.group] if layer.is_sum else None, careful)
 
     def run_inputs(self, batch: Batch, tables: Sequence[Tensor], values: Tensor) -> None:
         """Fill the input rows."""
-        for number, layer in enumerate(self.input_layers):
-            assert isinstance(layer, InputLayer)
+        for number, layer in enumerate(self._leaf_layers()):
             observed = None if batch.observed is None else batch.observed[number]
             layer(values, tables[layer.group] if layer.group >= 0 else None, batch.values[number], observed)
 
@@ -285,7 +285,7 @@ class Circuit(nn.Module):
         self, space: Workspace, tables: Sequence[Tensor], gradient: GradientSpace, grads: Sequence[Tensor | None]
     ) -> None:
         """From the gradient of the heads in `gradient` (see `head_rows`) to that of all inner units and weights."""
-        for layer in reversed(self.layers):  # type: ignore[call-overload]
+        for layer in reversed(self._inner_layers()):
             if layer.is_sum:
                 layer.backward(space, gradient, tables[layer.group], grads[layer.group])
             else:
@@ -293,7 +293,7 @@ class Circuit(nn.Module):
 
     def head_rows(self, inner: Tensor) -> Tensor:
         """The rows of an E matrix that belong to the heads, shape (G, H, B)."""
-        return inner[1 : 1 + self.roots.numel()].view(*self.roots.shape, -1)  # type: ignore[operator]
+        return inner[1 : 1 + self.roots.numel()].view(*self.roots.shape, -1)
 
     @torch.no_grad()
     def top_down(self, share_GH: Tensor) -> list[Tensor]:
@@ -302,15 +302,14 @@ class Circuit(nn.Module):
         space = self.gradient_space(1)
         self.head_rows(space.inner)[..., 0] = share_GH
         out = [table.new_zeros(table.shape[:2]) for table in tables]
-        for layer in reversed(self.layers):  # type: ignore[call-overload]
+        for layer in reversed(self._inner_layers()):
             if layer.is_sum:
                 layer.pass_down(space, tables[layer.group], out[layer.group])
             else:
                 layer.pass_down(space, None, None)
-        for layer in self.input_layers:
-            assert isinstance(layer, InputLayer)
-            if layer.group >= 0:
-                layer.add_rows(out[layer.group], layer.gradient_of(space.inner, 0, layer.num_folds)[..., 0], 0)
+        for leaf in self._leaf_layers():
+            if leaf.group >= 0:
+                leaf.add_rows(out[leaf.group], leaf.gradient_of(space.inner, 0, leaf.num_folds)[..., 0], 0)
         self.return_gradient_space(space)
         return out
 
@@ -331,6 +330,9 @@ class Circuit(nn.Module):
 
     def _inner_layers(self) -> list[Layer]:
         return [layer for layer in self.layers if isinstance(layer, Layer)]
+
+    def _leaf_layers(self) -> list[InputLayer]:
+        return [layer for layer in self.input_layers if isinstance(layer, InputLayer)]
 
     def _pool_key(self, purpose: str, size: int) -> object:
         return purpose, size, self.dtype, self.device, layers.CACHE_SIZE
@@ -374,7 +376,7 @@ class Circuit(nn.Module):
 
     def _mark_shared_rows(self) -> None:
         uses = [torch.zeros(len(group.owners), dtype=torch.int64) for group in self.plan.groups]
-        folded = [*self.input_layers, *self.layers]
+        folded: list[InputLayer | Layer] = [*self._leaf_layers(), *self._inner_layers()]
         for layer in folded:
             if layer.group >= 0:
                 uses[layer.group].index_add_(0, layer.parameter_rows, torch.ones(layer.num_folds, dtype=torch.int64))
@@ -427,14 +429,14 @@ class _LogProb(torch.autograd.Function):
         if batch.size == 0:
             ctx.lease = None
             ctx.shapes = (None if evidence is None else evidence.shape, [table.shape for table in tables])
-            return tables[0].new_empty(*circuit.roots.shape, 0)  # type: ignore[misc]
+            return tables[0].new_empty(*circuit.roots.shape, 0)
         lease = circuit.lease(batch.size, keep)
         circuit.run_forward(batch, tables, lease.space)
         if keep:
             ctx.lease, ctx.circuit, ctx.batch = lease, circuit, batch
             ctx.evidence_shape = None if evidence is None else evidence.shape
             ctx.save_for_backward(*tables)
-        return lease.space.values[circuit.roots]  # type: ignore[index]
+        return lease.space.values[circuit.roots]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -457,7 +459,7 @@ class _LogProb(torch.autograd.Function):
         circuit.run_backward(ctx.lease.space, tables, gradient, grads)
         inner_grad = gradient.inner
         evidence_grad = None
-        for number, layer in enumerate(circuit.input_layers):
+        for number, layer in enumerate(circuit._leaf_layers()):
             if layer.group < 0:
                 if needed[3]:
                     evidence_grad = _evidence_gradient(circuit, layer, inner_grad, batch, ctx.evidence_shape)
@@ -500,7 +502,7 @@ def _evidence_gradient(
     index = layer.variables if shared else layer.columns
     rows = circuit.num_variables * (1 if shared else circuit.num_circuits)
     out_VBK = grad_FKB.new_zeros(rows, shape[-3], shape[-1])
-    out_VBK.index_add_(0, index, grad_FKB.transpose(1, 2))  # type: ignore[arg-type]
+    out_VBK.index_add_(0, index, grad_FKB.transpose(1, 2))
     if shared:
         return out_VBK.transpose(0, 1)
     return out_VBK.view(circuit.num_circuits, circuit.num_variables, *out_VBK.shape[1:]).transpose(1, 2)

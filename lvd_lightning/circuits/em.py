@@ -57,7 +57,7 @@ class _CircuitOptimizer(torch.optim.Optimizer):
             raise ValueError(f"pseudocount: must be 0 or larger, got {group['pseudocount']}")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One EM step from the accumulated gradients of -(weighted) log-likelihood, summed over all ranks."""
         loss = None
         if closure is not None:
@@ -255,7 +255,7 @@ class Anemone(_CircuitOptimizer):
             flow_PXY = state["flow"][at]
             flow_PXY.mul_(momentum).addcmul_(table[at], table.grad[at], value=momentum - 1)
             if state["step"] % FORGET_EVERY == 0:
-                functional.threshold_(flow_PXY, FORGOTTEN, 0.0)
+                functional.threshold(flow_PXY, FORGOTTEN, 0.0, inplace=True)
 
     def _root_flow(self, circuit: Circuit) -> Tensor:
         """The averaged flow of every head, (G, H), bias-corrected."""

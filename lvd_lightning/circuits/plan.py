@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +24,10 @@ from lvd_lightning.circuits.graph import CircuitGraph, Node
 
 __all__ = ["Gather", "InputPlan", "LayerPlan", "ParameterGroup", "Plan", "Slot", "compile_plan"]
 
-Index = NDArray[np.int64]
+Index = NDArray[Any]
 NodeKey = tuple[int, int]  # (circuit, node)
 LOG_ONE, LOG_ZERO = 0, 1
+NO_ROWS: Index = np.zeros(0, dtype=np.int64)
 
 
 @dataclass
@@ -235,7 +237,7 @@ class _Compiler:
     ) -> tuple[int, Index]:
         """The group of these nodes' parameters, and the row of each; tied nodes share a row."""
         if distribution is not None and distribution.size == 0:
-            return -1, np.zeros(0, dtype=np.int64)
+            return -1, NO_ROWS
         index = self.group_of.setdefault((kind, shape, distribution), len(self.groups))
         if index == len(self.groups):
             self.groups.append(ParameterGroup(kind, shape, distribution))
@@ -256,9 +258,7 @@ class _Compiler:
         edges = 1 + len(self.graphs) * max(graph.num_heads for graph in self.graphs)
         layers = []
         for (_, outer, inner, is_sum), nodes in buckets.items():
-            group, rows = -1, np.zeros(0, dtype=np.int64)
-            if is_sum:
-                group, rows = self._parameters("sum", (outer, inner), None, nodes)
+            group, rows = self._parameters("sum", (outer, inner), None, nodes) if is_sum else (-1, NO_ROWS)
             gather = self._gather_inputs(nodes, inner, edges)
             layers.append(LayerPlan(group, rows, inner, outer, nodes, gather, edges, values))
             for position, key in enumerate(nodes):
@@ -312,7 +312,8 @@ class _Compiler:
 
     def _plan_gradients(self, inputs: list[InputPlan], layers: list[LayerPlan], roots: Index) -> None:
         """Turn 'E gathers V' around: for every row of V, the rows of E that it feeds."""
-        values, edges = [roots.reshape(-1)], [1 + np.arange(roots.size)]
+        values: list[Index] = [roots.reshape(-1)]
+        edges: list[Index] = [1 + np.arange(roots.size)]
         for layer in layers:
             start = layer.inner_start
             values.append(layer.inputs.first)
@@ -328,7 +329,8 @@ class _Compiler:
         first = np.r_[True, value[1:] != value[:-1]]
         starts = np.flatnonzero(first)
         rank = np.arange(len(value)) - starts[np.cumsum(first) - 1]
-        for plan in [*inputs, *layers]:
+        plans: list[InputPlan | LayerPlan] = [*inputs, *layers]
+        for plan in plans:
             if isinstance(plan, InputPlan):
                 low, size = plan.start, len(plan.nodes) * plan.num_units
             else:

@@ -50,8 +50,7 @@ def sample(
     circuit.run_forward(batch, tables, lease.space)
     _check_possible(circuit, lease.space.values, index_GB)
     active = _descend(circuit, lease.space.values, tables, index_GB, generator, stochastic=True)
-    for number, layer in enumerate(circuit.input_layers):
-        assert isinstance(layer, InputLayer)
+    for number, layer in enumerate(circuit._leaf_layers()):
         for a, b in _fold_chunks(layer.num_folds, batch.size * max(layer.distribution.size, layer.num_units)):
             reached_FB, unit_FB = _chosen(layer.gradient_of(active, a, b))
             if layer.group < 0:
@@ -75,18 +74,15 @@ def mpe(
     values = torch.empty(circuit.plan.num_value_rows, batch.size, dtype=circuit.dtype, device=circuit.device)
     initialise_constants(values)
     circuit.run_inputs(batch, tables, values)
-    for number, layer in enumerate(circuit.input_layers):
-        assert isinstance(layer, InputLayer)
+    for number, layer in enumerate(circuit._leaf_layers()):
         if batch.observed is not None:
             layer.forward_modes(values, tables[layer.group] if layer.group >= 0 else None, batch.observed[number])
-    for layer in circuit.layers:
-        assert isinstance(layer, Layer)
-        _maximise(layer, values, tables)
+    for inner in circuit._inner_layers():
+        _maximise(inner, values, tables)
     _check_possible(circuit, values, index_GB)
-    log_GB = values[circuit.roots].gather(1, index_GB[:, None])[:, 0]  # type: ignore[index]
+    log_GB = values[circuit.roots].gather(1, index_GB[:, None])[:, 0]
     active = _descend(circuit, values, tables, index_GB, None, stochastic=False)
-    for number, layer in enumerate(circuit.input_layers):
-        assert isinstance(layer, InputLayer)
+    for number, layer in enumerate(circuit._leaf_layers()):
         reached_FB, unit_FB = _chosen(layer.gradient_of(active, 0, layer.num_folds))
         found_FB = unit_FB
         if layer.group >= 0:
@@ -166,17 +162,17 @@ def _write(
     if layer.group >= 0:
         wanted = wanted & ~batch.observed[number][a:b] if batch.observed is not None else torch.zeros_like(wanted)
     f, column = wanted.nonzero(as_tuple=True)
-    variable = layer.variables[a:b][f]  # type: ignore[index]
+    variable = layer.variables[a:b][f]
     value = found_FB[f, column].to(out.dtype)
     if circuit.batched:
-        circuit_of = layer.columns[a:b][f] // circuit.num_variables  # type: ignore[index]
+        circuit_of = layer.columns[a:b][f] // circuit.num_variables
         out[circuit_of, column, variable] = value
     else:
         out[column, variable] = value
 
 
 def _check_possible(circuit: Circuit, values: Tensor, index_GB: Tensor) -> None:
-    log_GB = values[circuit.roots].gather(1, index_GB[:, None])  # type: ignore[index]
+    log_GB = values[circuit.roots].gather(1, index_GB[:, None])
     if not bool((log_GB > -torch.inf).all()):
         raise ValueError("x: a row has probability zero under its head, so nothing can be conditioned on it")
 
@@ -193,8 +189,7 @@ def _descend(
     """Choose, from the heads down, one inner unit of every reached sum; returns an E matrix of zeros and ones."""
     active = values.new_zeros(circuit.plan.num_edge_rows, values.shape[1])
     circuit.head_rows(active).scatter_(1, index_GB[:, None], 1.0)
-    for layer in reversed(circuit.layers):  # type: ignore[call-overload]
-        assert isinstance(layer, Layer)
+    for layer in reversed(circuit._inner_layers()):
         for a, b in _fold_chunks(layer.num_folds, layer.inner_units * values.shape[1]):
             outer_FHB = layer.pulled(active, a, b)
             inner_FKB = layer.inner_rows(active, a, b)
