@@ -38,9 +38,13 @@ class Underflow:
 
 
 class Pool:
-    """Workspaces that are free again: fresh memory costs as much as the arithmetic on it. Copies start with none."""
+    """Workspaces that are free again: fresh memory costs as much as the arithmetic on it. Copies start with none.
 
-    def __init__(self, limit: int = 2) -> None:
+    A training step uses three or four (two forward passes may be alive, a backward pass, a top-down pass); the least
+    recently used beyond `limit` go.
+    """
+
+    def __init__(self, limit: int = 6) -> None:
         self.limit = limit
         self.free: list[tuple[object, object]] = []
 

@@ -14,13 +14,12 @@ from typing_extensions import override
 from lvd_lightning import circuits as pc
 from lvd_lightning.circuits.structures import chow_liu_trees
 from lvd_lightning.color import patchify
-from lvd_lightning.latents import load_assignments, load_latents_info
 from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.modules.assembled import AssembledCircuit
 from lvd_lightning.modules.priors import chow_liu_prior, latent_tree
-from lvd_lightning.modules.routing import route
+from lvd_lightning.modules.routing import few_sizes, route
 from lvd_lightning.modules.stage import StageContext
-from lvd_lightning.modules.training import EMStudent, Rule
+from lvd_lightning.modules.training import EMStudent, Rule, check_at_least, read_assignments
 
 __all__ = ["ConditionalStudent"]
 
@@ -38,13 +37,10 @@ class ConditionalStudent(EMStudent):
     Args:
         num_latents: states of every hidden variable in a conditional circuit.
         tied: one set of circuits for all positions, or one per position.
-        optimizer: "anemone" or "em".
-        lr, final_lr: EM step size, falling linearly per step.
-        pseudocount: per sum node and input unit, in examples of a step.
+        optimizer, lr, final_lr, momentum, pseudocount, val_images: see `EMStudent`.
         init: "quantiles" (see `hclt_from_data`) or "random".
         slots: slots per circuit and step, as a multiple of the mean number of patches.
         max_examples: patches per circuit from which its tree (and first parameters) are learnt.
-        val_images: validation images on which the assembled circuit is evaluated after every epoch.
     """
 
     def __init__(
@@ -63,20 +59,15 @@ class ConditionalStudent(EMStudent):
     ) -> None:
         super().__init__()
         if init not in ("quantiles", "random"):
-            raise ValueError(f"init: expected 'quantiles' or 'random', got {init!r}")
-        if slots <= 0 or max_examples < 1 or val_images < 1:
-            raise ValueError(
-                f"slots, max_examples, val_images: must be positive, got {slots}, {max_examples}, {val_images}"
-            )
+            raise ValueError(f"init: got {init!r}, expected one of quantiles, random")
+        if not slots > 0:
+            raise ValueError(f"slots: got {slots}, expected a positive multiple of the mean number of patches")
+        check_at_least(1, num_latents=num_latents, max_examples=max_examples)
 
     @override
     def begin_stage(self, context: StageContext) -> None:
         super().begin_stage(context)
-        latents = context.previous("latents")
-        if latents is None:
-            raise ValueError("stage conditional needs the assignments of a stage latents; the experiment has none")
-        self.z_NP = {split: load_assignments(latents, split) for split in ("train", "val")}
-        num_states = int(load_latents_info(latents)["num_clusters"])
+        self.z_NP, num_states = read_assignments(context)
         tree = latent_tree(self.z_NP["train"], num_states)
         prior = chow_liu_prior(self.z_NP["train"], num_states, tree)
         conditional = pc.Circuit(self._graphs(context, num_states))
@@ -96,7 +87,7 @@ class ConditionalStudent(EMStudent):
         conditional = self.assembled.conditional
         z_BP = self.z_NP["train"][index.cpu()].to(images.device)
         circuit_N, _ = self.assembled.circuit_index(z_BP)
-        slots = max(1, round(self.hparams["slots"] * len(circuit_N) / conditional.num_circuits))
+        slots = few_sizes(round(self.hparams["slots"] * len(circuit_N) / conditional.num_circuits))
         routed = route(circuit_N, conditional.num_circuits, slots=slots, generator=self.step_generator(batch_idx))
         patches_ND = self.assembled.patches(images).flatten(0, 1)
         log_GS = conditional.log_prob(patches_ND[routed.index], head=0)
@@ -162,7 +153,8 @@ class ConditionalStudent(EMStudent):
         patches_MD = _read_patches(context.data, wanted, positions, int(context.shared["patch_size"]))
         place_GS = torch.searchsorted(wanted, routed.index)
         sets = [patches_MD[place[filled]] for place, filled in zip(place_GS, filled_GS, strict=True)]
-        return [found if len(found) else patches_MD[:limit] for found in sets]
+        others = patches_MD[:: max(1, len(patches_MD) // limit)][:limit]
+        return [found if len(found) else others for found in sets]
 
 
 def _read_patches(data: Any, flat: Tensor, positions: int, patch_size: int) -> Tensor:

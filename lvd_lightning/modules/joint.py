@@ -12,7 +12,7 @@ from typing_extensions import override
 from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.modules.assembled import AssembledCircuit
 from lvd_lightning.modules.evidence import CircuitGroups, EvidenceCache
-from lvd_lightning.modules.routing import route
+from lvd_lightning.modules.routing import few_sizes, route
 from lvd_lightning.modules.stage import StageContext
 from lvd_lightning.modules.training import EMStudent, Rule
 
@@ -34,7 +34,7 @@ class JointStudent(EMStudent):
     Logs `train/bpd` and `val/bpd` (on the first `val_images` validation images).
 
     Args:
-        optimizer, lr, final_lr, momentum, pseudocount, val_images: as in `ConditionalStudent`.
+        optimizer, lr, final_lr, momentum, pseudocount, val_images: see `EMStudent`.
         margin: in nats; null computes the evidence of all latent values in every step.
         posterior_floor: posteriors below it count as zero.
         slots: slots per conditional circuit and step, as a multiple of the mean number of its pairs.
@@ -53,17 +53,19 @@ class JointStudent(EMStudent):
         val_images: int = 256,
     ) -> None:
         super().__init__()
-        if margin is not None and margin <= 0:
-            raise ValueError(f"margin: expected a positive number of nats or null, got {margin}")
+        if margin is not None and not margin > 0:
+            raise ValueError(f"margin: got {margin}, expected a positive number of nats, or null for no limit")
         if not 0 <= posterior_floor < 1:
-            raise ValueError(f"posterior_floor: expected 0 <= floor < 1, got {posterior_floor}")
+            raise ValueError(f"posterior_floor: got {posterior_floor}, expected 0 <= floor < 1")
+        if not slots > 0:
+            raise ValueError(f"slots: got {slots}, expected a positive multiple of the mean number of pairs")
 
     @override
     def begin_stage(self, context: StageContext) -> None:
         super().begin_stage(context)
         folder = context.previous("prior")
         if folder is None:
-            raise ValueError("stage finetune needs the circuit of a stage prior; the experiment has none")
+            raise ValueError(f"stage {context.stage} needs the circuit of a stage prior; the experiment has none")
         self.assembled = AssembledCircuit.load(folder)
         self.cache: EvidenceCache | None = None
         if self.hparams["margin"] is not None:
@@ -81,8 +83,7 @@ class JointStudent(EMStudent):
     @override
     def on_fit_start(self) -> None:
         if self.cache is not None:
-            for part in self.groups.circuits:
-                part.to(self.device)
+            self.groups.to(self.device)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, index = batch
@@ -135,7 +136,7 @@ class JointStudent(EMStudent):
         image, position, state = (posterior_BPK > self.hparams["posterior_floor"]).nonzero(as_tuple=True)
         circuit, head = self._circuits(position, state)
         conditional = self.assembled.conditional
-        slots = max(1, round(self.hparams["slots"] * len(circuit) / conditional.num_circuits))
+        slots = few_sizes(round(self.hparams["slots"] * len(circuit) / conditional.num_circuits))
         routed = route(
             circuit,
             conditional.num_circuits,
@@ -156,7 +157,7 @@ class JointStudent(EMStudent):
     def _load(self) -> Tensor:
         """How many patches of a sample have each circuit within the margin."""
         assert self.cache is not None
-        sample = torch.arange(0, len(self.cache.best), max(1, len(self.cache.best) // 512))
+        sample = torch.arange(0, len(self.cache), max(1, len(self.cache) // 512))
         kept_BPK = self.cache.evidence(sample, "cpu")
         near = kept_BPK > kept_BPK.amax(-1, keepdim=True) - self.hparams["margin"]
         _, position, state = near.nonzero(as_tuple=True)

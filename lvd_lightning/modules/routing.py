@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Routed", "route", "route_in_passes"]
+__all__ = ["Routed", "few_sizes", "route", "route_in_passes"]
 
 #: Weights are summed as integers, in units of their total over this: sums that do not depend on their order.
 _RESOLUTION = 1 << 40
@@ -42,7 +42,7 @@ def route(
     Args:
         circuit: int64 (N,), which circuit models each example.
         num_circuits: G.
-        slots: S; by default as many as the busiest circuit needs, so that nothing is left out.
+        slots: S; by default as many as the busiest circuit needs (or some more), so that nothing is left out.
         weight: (N,) of the examples, 0 or larger; 1 by default.
         generator: for the samples; not used if there are slots for all.
     """
@@ -52,7 +52,7 @@ def route(
     counts = torch.bincount(circuit, minlength=num_circuits)
     busiest = int(counts.max())
     if slots is None:
-        slots = max(1, busiest)
+        slots = few_sizes(busiest)
     order, rank = _ranks(circuit, counts)
     kept = rank < slots
     at, rank = order[kept], rank[kept]
@@ -64,6 +64,12 @@ def route(
         full_F = (counts > slots).nonzero()[:, 0]
         index_GS[full_F], weight_GS[full_F] = _sample(circuit, counts, full_F, weights, slots, generator)
     return Routed(index_GS, weight_GS)
+
+
+def few_sizes(size: int) -> int:
+    """`size` or at most a quarter more, one of few numbers: circuits reuse their buffers for batches of equal size."""
+    step = 1 << max(0, size.bit_length() - 3)
+    return max(1, -(-size // step) * step)
 
 
 def route_in_passes(circuit: Tensor, num_circuits: int, slots: int) -> Iterator[tuple[Tensor, Tensor]]:
