@@ -9,21 +9,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lvd_lightning import circuits as pc
-from lvd_lightning.latents import load_assignments, load_latents_info
 from lvd_lightning.latents.processes import Processes
 from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.modules.assembled import AssembledCircuit
-from lvd_lightning.modules.evidence import CircuitGroups, EvidenceCache, candidate_table
+from lvd_lightning.modules.evidence import Candidates, CircuitGroups, EvidenceCache, candidate_table
 from lvd_lightning.modules.priors import chow_liu_prior, hidden_prior, latent_tree
-from lvd_lightning.modules.stage import StageContext
-from lvd_lightning.modules.training import EMStudent, Rule
+from lvd_lightning.modules.stage import ImageData, StageContext
+from lvd_lightning.modules.training import EMStudent, Rule, check_at_least, read_assignments
 
-__all__ = ["PriorStudent", "fill_cache"]
+__all__ = ["PriorStudent"]
 
 
 class PriorStudent(EMStudent):
@@ -36,13 +34,12 @@ class PriorStudent(EMStudent):
     Logs `train/bpd`, `val/bpd` (exact: all latent values, on the first `val_images` validation images).
 
     Args:
-        num_latents: None for the tree over z itself, else the states of its hidden variables.
+        num_latents: null for the tree over z itself, else the states of its hidden variables.
         hard_epochs: epochs on assignments; 0 for the tree from counts.
-        candidates: latent values kept per patch, those that patches of its cluster may have; None for all. What is
+        candidates: latent values kept per patch, those that patches of its cluster may have; null for all. What is
             left out counts as impossible, so `train/bpd` is an upper bound; validation leaves nothing out.
         counts_pseudocount: examples that smooth the counts of a parent's state.
-        optimizer, lr, final_lr, momentum, pseudocount: as in `ConditionalStudent`.
-        val_images: as in `ConditionalStudent`.
+        optimizer, lr, final_lr, momentum, pseudocount, val_images: see `EMStudent`.
     """
 
     def __init__(
@@ -59,33 +56,31 @@ class PriorStudent(EMStudent):
         val_images: int = 256,
     ) -> None:
         super().__init__()
+        check_at_least(1, num_latents=num_latents, candidates=candidates)
+        check_at_least(0, hard_epochs=hard_epochs)
         if num_latents is not None and hard_epochs < 1:
-            raise ValueError("hard_epochs: a prior with num_latents starts at random, give it 1 epoch or more on z")
-        if candidates is not None and candidates < 1:
-            raise ValueError(f"candidates: expected at least 1, or null for all, got {candidates}")
+            raise ValueError(
+                f"hard_epochs: got {hard_epochs}, but a prior with num_latents starts at random: give it 1 or more"
+            )
+        if not counts_pseudocount > 0:
+            raise ValueError(f"counts_pseudocount: got {counts_pseudocount}, expected a positive number of examples")
 
     @override
     def begin_stage(self, context: StageContext) -> None:
         super().begin_stage(context)
-        latents, conditional_dir = context.previous("latents"), context.previous("conditional")
-        if latents is None or conditional_dir is None:
-            raise ValueError("stage prior needs stages latents and conditional; the experiment lacks one")
-        self.z_NP = {split: load_assignments(latents, split) for split in ("train", "val")}
-        num_states = int(load_latents_info(latents)["num_clusters"])
-        tree = latent_tree(self.z_NP["train"], num_states)
-        if self.hparams["num_latents"] is None:
-            prior = chow_liu_prior(self.z_NP["train"], num_states, tree, self.hparams["counts_pseudocount"])
-        else:
-            prior = hidden_prior(num_states, self.hparams["num_latents"], tree, context.generator("parameters"))
+        conditional_dir = context.previous("conditional")
+        if conditional_dir is None:
+            raise ValueError("stage prior needs the circuits of a stage conditional; the experiment has none")
+        self.z_NP, num_states = read_assignments(context)
         self.assembled = AssembledCircuit(
-            prior,
+            self._first_prior(context, num_states),
             pc.load(conditional_dir / "conditional"),
             int(context.shared["patch_size"]),
             context.data.image_shape,
         )
         self.assembled.conditional.requires_grad_(False)
         self.assembled.to(context.device)
-        self.caches = self._fill(context)
+        self.caches = {split: self._cache(context, split) for split in ("train", "val")}
         dims = self.assembled.num_dims
         self.train_bpd, self.val_bpd, self.hard_bpd = BitsPerDim(dims), BitsPerDim(dims), BitsPerDim(dims)
 
@@ -108,7 +103,7 @@ class PriorStudent(EMStudent):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, index = batch
-        wanted = index < len(self.caches["val"].best)
+        wanted = index < len(self.caches["val"])
         if bool(wanted.any()):
             evidence_BPK = self.caches["val"].evidence(index[wanted], images.device)
             self.val_bpd.update(self.assembled.prior.log_prob(evidence_BPK)[:, 0])
@@ -118,7 +113,7 @@ class PriorStudent(EMStudent):
     def finish_stage(self, context: StageContext) -> dict[str, float]:
         self.assembled.save(context.dir)
         self.val_bpd.reset()
-        count = len(self.caches["val"].best)
+        count = len(self.caches["val"])
         for index in torch.arange(count).split(256):
             evidence_BPK = self.caches["val"].evidence(index, self.device)
             self.val_bpd.update(self.assembled.prior.log_prob(evidence_BPK)[:, 0])
@@ -128,56 +123,56 @@ class PriorStudent(EMStudent):
             "num_parameters": self.assembled.num_parameters,
         }
 
-    def _fill(self, context: StageContext) -> dict[str, EvidenceCache]:
-        """The caches of both splits; complete ones are reused."""
-        wanted = self.hparams["candidates"]
-        sparse = wanted is not None and wanted < self.assembled.num_states
-        folder, data = context.dir / "evidence", context.data
-        if EvidenceCache.open(folder / "train") is None or EvidenceCache.open(folder / "val") is None:
-            table, groups = None, None
-            if sparse:
-                table, groups = sparse_plan(context, self.assembled, self.z_NP["train"], wanted)
-            for split, count, chosen in (
-                ("train", data.num_examples("train"), table),
-                ("val", min(self.hparams["val_images"], data.num_examples("val")), None),
-            ):
-                fill_cache(folder / split, self.assembled, data, split, count, self.z_NP[split], chosen, groups)
-        found = {split: EvidenceCache.open(folder / split) for split in ("train", "val")}
-        return {split: cache for split, cache in found.items() if cache is not None}
+    def _first_prior(self, context: StageContext, num_states: int) -> pc.Circuit:
+        z_NP = self.z_NP["train"]
+        tree = latent_tree(z_NP, num_states)
+        if self.hparams["num_latents"] is None:
+            return chow_liu_prior(z_NP, num_states, tree, self.hparams["counts_pseudocount"])
+        return hidden_prior(num_states, self.hparams["num_latents"], tree, context.generator("parameters"))
+
+    def _cache(self, context: StageContext, split: str) -> EvidenceCache:
+        """The evidence of a split, of candidates for training; computed once. All ranks call."""
+        folder, states = context.dir / "evidence" / split, self.assembled.num_states
+        count, kept = context.data.num_examples(split), min(self.hparams["candidates"] or states, states)
+        if split == "val":
+            count, kept = min(self.hparams["val_images"], count), states
+        shape = (count, self.assembled.num_positions, kept)
+        found = EvidenceCache.open(folder)
+        if found is None or found.shape != shape:
+            candidates = find_candidates(context, self.assembled, self.z_NP["train"], kept) if kept < states else None
+            fill_cache(folder, self.assembled, context.data, split, shape, self.z_NP[split], candidates)
+            found = EvidenceCache.open(folder)
+        assert found is not None
+        return found
 
 
-def sparse_plan(
+def find_candidates(
     context: StageContext, assembled: AssembledCircuit, z_NP: Tensor, num_candidates: int, num_images: int = 512
-) -> tuple[Tensor, CircuitGroups]:
-    """Which candidates each latent value has, from a sample of training images, and circuits grouped by their load."""
+) -> Candidates:
+    """Candidates of each latent value from a sample of training images, and circuits grouped by their load."""
     sample = torch.randperm(len(z_NP), generator=context.generator("candidates"))[:num_images].sort().values
-    images = context.data.batch("train", sample).to(context.device)
-    table_KM = candidate_table(assembled, images, z_NP[sample].to(context.device), num_candidates)
-    circuit, _ = assembled.circuit_index(
-        table_KM[z_NP[sample].to(context.device)].permute(0, 2, 1).reshape(-1, z_NP.shape[1])
-    )
+    images, z_BP = context.data.batch("train", sample).to(context.device), z_NP[sample].to(context.device)
+    table_KM = candidate_table(assembled, images, z_BP, num_candidates)
+    circuit, _ = assembled.circuit_index(table_KM[z_BP].permute(0, 2, 1).reshape(-1, z_NP.shape[1]))
     load = torch.bincount(circuit, minlength=assembled.conditional.num_circuits)
-    return table_KM, CircuitGroups(assembled.conditional, load)
+    return Candidates(table_KM, CircuitGroups(assembled.conditional, load))
 
 
 def fill_cache(
     folder: Path,
     assembled: AssembledCircuit,
-    data: object,
+    data: ImageData,
     split: str,
-    count: int,
+    shape: tuple[int, int, int],
     z_NP: Tensor,
-    table_KM: Tensor | None,
-    groups: CircuitGroups | None,
+    candidates: Candidates | None,
 ) -> None:
-    """Fill a cache with all processes, each its share of the images; the first makes and completes it."""
+    """Fill a cache of `shape` (N, P, M) with all processes, each its share; the first makes and completes it."""
     processes = Processes()
-    positions, states = assembled.num_positions, assembled.num_states
-    kept = states if table_KM is None else table_KM.shape[1]
-    processes.on_first(partial(EvidenceCache.begin, folder, count, positions, kept, table_KM is not None))
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share = -(-count // world)
-    rows = range(min(count, rank * share), min(count, (rank + 1) * share))
-    EvidenceCache.fill(folder, assembled, data, split, z_NP, table_KM, groups, rows)
+    sparse, states = candidates is not None, assembled.num_states
+    processes.on_first(partial(EvidenceCache.begin, folder, shape, states, sparse))
+    share = -(-shape[0] // processes.size)
+    rows = range(min(shape[0], processes.rank * share), min(shape[0], (processes.rank + 1) * share))
+    EvidenceCache.fill(folder, assembled, data, split, rows=rows, z_NP=z_NP, candidates=candidates)
     processes.wait()
     processes.on_first(partial(EvidenceCache.complete, folder, states))

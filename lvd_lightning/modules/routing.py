@@ -80,9 +80,10 @@ def route_in_passes(circuit: Tensor, num_circuits: int, slots: int) -> Iterator[
     """
     counts = torch.bincount(circuit, minlength=num_circuits)
     order, rank = _ranks(circuit, counts)
-    for low in range(0, int(counts.max()), slots):
+    busiest = int(counts.max())
+    for low in range(0, busiest, slots):
         at = order[(rank >= low) & (rank < low + slots)]
-        routed = route(circuit[at], num_circuits)
+        routed = route(circuit[at], num_circuits, slots=min(slots, few_sizes(busiest - low)))
         yield at[routed.index], routed.weight > 0
 
 

@@ -55,7 +55,9 @@ def test_data_are_known_far_better_than_to_random_parameters(
         "random": pc.hclt(parents, 8, leaf, generator=generator),
         "data": pc.hclt_from_data(x[:300], parents, 8, leaf, generator=generator),
     }
-    log_prob = {name: pc.Circuit(graph).log_prob(x[first : first + 300]).mean() for name, graph in graphs.items()}
+    log_prob = {
+        name: pc.Circuit(graph).log_prob(x[first : first + 300]).mean().detach() for name, graph in graphs.items()
+    }
     bits = {name: -float(found) / x.shape[1] / math.log(2) for name, found in log_prob.items()}
     assert bits["data"] < bits["random"] - margin
 
