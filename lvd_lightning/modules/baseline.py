@@ -5,30 +5,39 @@ Shapes: B images, N sample, D dimensions of an image.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, get_args
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from typing_extensions import override
 
 from lvd_lightning import circuits as pc
 from lvd_lightning.bookkeeping import write_atomically
+from lvd_lightning.latents.processes import Processes
 from lvd_lightning.metrics import BitsPerDim
-from lvd_lightning.modules.stage import DONE_MARKER, StageContext, StageModule
-from lvd_lightning.modules.training import Rule, make_optimizer
+from lvd_lightning.modules.assembled import MAX_NUMBERS
+from lvd_lightning.modules.stage import DONE_MARKER, ImageData, StageContext, StageModule
+from lvd_lightning.modules.training import Rule, check_at_least, check_step_sizes, make_optimizer
 
 __all__ = ["CircuitBaseline"]
 
+RULES: tuple[Rule, ...] = get_args(Rule)[::-1]
 #: Stages whose time a baseline may take.
 TIMED = ("teacher", "latents", "conditional", "prior", "finetune")
-#: Sum of parameters and time of the distilled circuit come from these, the last that is there.
+#: Stages that leave a circuit over images, the last one first: a baseline has as many parameters.
 SIZED = ("finetune", "prior")
+#: Step sizes fall to this share of the first.
+FINAL_SHARE = 0.1
+#: Steps that are timed; the median counts.
+TIMED_STEPS = 5
 
 
 class CircuitBaseline(StageModule):
@@ -38,17 +47,20 @@ class CircuitBaseline(StageModule):
     for about as long as all earlier stages took. The number of steps is fixed once, from a measured rate, and
     written to `plan.json`, so a resumed run ends as an uninterrupted one. The tree is learnt outside that time.
 
-    Logs `val/em_bpd` and `val/anemone_bpd`; of each rule the epoch with the best validation counts.
+    Logs `train/em_bpd`, `train/anemone_bpd`, `val/em_bpd`, `val/anemone_bpd` and the lower one of these two as
+    `val/bpd`; of each rule the epoch with the best validation counts. The steps are divided evenly over the epochs.
 
     Args:
         structure: "hclt".
         num_latents: hidden states; null to match the parameters of the distilled circuit.
         seconds: per rule; null for the time that earlier stages took.
-        batch_size: images per step.
+        batch_size: images per step, all ranks together.
         init: "random", or "quantiles" (see `hclt_from_data`).
         em_lr, anemone_lr: first step sizes; both fall linearly to a tenth.
-        pseudocount: as in `ConditionalStudent`.
-        val_images: as in `ConditionalStudent`.
+        momentum: of Anemone.
+        em_pseudocount, anemone_pseudocount: per sum node and input unit, in examples of a step.
+        max_tree_examples: training images from which the tree (and quantiles) are learnt.
+        val_images: validation images on which both circuits are evaluated after every epoch.
     """
 
     em: ClassVar[bool] = True
@@ -70,47 +82,58 @@ class CircuitBaseline(StageModule):
     ) -> None:
         super().__init__()
         if structure != "hclt":
-            raise ValueError(f"structure: expected 'hclt', got {structure!r}")
+            raise ValueError(f"structure: got {structure!r}, expected 'hclt'")
         if init not in ("random", "quantiles"):
-            raise ValueError(f"init: expected 'random' or 'quantiles', got {init!r}")
+            raise ValueError(f"init: got {init!r}, expected one of random, quantiles")
+        for name, lr in (("em_lr", em_lr), ("anemone_lr", anemone_lr)):
+            check_step_sizes(lr, lr, momentum, lr_name=name)
+        check_at_least(0, seconds=seconds, em_pseudocount=em_pseudocount, anemone_pseudocount=anemone_pseudocount)
+        check_at_least(
+            1,
+            num_latents=num_latents,
+            batch_size=batch_size,
+            max_tree_examples=max_tree_examples,
+            val_images=val_images,
+        )
         self.automatic_optimization = False
         self.save_hyperparameters()
 
     @override
     def begin_stage(self, context: StageContext) -> None:
         self._context = context
-        dims = math.prod(context.data.image_shape)
-        plan_path = context.dir / "plan.json"
-        plan = json.loads(plan_path.read_text()) if plan_path.is_file() else {}
         sample_ND = self._sample(context)
-        if not plan:
-            plan["parents"] = pc.chow_liu_tree(sample_ND, max_examples=self.hparams["max_tree_examples"]).tolist()
-            plan["num_latents"] = self._num_latents(context, dims)
-        parents = torch.tensor(plan["parents"])
-        self.circuits = torch.nn.ModuleDict({rule: self._circuit(sample_ND, parents, plan, context) for rule in RULES})
-        if "steps" not in plan:
-            plan["seconds"] = self._time_limit(context)
-            plan["steps"] = {rule: self._measure(sample_ND, rule, plan["seconds"]) for rule in RULES}
-            context.dir.mkdir(parents=True, exist_ok=True)
-            write_atomically(plan_path, json.dumps(plan))
-            self.circuits = torch.nn.ModuleDict(
-                {rule: self._circuit(sample_ND, parents, plan, context) for rule in RULES}
-            )
+        plan = self._plan(context, sample_ND)
+        circuit = self._first_circuit(context, sample_ND, plan)
+        self.circuits = nn.ModuleDict({rule: copy.deepcopy(circuit) for rule in RULES})
         self.steps: dict[str, int] = plan["steps"]
         self.seconds = dict.fromkeys(RULES, 0.0)
         self.best = dict.fromkeys(RULES, math.inf)
-        self.train_bpd = torch.nn.ModuleDict({rule: BitsPerDim(dims) for rule in RULES})
-        self.val_bpd = torch.nn.ModuleDict({rule: BitsPerDim(dims) for rule in RULES})
+        metrics = {f"{split}_{rule}": BitsPerDim(circuit.num_variables) for split in ("train", "val") for rule in RULES}
+        self.metrics = nn.ModuleDict(metrics)
+
+    def circuit(self, rule: Rule) -> pc.Circuit:
+        """The circuit that this rule trains."""
+        found = self.circuits[rule]
+        assert isinstance(found, pc.Circuit)
+        return found
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training steps of an epoch."""
+        epochs = self.trainer.max_epochs
+        if epochs is None or epochs < 1:
+            raise ValueError(
+                f"stage {self._context.stage}: set max_epochs of its trainer, which the steps are spread over"
+            )
+        return max(1, math.ceil(max(self.steps.values()) / epochs))
 
     @override
     def configure_optimizers(self) -> Any:
-        return [self._optimizer(rule) for rule in RULES]
+        return [self._optimizer(rule, self.circuit(rule)) for rule in RULES]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """The steps that this epoch takes, of random images, a function of (seed, epoch)."""
-        epochs = self.trainer.max_epochs or 1
-        per_epoch = max(1, math.ceil(max(self.steps.values()) / epochs))
-        batches = _RandomBatches(self, self._context, self.hparams["batch_size"], per_epoch)
+        """The batches of this epoch's steps: random images, a function of (seed, epoch)."""
+        batches = _RandomBatches(self, self._context, self.hparams["batch_size"], self.steps_per_epoch)
         return DataLoader(_Images(self._context.data), sampler=batches, batch_size=None)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -119,45 +142,34 @@ class CircuitBaseline(StageModule):
         return found
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
-        images_BD = batch.flatten(1)
         optimizers = self.optimizers()
         assert isinstance(optimizers, list)
+        done = self.current_epoch * self.steps_per_epoch + batch_idx
         for rule, optimizer in zip(RULES, optimizers, strict=True):
-            assert isinstance(optimizer, LightningOptimizer)
-            done = self._done(batch_idx)
-            if done >= self.steps[rule]:
-                continue
-            start = time.monotonic()
-            for group in optimizer.param_groups:
-                group["lr"] = self._step_size(rule, done)
-            log_B = self.circuits[rule].log_prob(images_BD)[:, 0]
-            self.manual_backward(-log_B.sum())
-            optimizer.step()
-            optimizer.zero_grad()
-            self.seconds[rule] += time.monotonic() - start
-            self.train_bpd[rule].update(log_B)  # type: ignore[operator]
-            self.log(f"train/{rule}_bpd", self.train_bpd[rule], on_step=False, on_epoch=True)  # type: ignore[arg-type]
+            if done < self.steps[rule]:
+                assert isinstance(optimizer, LightningOptimizer)
+                self._step(rule, optimizer, batch.flatten(1), done)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, index = batch
         wanted = index < self.hparams["val_images"]
         for rule in RULES:
-            metric = self.val_bpd[rule]
+            metric = self._metric("val", rule)
             if bool(wanted.any()):
-                metric.update(_log_prob(self.circuits[rule], images[wanted]))  # type: ignore[operator, arg-type]
-            self.log(f"val/{rule}_bpd", metric, on_step=False, on_epoch=True, prog_bar=True)  # type: ignore[arg-type]
+                metric.update(_log_prob(self.circuit(rule), images[wanted]))
+            self.log(f"val/{rule}_bpd", metric, on_step=False, on_epoch=True, prog_bar=True)
 
     @override
     def on_validation_epoch_end(self) -> None:
-        scores = {rule: float(self.val_bpd[rule].compute()) for rule in RULES}  # type: ignore[operator]
+        scores = {rule: float(self._metric("val", rule).compute()) for rule in RULES}
         self.log("val/bpd", min(scores.values()))
         if self.trainer.sanity_checking:
             return
         for rule, score in scores.items():
-            if score < self.best[rule]:
-                self.best[rule] = score
+            if score < self.best[rule] or math.isinf(self.best[rule]):  # some epoch has to count, whatever its score
+                self.best[rule] = math.inf if math.isnan(score) else score
                 if self.trainer.is_global_zero:
-                    pc.save(self.circuits[rule], self._context.dir / rule)  # type: ignore[arg-type]
+                    pc.save(self.circuit(rule), self._context.dir / rule)
 
     @override
     def on_train_epoch_end(self) -> None:
@@ -181,42 +193,75 @@ class CircuitBaseline(StageModule):
         spent = json.loads((context.dir / "spent.json").read_text())
         for rule in RULES:
             circuit = pc.load(context.dir / rule, device=self.device)
-            found = {"seconds": spent[rule], "num_parameters": circuit.num_parameters}
-            for split, name in (("val", "val_bpd"), ("test", "bpd")):
-                metric = BitsPerDim(circuit.num_variables).to(self.device)
-                for index in torch.arange(context.data.num_examples(split)).split(256):
-                    metric.update(_log_prob(circuit, context.data.batch(split, index).to(self.device)))
-                found[name] = float(metric.compute())
-            results[rule] = found
+            results[rule] = {
+                "seconds": spent[rule],
+                "num_parameters": circuit.num_parameters,
+                "val_bpd": _bpd(circuit, context.data, "val"),
+                "bpd": _bpd(circuit, context.data, "test"),
+            }
         write_atomically(context.dir / "baseline.json", json.dumps(results, indent=2))
         return {"val_bpd": min(found["val_bpd"] for found in results.values())}
 
-    def _optimizer(self, rule: Rule) -> torch.optim.Optimizer:
-        settings = self.hparams
-        lr, pseudocount = settings[f"{rule}_lr"], settings[f"{rule}_pseudocount"]
-        return make_optimizer(rule, self.circuits[rule], lr, settings["momentum"], pseudocount)
+    def _step(self, rule: Rule, optimizer: LightningOptimizer, images_BD: Tensor, done: int) -> None:
+        """One EM step by a rule, with the clock running."""
+        start = self._now()
+        for group in optimizer.param_groups:
+            group["lr"] = self._step_size(rule, done)
+        log_B = self.circuit(rule).log_prob(images_BD)[:, 0]
+        self.manual_backward(-log_B.sum())
+        optimizer.step()
+        optimizer.zero_grad()
+        self.seconds[rule] += self._now() - start
+        metric = self._metric("train", rule)
+        metric.update(log_B)
+        self.log(f"train/{rule}_bpd", metric, on_step=False, on_epoch=True)
 
     def _step_size(self, rule: Rule, step: int) -> float:
-        return float(self.hparams[f"{rule}_lr"] * (1 - 0.9 * step / max(1, self.steps[rule] - 1)))
+        fallen = (1 - FINAL_SHARE) * step / max(1, self.steps[rule] - 1)
+        return float(self.hparams[f"{rule}_lr"] * (1 - fallen))
 
-    def _done(self, batch_idx: int) -> int:
-        per_epoch = max(1, math.ceil(max(self.steps.values()) / (self.trainer.max_epochs or 1)))
-        return self.current_epoch * per_epoch + batch_idx
+    def _metric(self, split: str, rule: Rule) -> BitsPerDim:
+        found = self.metrics[f"{split}_{rule}"]
+        assert isinstance(found, BitsPerDim)
+        return found
+
+    def _optimizer(self, rule: Rule, circuit: pc.Circuit) -> torch.optim.Optimizer:
+        settings = self.hparams
+        lr, pseudocount = settings[f"{rule}_lr"], settings[f"{rule}_pseudocount"]
+        return make_optimizer(rule, circuit, lr, settings["momentum"], pseudocount)
 
     def _sample(self, context: StageContext) -> Tensor:
+        """Training images for the tree and for timing, uint8 (N, D)."""
         count = context.data.num_examples("train")
         order = torch.randperm(count, generator=context.generator("sample"))[: self.hparams["max_tree_examples"]]
         found: Tensor = context.data.batch("train", order.sort().values)
         return found.flatten(1)
 
-    def _circuit(self, sample_ND: Tensor, parents: Tensor, plan: dict[str, Any], context: StageContext) -> pc.Circuit:
+    def _plan(self, context: StageContext, sample_ND: Tensor) -> dict[str, Any]:
+        """Tree, size and number of steps: decided once, by rank 0, and read ever after. All ranks call."""
+        path = context.dir / "plan.json"
+        if not path.is_file():
+            plan: dict[str, Any] = {
+                "parents": pc.chow_liu_tree(sample_ND, max_examples=None).tolist(),
+                "num_latents": self._num_latents(context, sample_ND.shape[1]),
+                "seconds": self._time_limit(context),
+            }
+            circuit = self._first_circuit(context, sample_ND, plan)
+            plan["steps"] = {rule: self._measure(circuit, sample_ND, rule, plan["seconds"]) for rule in RULES}
+            context.dir.mkdir(parents=True, exist_ok=True)
+            Processes().on_first(partial(write_atomically, path, json.dumps(plan)))
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+    def _first_circuit(self, context: StageContext, sample_ND: Tensor, plan: dict[str, Any]) -> pc.Circuit:
+        parents, num_latents = torch.tensor(plan["parents"]), plan["num_latents"]
         leaf, generator = pc.Categorical(256), context.generator("parameters")
         if self.hparams["init"] == "quantiles":
-            return pc.Circuit(pc.hclt_from_data(sample_ND, parents, plan["num_latents"], leaf, generator=generator))
-        return pc.Circuit(pc.hclt(parents, plan["num_latents"], leaf, generator=generator))
+            return pc.Circuit(pc.hclt_from_data(sample_ND, parents, num_latents, leaf, generator=generator))
+        return pc.Circuit(pc.hclt(parents, num_latents, leaf, generator=generator))
 
     def _num_latents(self, context: StageContext, dims: int) -> int:
-        """The fewest hidden states with at least as many parameters as the distilled circuit."""
+        """The fewest hidden states with at least (nearly) as many parameters as the distilled circuit."""
         if self.hparams["num_latents"] is not None:
             return int(self.hparams["num_latents"])
         for stage in SIZED:
@@ -227,47 +272,48 @@ class CircuitBaseline(StageModule):
                 while dims * states * 255 + (dims - 1) * states * (states - 1) + states - 1 < 0.98 * wanted:
                     states += 1
                 return states
-        raise ValueError("baseline: without a stage prior or finetune, set num_latents and seconds")
+        raise ValueError(
+            f"stage {context.stage}: no stage {' or '.join(SIZED)} says how large it may be; set num_latents"
+        )
 
     def _time_limit(self, context: StageContext) -> float:
         if self.hparams["seconds"] is not None:
             return float(self.hparams["seconds"])
-        total = 0.0
-        for stage in TIMED:
-            folder = context.previous(stage)
-            if folder is not None:
-                total += float(json.loads((folder / DONE_MARKER).read_text())["seconds"])
-        return total
+        folders = [folder for folder in map(context.previous, TIMED) if folder is not None]
+        if not folders:
+            raise ValueError(f"stage {context.stage}: no earlier stage says how long it may take; set seconds")
+        return sum(float(json.loads((folder / DONE_MARKER).read_text())["seconds"]) for folder in folders)
 
-    def _measure(self, sample_ND: Tensor, rule: Rule, seconds: float) -> int:
-        """How many steps fit into `seconds`, from a few that are timed (on a copy that is thrown away)."""
-        circuit = self.circuits[rule].to(self._context.device)
-        optimizer = self._optimizer(rule)
-        batch_BD = sample_ND[: self.hparams["batch_size"]].to(self._context.device)
+    def _measure(self, circuit: pc.Circuit, sample_ND: Tensor, rule: Rule, seconds: float) -> int:
+        """How many steps of all ranks fit into `seconds`, from a few that are timed on a copy. All ranks call."""
+        processes = Processes()
+        circuit = copy.deepcopy(circuit).to(self._context.device)
+        optimizer = self._optimizer(rule, circuit)
+        batch_BD = sample_ND[: self.hparams["batch_size"]][processes.rank :: processes.size].to(circuit.device)
         spent = []
-        for _ in range(5):
-            start = time.monotonic()
+        for _ in range(TIMED_STEPS):
+            start = self._now()
             (-circuit.log_prob(batch_BD).sum()).backward()
             optimizer.step()
             optimizer.zero_grad()
-            if batch_BD.is_cuda:
-                torch.cuda.synchronize()
-            spent.append(time.monotonic() - start)
-        return max(1, round(seconds / sorted(spent)[2]))
+            spent.append(self._now() - start)
+        return max(1, round(seconds / sorted(spent)[TIMED_STEPS // 2]))
 
-
-RULES: tuple[Rule, Rule] = ("em", "anemone")
+    def _now(self) -> float:
+        """Seconds on a clock, when the device is done with what it was given."""
+        if self._context.device.type == "cuda":
+            torch.cuda.synchronize(self._context.device)
+        return time.monotonic()
 
 
 class _Images(Dataset[Tensor]):
     """Training images by batches of numbers."""
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: ImageData) -> None:
         self.data = data
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        found: Tensor = self.data.batch("train", index)
-        return found
+        return self.data.batch("train", index)
 
 
 class _RandomBatches(Sampler[Tensor]):
@@ -288,10 +334,19 @@ class _RandomBatches(Sampler[Tensor]):
             while len(order) < min(self.batch_size, count):
                 order = torch.cat([order, torch.randperm(count, generator=generator)])
             index, order = order[: self.batch_size], order[self.batch_size :]
-            yield index[self.module.global_rank :: max(1, self.module.trainer.world_size)]
+            yield index[self.module.global_rank :: self.module.trainer.world_size]
 
 
 def _log_prob(circuit: pc.Circuit, images: Tensor) -> Tensor:
     """log p(x) in nats of whole images, in bounded memory."""
-    step = max(1, (1 << 26) // circuit.plan.num_value_rows)
+    limit = MAX_NUMBERS["cpu" if circuit.device.type == "cpu" else "cuda"]
+    step = max(1, limit // circuit.plan.num_value_rows)
     return torch.cat([circuit.log_prob(part.flatten(1))[:, 0] for part in images.split(step)])
+
+
+def _bpd(circuit: pc.Circuit, data: ImageData, split: str) -> float:
+    """Bits per dimension over a whole split."""
+    metric = BitsPerDim(circuit.num_variables).to(circuit.device)
+    for index in torch.arange(data.num_examples(split)).split(256):
+        metric.update(_log_prob(circuit, data.batch(split, index).to(circuit.device)))
+    return float(metric.compute())
