@@ -18,7 +18,7 @@ from typing_extensions import override
 from datamodules.base import ImageDataModule
 from datamodules.files import resolve
 from datamodules.images import Pixels
-from datamodules.splits import SPLITS, Split, check_fractions, split_of_name
+from datamodules.splits import SPLITS, Split, check_fractions, position_of_name, split_of_name
 
 __all__ = ["Folder", "decode_image"]
 
@@ -68,7 +68,7 @@ class Folder(ImageDataModule):
         if not names:
             raise ValueError(f"{root}: holds no images; expected files that end in {', '.join(sorted(EXTENSIONS))}")
         members: dict[Split, list[str]] = {split: [] for split in SPLITS}
-        for name in sorted(names):
+        for name in sorted(names, key=position_of_name):  # the first few of a split are a sample of all folders
             members[split_of_name(name, self.val_fraction, self.test_fraction)].append(name)
         return {split: self.encode(self._decode(root, members[split], read)) for split in SPLITS}
 

@@ -7,7 +7,17 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["SPLITS", "Rows", "Split", "carve", "check_fractions", "divide", "split_of_name", "subset"]
+__all__ = [
+    "SPLITS",
+    "Rows",
+    "Split",
+    "carve",
+    "check_fractions",
+    "divide",
+    "position_of_name",
+    "split_of_name",
+    "subset",
+]
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -23,14 +33,19 @@ def check_fractions(val_fraction: float, test_fraction: float) -> None:
         )
 
 
+def position_of_name(name: str) -> float:
+    """A number in [0, 1) that is a function of the name, spread evenly."""
+    composed = unicodedata.normalize("NFC", name)  # file systems differ in how they write an accent
+    digest = hashlib.sha256(composed.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
 def split_of_name(name: str, val_fraction: float, test_fraction: float) -> Split:
     """The split of an example by a hash of its name: the same on every machine, whatever other examples there are.
 
     The test set does not depend on `val_fraction`.
     """
-    composed = unicodedata.normalize("NFC", name)  # file systems differ in how they write an accent
-    digest = hashlib.sha256(composed.encode("utf-8", "surrogateescape")).digest()
-    position = int.from_bytes(digest[:8], "big") / 2**64
+    position = position_of_name(name)
     if position < test_fraction:
         return "test"
     return "val" if position < test_fraction + val_fraction else "train"

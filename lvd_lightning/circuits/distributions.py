@@ -125,7 +125,7 @@ class Categorical(Distribution):
 
     def forward(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
         index = x_FB.long()[:, None, :].expand(out_FKB.shape)
-        if self.num_categories <= x_FB.shape[1]:  # the logarithm goes where there are fewer numbers
+        if self.num_categories < x_FB.shape[1]:  # the logarithm goes where there are fewer numbers
             torch.gather(params_FKS.log(), 2, index, out=out_FKB)
         else:
             torch.gather(params_FKS, 2, index, out=out_FKB)

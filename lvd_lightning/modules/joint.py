@@ -5,6 +5,8 @@ Shapes: B images, P patches, D variables of a patch, K latent values, M candidat
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
@@ -105,16 +107,34 @@ class JointStudent(EMStudent):
     @override
     @torch.no_grad()
     def finish_stage(self, context: StageContext) -> dict[str, float]:
-        self.assembled.save(context.dir)
-        self.val_bpd.reset()
+        """Keep the best epoch, or the circuit that finetuning began with if no epoch is better on validation."""
+        folder = context.previous("prior")
+        assert folder is not None
+        before = AssembledCircuit.load(folder).to(self.device)
+        start_bpd, val_bpd = self._validate(before, context), self._validate(self.assembled, context)
+        improved = val_bpd < start_bpd
+        if not improved:
+            warnings.warn(
+                f"finetuning did not lower the validation bpd ({start_bpd:.4f} before, {val_bpd:.4f} at best): the "
+                "circuit of stage prior is kept; try a smaller lr or a larger pseudocount",
+                stacklevel=2,
+            )
+        kept = self.assembled if improved else before
+        kept.save(context.dir)
+        return {
+            "val_bpd": min(val_bpd, start_bpd),
+            "improved": float(improved),
+            "val_images": min(self.hparams["val_images"], context.data.num_examples("val")),
+            "num_parameters": kept.num_parameters,
+        }
+
+    def _validate(self, assembled: AssembledCircuit, context: StageContext) -> float:
+        """Bits per dimension on the first `val_images` validation images."""
+        metric = BitsPerDim(assembled.num_dims, sync_on_compute=False).to(self.device)
         count = min(self.hparams["val_images"], context.data.num_examples("val"))
         for index in torch.arange(count).split(64):
-            self.val_bpd.update(self.assembled.log_prob(context.data.batch("val", index).to(self.device)))
-        return {
-            "val_bpd": float(self.val_bpd.compute()),
-            "val_images": count,
-            "num_parameters": self.assembled.num_parameters,
-        }
+            metric.update(assembled.log_prob(context.data.batch("val", index).to(self.device)))
+        return float(metric.compute())
 
     @torch.no_grad()
     def _evidence(self, images: Tensor, index: Tensor) -> Tensor:
