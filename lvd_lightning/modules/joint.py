@@ -122,7 +122,7 @@ class JointStudent(EMStudent):
         kept = self.assembled if improved else before
         kept.save(context.dir)
         return {
-            "val_bpd": min(val_bpd, start_bpd),
+            "val_bpd": val_bpd if improved else start_bpd,
             "improved": float(improved),
             "val_images": min(self.hparams["val_images"], context.data.num_examples("val")),
             "num_parameters": kept.num_parameters,
