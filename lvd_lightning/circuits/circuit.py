@@ -436,7 +436,7 @@ class _LogProb(torch.autograd.Function):
             ctx.lease, ctx.circuit, ctx.batch = lease, circuit, batch
             ctx.evidence_shape = None if evidence is None else evidence.shape
             ctx.save_for_backward(*tables)
-        return lease.space.values[circuit.roots]
+        return lease.space.values[circuit.roots] / layers.BITS_PER_NAT
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -61,7 +61,7 @@ class Distribution:
         raise TypeError(f"{type(self).__name__} has none")
 
     def forward(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
-        """Write log p(x | unit) in nats to `out_FKB`."""
+        """Write log2 p(x | unit) to `out_FKB`."""
         raise TypeError(f"{type(self).__name__} is abstract")
 
     def backward(self, params_FKS: Tensor, x_FB: Tensor, grad_FKB: Tensor, out_FKS: Tensor) -> None:
@@ -126,10 +126,10 @@ class Categorical(Distribution):
     def forward(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
         index = x_FB.long()[:, None, :].expand(out_FKB.shape)
         if self.num_categories < x_FB.shape[1]:  # the logarithm goes where there are fewer numbers
-            torch.gather(params_FKS.log(), 2, index, out=out_FKB)
+            torch.gather(params_FKS.log2(), 2, index, out=out_FKB)
         else:
             torch.gather(params_FKS, 2, index, out=out_FKB)
-            out_FKB.log_()
+            out_FKB.log2_()
 
     def backward(self, params_FKS: Tensor, x_FB: Tensor, grad_FKB: Tensor, out_FKS: Tensor) -> None:
         index = x_FB.long()[:, None, :].expand(grad_FKB.shape)
@@ -202,7 +202,7 @@ class Gaussian(Distribution):
     def forward(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
         mean, std = params_FKS[..., :1], params_FKS[..., 1:]
         torch.sub(x_FB[:, None, :].to(out_FKB.dtype), mean, out=out_FKB)
-        out_FKB.div_(std).square_().mul_(-0.5).sub_(std.log() + 0.5 * math.log(2 * math.pi))
+        out_FKB.div_(std).square_().mul_(-0.5 / math.log(2.0)).sub_(std.log2() + 0.5 * math.log2(2 * math.pi))
 
     def backward(self, params_FKS: Tensor, x_FB: Tensor, grad_FKB: Tensor, out_FKS: Tensor) -> None:
         mean, std = params_FKS[..., :1], params_FKS[..., 1:]

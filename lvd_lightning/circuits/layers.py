@@ -1,8 +1,9 @@
 """Folded layers: forward and closed-form backward passes over the rows of a workspace.
 
-Shapes: F folded nodes, H outer units, K inner units, B batch, S numbers per input unit. Values are log-likelihoods in
-nats; inside a sum layer they are linear, scaled by the largest inner unit of each node and example. Where that scale is
-too coarse (a sum that underflows), the affected entries are computed again in log space.
+Shapes: F folded nodes, H outer units, K inner units, B batch, S numbers per input unit. Values are log-likelihoods to
+base 2 (which processors raise and take faster than natural ones); inside a sum layer they are linear, scaled by the
+largest inner unit of each node and example. Where that scale is too coarse (a sum that underflows), the affected entries
+are computed again in log space.
 
 A workspace binds every layer to its buffers once: the views that a pass needs are made with the workspace, not with
 every step.
@@ -10,6 +11,7 @@ every step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +25,7 @@ __all__ = ["GatherRows", "GradientSpace", "InputLayer", "Layer", "Pool", "Underf
 
 #: Numbers that one round of operations on the CPU touches per array: several arrays of it stay in the cache.
 CACHE_SIZE = 1 << 19
+BITS_PER_NAT = 1 / math.log(2.0)
 #: A sum below this has lost precision to underflow.
 TINY = {torch.float32: 1e-30, torch.float64: 1e-280}
 #: Log-scale of a node without any support; -inf would turn the difference of two -inf into NaN.
@@ -185,8 +188,8 @@ class BoundBackward:
 class Workspace:
     """Buffers of one forward pass over `size` examples, and the layers bound to them.
 
-    values (V rows, B): log-likelihoods. With `keep`, for a backward pass: inner (E rows, B), linear inner values, and
-    sums, linear outer values of all sum layers; else one chunk of each. underflow: see `Underflow`.
+    values (V rows, B): log-likelihoods to base 2. With `keep`, for a backward pass: inner (E rows, B), linear inner
+    values, and sums, linear outer values of all sum layers; else one chunk of each. underflow: see `Underflow`.
     """
 
     def __init__(
@@ -293,10 +296,10 @@ class InputLayer(_Folded):
         return x_VB.index_select(0, self.variables if shared else self.columns)
 
     def forward(self, values: Tensor, stacked: Tensor | None, x_FB: Tensor, observed_FB: Tensor | None) -> None:
-        """Write log p(x | unit) of all units; 0 where a variable is not observed."""
+        """Write log2 p(x | unit) of all units; 0 where a variable is not observed."""
         out_FKB = values[self.start : self.stop].view(self.num_folds, self.num_units, -1)
-        if stacked is None:  # soft evidence: (F, B, K)
-            out_FKB.copy_(x_FB.transpose(1, 2))
+        if stacked is None:  # soft evidence in nats: (F, B, K)
+            torch.mul(x_FB.transpose(1, 2), BITS_PER_NAT, out=out_FKB)
         else:
             size = self.num_units * max(self.distribution.size, out_FKB.shape[2])
             for a, b in self.chunks(size, values.device):
@@ -310,7 +313,8 @@ class InputLayer(_Folded):
             return  # soft evidence without observation: every state counts 0
         out_FKB = values[self.start : self.stop].view(self.num_folds, self.num_units, -1)
         _, log_mode_FK = self.distribution.mode(self.parameters_of(stacked, 0, self.num_folds))
-        torch.where(observed_FB[:, None, :], out_FKB, log_mode_FK[:, :, None], out=out_FKB)
+        log_mode_FK1 = log_mode_FK[:, :, None] * BITS_PER_NAT
+        torch.where(observed_FB[:, None, :], out_FKB, log_mode_FK1, out=out_FKB)
 
     def backward(
         self,
@@ -374,7 +378,7 @@ class Layer(_Folded):
         return rows.view(high - low, self.outer_units, -1)
 
     def log_inner(self, values: Tensor, low: int, high: int) -> Tensor:
-        """Log-values of the inner units of folds low..high, shape (F, K, B)."""
+        """Log-values (base 2) of the inner units of folds low..high, shape (F, K, B)."""
         rows = self.inputs.dense(values, low * self.inner_units, high * self.inner_units)
         return rows.view(high - low, self.inner_units, -1)
 
@@ -434,9 +438,9 @@ class Layer(_Folded):
             torch.amax(bound.log, 1, keepdim=True, out=bound.scale)
             bound.scale.clamp_min_(FLOOR)
             torch.sub(bound.log, bound.scale, out=bound.inner)
-            bound.inner.exp_()
+            bound.inner.exp2_()
             torch.bmm(weight_FHK, bound.inner, out=bound.sums)
-            torch.log(bound.sums, out=bound.out)
+            torch.log2(bound.sums, out=bound.out)
             bound.out.add_(bound.scale)
             if careful and float(bound.sums.amin()) < TINY[bound.sums.dtype]:
                 self._mend_underflow(space, weight_FHK, bound)
@@ -448,8 +452,8 @@ class Layer(_Folded):
         step = max(1, CACHE_SIZE // self.inner_units)
         for i in range(0, len(f), step):
             at = slice(i, i + step)
-            terms = weight_FHK[f[at], h[at]].log() + log_FKB[f[at], :, column[at]]
-            bound.out[f[at], h[at], column[at]] = terms.logsumexp(1)
+            terms_NK = weight_FHK[f[at], h[at]].log() + log_FKB[f[at], :, column[at]] / BITS_PER_NAT
+            bound.out[f[at], h[at], column[at]] = terms_NK.logsumexp(1) * BITS_PER_NAT
         bound.sums[f, h, column] = torch.inf  # gradient / inf = 0: the dense backward pass leaves them out
         possible = bound.out[f, h, column] > -torch.inf
         if space.keep and bool(possible.any()):
@@ -497,7 +501,7 @@ class Layer(_Folded):
             f, h, column = index_FHB[:, i : i + step]
             weight_NK = weight_FHK[f, h]
             ratio_NK = log_FKB[f, :, column] - outer_FHB[f, h, column][:, None]
-            flow_NK = (weight_NK.log() + ratio_NK).exp() * pulled_FHB[f, h, column][:, None]
+            flow_NK = (weight_NK.log2() + ratio_NK).exp2() * pulled_FHB[f, h, column][:, None]
             grad_FKB.index_put_((f[:, None], units, column[:, None]), flow_NK, accumulate=True)
             if weight_grad is not None:
                 exact_NK = torch.where(weight_NK > 0, flow_NK / weight_NK.clamp_min(TINY[weight_NK.dtype]), 0.0)

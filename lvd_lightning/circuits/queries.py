@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.layers import InputLayer, Layer, initialise_constants
+from lvd_lightning.circuits.layers import BITS_PER_NAT, InputLayer, Layer, initialise_constants
 
 if TYPE_CHECKING:
     from lvd_lightning.circuits.circuit import Batch, Circuit
@@ -80,7 +80,7 @@ def mpe(
     for inner in circuit._inner_layers():
         _maximise(inner, values, tables)
     _check_possible(circuit, values, index_GB)
-    log_GB = values[circuit.roots].gather(1, index_GB[:, None])[:, 0]
+    log_GB = values[circuit.roots].gather(1, index_GB[:, None])[:, 0] / BITS_PER_NAT
     active = _descend(circuit, values, tables, index_GB, None, stochastic=False)
     for number, layer in enumerate(circuit._leaf_layers()):
         reached_FB, unit_FB = _chosen(layer.gradient_of(active, 0, layer.num_folds))
@@ -198,9 +198,9 @@ def _descend(
                 continue
             reached_FB, unit_FB = _chosen(outer_FHB)
             weight_FBK = _rows(layer.parameters_of(tables[layer.group], a, b), unit_FB)
-            score_FKB = layer.log_inner(values, a, b) + weight_FBK.log().transpose(1, 2)
+            score_FKB = layer.log_inner(values, a, b) + weight_FBK.log2().transpose(1, 2)
             if stochastic:  # the exponential race: argmax of log p - log E is a draw from p
-                score_FKB -= torch.empty_like(score_FKB).exponential_(generator=generator).log()
+                score_FKB -= torch.empty_like(score_FKB).exponential_(generator=generator).log2()
             inner_FKB.scatter_(1, score_FKB.argmax(1, keepdim=True), reached_FB[:, None].to(inner_FKB.dtype))
     return active
 
@@ -212,7 +212,7 @@ def _maximise(layer: Layer, values: Tensor, tables: list[Tensor]) -> None:
         return
     for a, b in _fold_chunks(layer.num_folds, layer.inner_units * values.shape[1]):
         log_FKB = layer.log_inner(values, a, b)
-        log_weight_FHK = layer.parameters_of(tables[layer.group], a, b).log()
+        log_weight_FHK = layer.parameters_of(tables[layer.group], a, b).log2()
         out_FHB = layer.outer_rows(values, a, b)
         for unit in range(layer.outer_units):
             torch.amax(log_FKB + log_weight_FHK[:, unit, :, None], 1, out=out_FHB[:, unit])
