@@ -1,9 +1,9 @@
 """Folded layers: forward and closed-form backward passes over the rows of a workspace.
 
 Shapes: F folded nodes, H outer units, K inner units, B batch, S numbers per input unit. Values are log-likelihoods to
-base 2 (which processors raise and take faster than natural ones); inside a sum layer they are linear, scaled by the
-largest inner unit of each node and example. Where that scale is too coarse (a sum that underflows), the affected entries
-are computed again in log space.
+base 2 (whose exponentials are cheaper than natural ones); inside a sum layer they are linear, scaled by the largest
+inner unit of each node and example. Where that scale is too coarse (a sum that underflows), the affected entries are
+computed again in log space.
 
 A workspace binds every layer to its buffers once: the views that a pass needs are made with the workspace, not with
 every step.
