@@ -162,7 +162,7 @@ class CircuitBaseline(StageModule):
     @override
     def on_validation_epoch_end(self) -> None:
         scores = {rule: float(self._metric("val", rule).compute()) for rule in RULES}
-        self.log("val/bpd", min(scores.values()))
+        self.log("val/bpd", min(scores.values()), sync_dist=True)  # the same on all ranks
         if self.trainer.sanity_checking:
             return
         for rule, score in scores.items():
@@ -345,8 +345,8 @@ def _log_prob(circuit: pc.Circuit, images: Tensor) -> Tensor:
 
 
 def _bpd(circuit: pc.Circuit, data: ImageData, split: str) -> float:
-    """Bits per dimension over a whole split."""
-    metric = BitsPerDim(circuit.num_variables).to(circuit.device)
+    """Bits per dimension over a whole split, computed by this rank alone."""
+    metric = BitsPerDim(circuit.num_variables, sync_on_compute=False).to(circuit.device)
     for index in torch.arange(data.num_examples(split)).split(256):
         metric.update(_log_prob(circuit, data.batch(split, index).to(circuit.device)))
     return float(metric.compute())

@@ -102,25 +102,21 @@ class ConditionalStudent(EMStudent):
         images, index = batch
         wanted = index < self.hparams["val_images"]
         if bool(wanted.any()):
-            self._evaluate(images[wanted], index[wanted])
+            self._update_metrics(images[wanted], index[wanted])
         self.log("val/bpd", self.val_bpd, on_step=False, on_epoch=True, prog_bar=True)
         self.log("val/lvd_objective_bpd", self.val_objective, on_step=False, on_epoch=True)
 
     @override
     def finish_stage(self, context: StageContext) -> dict[str, float]:
         pc.save(self.assembled.conditional, context.dir / "conditional")
-        self.val_bpd.reset()
-        count = min(self.hparams["val_images"], context.data.num_examples("val"))
-        for index in torch.arange(count).split(64):
-            self._evaluate(context.data.batch("val", index).to(self.device), index)
         return {
-            "val_bpd": float(self.val_bpd.compute()),
-            "val_images": count,
+            "val_bpd": self.validate(self.assembled, context),
+            "val_images": min(self.hparams["val_images"], context.data.num_examples("val")),
             "num_parameters": self.assembled.conditional.num_parameters,
         }
 
     @torch.no_grad()
-    def _evaluate(self, images: Tensor, index: Tensor) -> None:
+    def _update_metrics(self, images: Tensor, index: Tensor) -> None:
         evidence_BPK = self.assembled.evidence(images)
         z_BP = self.z_NP["val"][index.cpu()].to(images.device)
         self.val_bpd.update(self.assembled.prior.log_prob(evidence_BPK)[:, 0])

@@ -111,7 +111,7 @@ class JointStudent(EMStudent):
         folder = context.previous("prior")
         assert folder is not None
         before = AssembledCircuit.load(folder).to(self.device)
-        start_bpd, val_bpd = self._validate(before, context), self._validate(self.assembled, context)
+        start_bpd, val_bpd = self.validate(before, context), self.validate(self.assembled, context)
         improved = val_bpd < start_bpd
         if not improved:
             warnings.warn(
@@ -127,14 +127,6 @@ class JointStudent(EMStudent):
             "val_images": min(self.hparams["val_images"], context.data.num_examples("val")),
             "num_parameters": kept.num_parameters,
         }
-
-    def _validate(self, assembled: AssembledCircuit, context: StageContext) -> float:
-        """Bits per dimension on the first `val_images` validation images."""
-        metric = BitsPerDim(assembled.num_dims, sync_on_compute=False).to(self.device)
-        count = min(self.hparams["val_images"], context.data.num_examples("val"))
-        for index in torch.arange(count).split(64):
-            metric.update(assembled.log_prob(context.data.batch("val", index).to(self.device)))
-        return float(metric.compute())
 
     @torch.no_grad()
     def _evidence(self, images: Tensor, index: Tensor) -> Tensor:

@@ -112,13 +112,13 @@ class PriorStudent(EMStudent):
     @override
     def finish_stage(self, context: StageContext) -> dict[str, float]:
         self.assembled.save(context.dir)
-        self.val_bpd.reset()
+        metric = BitsPerDim(self.assembled.num_dims, sync_on_compute=False).to(self.device)  # of this rank alone
         count = len(self.caches["val"])
         for index in torch.arange(count).split(256):
             evidence_BPK = self.caches["val"].evidence(index, self.device)
-            self.val_bpd.update(self.assembled.prior.log_prob(evidence_BPK)[:, 0])
+            metric.update(self.assembled.prior.log_prob(evidence_BPK)[:, 0])
         return {
-            "val_bpd": float(self.val_bpd.compute()),
+            "val_bpd": float(metric.compute()),
             "val_images": count,
             "num_parameters": self.assembled.num_parameters,
         }

@@ -15,6 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lvd_lightning import circuits as pc
 from lvd_lightning.latents import load_assignments, load_latents_info
+from lvd_lightning.metrics import BitsPerDim
+from lvd_lightning.modules.assembled import AssembledCircuit
 from lvd_lightning.modules.stage import StageContext, StageModule
 
 __all__ = [
@@ -139,6 +141,15 @@ class EMStudent(StageModule):
         schedule = self.lr_schedulers()
         assert isinstance(schedule, LambdaLR)
         schedule.step()
+
+    @torch.no_grad()
+    def validate(self, assembled: AssembledCircuit, context: StageContext) -> float:
+        """Bits per dimension on the first `val_images` validation images, computed by this rank alone."""
+        metric = BitsPerDim(assembled.num_dims, sync_on_compute=False).to(self.device)
+        count = min(self.hparams["val_images"], context.data.num_examples("val"))
+        for index in torch.arange(count).split(64):
+            metric.update(assembled.log_prob(context.data.batch("val", index).to(self.device)))
+        return float(metric.compute())
 
     def step_generator(self, batch_idx: int) -> torch.Generator:
         """Random numbers of one step, a function of (seed, stage, epoch, batch, rank)."""

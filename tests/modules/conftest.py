@@ -173,6 +173,8 @@ class Run:
 
     def __post_init__(self) -> None:
         folder = self.folder / "latents"
+        if folder.is_dir():  # made by another process
+            return
         folder.mkdir(parents=True)
         for split, z_NP in self.data.z.items():
             np.save(folder / f"assignments_{split}.npy", z_NP.numpy().astype(np.int32))
