@@ -15,7 +15,7 @@ from lvd_lightning.cli import CONFIG_FOLDER, main, parse
 from lvd_lightning.configuration import experiment_from
 
 CONFIGS = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
-OVERLAYS = {"untied": "lvd_imagenet32", "wandb": "photos"}
+OVERLAYS = {"pixels": "folder", "untied": "lvd_imagenet32", "wandb": "photos"}
 CIFAR10_FILES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 IMAGENET_FILES = [*(f"train_data_batch_{number}" for number in range(1, 11)), "val_data"]
 
@@ -106,11 +106,12 @@ def test_config_is_parsed_and_instantiated(config: str, tmp_path: Path) -> None:
             stage.model()
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, "untied"])
+@pytest.mark.parametrize("config", [*CONFIGS, "pixels", "untied"])
 def test_config_runs_one_small_step_per_stage(config: str, tmp_path: Path) -> None:
     base = OVERLAYS.get(config, config)
-    arguments = [*config_arguments(config), *SMALL, *data_arguments(base, tmp_path / "data"), f"--run_dir={tmp_path}"]
-    stages = parse(["fit", *arguments])[1]["stages"]
+    small = [argument for argument in SMALL if config != "pixels" or "teacher" not in argument]
+    arguments = [*config_arguments(config), *small, *data_arguments(base, tmp_path / "data"), f"--run_dir={tmp_path}"]
+    stages = {name: stage for name, stage in parse(["fit", *arguments])[1]["stages"].items() if stage is not None}
     assert main(["fit", *arguments, *small_epochs(stages)]) == 0
     summary = json.loads((tmp_path / base / "report" / "summary.json").read_text())
     assert list(summary["stages"]) == list(stages)
