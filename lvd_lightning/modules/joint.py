@@ -18,7 +18,7 @@ from lvd_lightning.modules.routing import few_sizes, route
 from lvd_lightning.modules.stage import StageContext
 from lvd_lightning.modules.training import EMStudent, Rule
 
-__all__ = ["AssembledCircuit", "JointStudent"]
+__all__ = ["JointStudent"]
 
 
 class JointStudent(EMStudent):

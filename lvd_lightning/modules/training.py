@@ -66,6 +66,8 @@ def read_assignments(context: StageContext) -> tuple[dict[str, Tensor], int]:
     z_NP = {split: load_assignments(folder, split) for split in ("train", "val")}
     _, height, width = context.data.image_shape
     side = int(context.shared["patch_size"])
+    if side < 1 or height % side or width % side:
+        raise ValueError(f"patch_size: {side} does not tile images of {height} x {width}; choose a divisor of both")
     for split, found in z_NP.items():
         expected = (context.data.num_examples(split), (height // side) * (width // side))
         if tuple(found.shape) != expected:

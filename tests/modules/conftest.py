@@ -88,11 +88,16 @@ def assembly(kind: str, num_latents: int | None = None, seed: int = 0) -> Assemb
 
 
 def sharpened(graph: pc.CircuitGraph) -> pc.CircuitGraph:
+    """Further from uniform; several heads prefer different states of the root's latent."""
     for node in graph.nodes:
         if node.weight is not None:
             node.weight = node.weight**2 / (node.weight**2).sum(1, keepdim=True)
         if node.params is not None:
-            node.params = node.params**2 / (node.params**2).sum(1, keepdim=True)
+            node.params = node.params**3 / (node.params**3).sum(1, keepdim=True)
+    root = graph.nodes[graph.root]
+    assert root.weight is not None
+    if graph.num_heads > 1:
+        root.weight = 0.05 / root.weight.shape[1] + 0.95 * torch.eye(*root.weight.shape)
     return graph
 
 

@@ -1,6 +1,7 @@
 """What the circuit students share: checked settings, a falling step size, assignments that fit the data."""
 
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,15 @@ def test_assignments_that_do_not_fit_the_data_are_named(run: Any) -> None:
     run.data.splits["val"] = run.data.splits["val"][:-1]
     with pytest.raises(ValueError, match=r"holds latents of \(24, 4\) .* for val, the data have \(23, 4\)"):
         read_assignments(context)
+
+
+@pytest.mark.parametrize("student", [ConditionalStudent, PriorStudent])
+def test_patches_that_do_not_tile_the_images_are_named(run: Any, student: type[Any]) -> None:
+    (run.folder / "conditional").mkdir()
+    run.finish("conditional", {})
+    context = replace(run.context("prior"), shared={"patch_size": 3})
+    with pytest.raises(ValueError, match="patch_size: 3 does not tile images of 4 x 4"):
+        student().begin_stage(context)
 
 
 @pytest.mark.parametrize(

@@ -31,17 +31,17 @@ def test_normalised(num_latents: int) -> None:
 
 
 def test_parameters_are_counts_of_quantiles() -> None:
-    """Two variables that rise together: the parts of both are 0..4, 5..9, and always the same."""
-    x = torch.arange(10)[:, None].expand(10, 2)
-    graph = pc.hclt_from_data(x, torch.tensor([-1, 0]), 2, pc.Categorical(10), smoothing=0.1)
+    """Nine values in three parts; the second variable is three more than the first, modulo nine."""
+    x = torch.stack([torch.arange(9), (torch.arange(9) + 3) % 9], 1)
+    graph = pc.hclt_from_data(x, torch.tensor([-1, 0]), 3, pc.Categorical(9), smoothing=0.1)
     edge = next(node for index, node in enumerate(graph.nodes) if node.kind == "sum" and index != graph.root)
-    # 5 examples in each part, a tenth of the 10 examples spread over four cells.
-    torch.testing.assert_close(edge.weight, torch.tensor([[5.25, 0.25], [0.25, 5.25]]) / 5.5)
-    torch.testing.assert_close(graph.nodes[graph.root].weight, torch.tensor([[0.5, 0.5]]))
+    # A part of the first goes with the next part of the second, 3 examples each; a tenth of 9 over nine cells.
+    torch.testing.assert_close(edge.weight, (3 * torch.eye(3).roll(1, 1) + 0.1) / 3.3)
+    torch.testing.assert_close(graph.nodes[graph.root].weight, torch.full((1, 3), 1 / 3))
     for leaf in (node for node in graph.nodes if node.kind == "input"):
         assert leaf.params is not None
-        # Every value once, in one part; a tenth of 5 examples of the marginal, which is uniform.
-        torch.testing.assert_close(leaf.params, (torch.eye(2).repeat_interleave(5, 1) + 0.05) / 5.5)
+        # Every value once, in one part; a tenth of 3 examples of the marginal, which is uniform.
+        torch.testing.assert_close(leaf.params, (torch.eye(3).repeat_interleave(3, 1) + 0.3 / 9) / 3.3)
 
 
 @pytest.mark.parametrize(("num_categories", "first", "margin"), [(256, 0, 1.5), (16, 300, 1.0)])
