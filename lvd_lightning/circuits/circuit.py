@@ -335,7 +335,8 @@ class Circuit(nn.Module):
         return [layer for layer in self.input_layers if isinstance(layer, InputLayer)]
 
     def _pool_key(self, purpose: str, size: int) -> object:
-        return purpose, size, self.dtype, self.device, layers.CACHE_SIZE
+        mode = torch.is_inference_mode_enabled()  # tensors made in it cannot be written outside
+        return purpose, size, self.dtype, self.device, mode, layers.CACHE_SIZE
 
     def _like(self) -> Tensor:
         return torch.empty(0, dtype=self.dtype, device=self.device)

@@ -571,3 +571,13 @@ def test_a_gpu_computes_the_same(case: Any) -> None:
         pc.Anemone(circuit, lr=0.5, pseudocount=0.1).step()
     for first, second in zip(other.parameters(), case.circuit.parameters(), strict=True):
         torch.testing.assert_close(first.cpu(), second, rtol=1e-8, atol=1e-12)
+
+
+def test_buffers_of_inference_mode_stay_in_it() -> None:
+    circuit = pc.Circuit(pc.hclt(torch.tensor([-1, 0, 0]), 2, pc.Categorical(3)))
+    x = torch.tensor([[0, 1, 2], [2, 2, 0]])
+    with torch.inference_mode():
+        inside = circuit.log_prob(x).clone()
+    with torch.no_grad():
+        torch.testing.assert_close(circuit.log_prob(x), inside)
+    circuit.log_prob(x).sum().backward()
