@@ -1,4 +1,4 @@
-"""K-means: centroids by faiss on a sample of points, exact assignment in torch.
+"""K-means: centroids by faiss on a sample of points, exact assignment in torch; and Lloyd's iterations for few points.
 
 Shapes: N points, E features, K clusters.
 """
@@ -6,7 +6,7 @@ Shapes: N points, E features, K clusters.
 import torch
 from torch import Tensor
 
-__all__ = ["assign", "fit_centroids"]
+__all__ = ["add_seeds", "assign", "fit_centroids", "refine", "used_centroids"]
 
 _CHUNK_ENTRIES = 2**24  # scores of a chunk of points against all centroids: 128 MiB of float64
 _MAX_REPAIRS = 100
@@ -96,6 +96,54 @@ def assign(points: Tensor, centroids: Tensor, device: torch.device | str = "cpu"
     return label_N
 
 
+def add_seeds(points: Tensor, centroids: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Up to `count` more centroids on points, each drawn in proportion to the squared distance from those there are.
+
+    Fewer if all points lie on centroids; the first is drawn uniformly if there are none (k-means++, Arthur and
+    Vassilvitskii, 2007).
+
+    Args:
+        points: floats with shape (N, E), N at least 1.
+        centroids: floats with shape (K, E), K may be 0.
+        generator: on the CPU.
+
+    Returns:
+        float32 with shape (K to K + count, E), those given first.
+    """
+    points_NE, centroids_KE = points.double(), centroids.double()
+    for _ in range(count):
+        if len(centroids_KE):
+            nearest_NE = centroids_KE[assign(points_NE, centroids_KE)]
+            weight_N = (points_NE - nearest_NE).square().sum(1)
+            if not bool((weight_N > 0).any()):
+                break
+        else:
+            weight_N = torch.ones(len(points_NE), dtype=torch.float64)
+        centroids_KE = torch.cat([centroids_KE, points_NE[_draw(weight_N, 1, generator)]])
+    return centroids_KE.float()
+
+
+def refine(points: Tensor, centroids: Tensor, iterations: int) -> Tensor:
+    """`iterations` of Lloyd's algorithm from given centroids, which keep their order; empty ones stay where they are.
+
+    Args:
+        points: floats with shape (N, E).
+        centroids: floats with shape (K, E).
+    """
+    centroids_KE, previous = centroids.float(), None
+    for _ in range(iterations):
+        label_N = assign(points, centroids_KE)
+        if previous is not None and torch.equal(label_N, previous):
+            break
+        centroids_KE, previous = _cluster_means(points, label_N, centroids_KE), label_N
+    return centroids_KE
+
+
+def used_centroids(points: Tensor, centroids: Tensor) -> Tensor:
+    """The centroids that are the nearest of at least one of the points."""
+    return centroids[assign(points, centroids).bincount(minlength=len(centroids)) > 0]
+
+
 def _train_faiss(points_NE: Tensor, num_clusters: int, iterations: int, seed: int, num_threads: int) -> Tensor:
     # Imported here: only the latents stage needs it, and it loads a second OpenMP.
     import faiss
@@ -134,8 +182,12 @@ def _draw_far_points(points_NE: Tensor, nearest_NE: Tensor, empty: Tensor, gener
             f"all points lie on centroids and {len(empty)} clusters are still empty: there are fewer distinct points "
             "than clusters; use fewer clusters or more points"
         )
+    return points_NE[_draw(squared_N, len(empty), generator)]
+
+
+def _draw(weight_N: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Indices drawn in proportion to weights; one of weight 0 never is."""
     # torch.multinomial takes at most 2^24 weights; searching the cumulative sum has no such limit.
-    cumulative_N = squared_N.cumsum(0)
-    target = torch.rand(len(empty), generator=generator, dtype=torch.float64) * cumulative_N[-1]
-    drawn = torch.searchsorted(cumulative_N, target, right=True).clamp_max(len(points_NE) - 1)
-    return points_NE[drawn]
+    cumulative_N = weight_N.cumsum(0)
+    target = torch.rand(count, generator=generator, dtype=torch.float64) * cumulative_N[-1]
+    return torch.searchsorted(cumulative_N, target, right=True).clamp_max(len(weight_N) - 1)

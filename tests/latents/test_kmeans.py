@@ -6,7 +6,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from lvd_lightning.latents import kmeans
-from lvd_lightning.latents.kmeans import assign, fit_centroids
+from lvd_lightning.latents.kmeans import add_seeds, assign, fit_centroids, refine, used_centroids
 
 
 def _blobs(num_blobs: int = 8, size: int = 100, spread: float = 0.5) -> Tensor:
@@ -100,3 +100,42 @@ def test_faiss_keeps_its_threads() -> None:
     before = faiss.omp_get_max_threads()
     fit_centroids(_blobs(), 3, num_threads=2)
     assert faiss.omp_get_max_threads() == before
+
+
+def test_seeds_and_iterations_find_the_blobs() -> None:
+    points = _blobs(5, spread=0.1)
+    seeds = add_seeds(points, points[:0], 5, _generator())
+    assert seeds.shape == (5, 5)
+    assert len(assign(seeds, points.view(5, 100, 5).mean(1)).unique()) == 5  # one in every blob
+    refined = refine(points, seeds, 20)
+    reference = KMeans(5, n_init=5, random_state=0).fit(points.numpy())
+    assert _inertia(points, refined) == pytest.approx(reference.inertia_, rel=1e-5)
+    assert _inertia(points, refined) < _inertia(points, seeds)
+
+
+def test_seeds_come_after_the_centroids_there_are() -> None:
+    points = _blobs(3, spread=0.1)
+    means = points.view(3, 100, 5).mean(1)
+    more = add_seeds(points, means[:2], 1, _generator())
+    assert torch.equal(more[:2], means[:2])
+    assert int(assign(more[2:], means)) == 2
+
+
+def test_iterations_keep_the_order_and_empty_centroids() -> None:
+    points = _blobs(2, spread=0.1)
+    means = points.view(2, 100, 5).mean(1)
+    start = torch.stack([means[1] + 0.3, torch.full((5,), 1e3), means[0] - 0.3])
+    found = refine(points, start, 10)
+    torch.testing.assert_close(found, torch.stack([means[1], torch.full((5,), 1e3), means[0]]))
+    assert torch.equal(used_centroids(points, found), found[[0, 2]])
+
+
+def test_equal_points_get_no_second_seed() -> None:
+    assert len(add_seeds(torch.ones(9, 3), torch.ones(0, 3), 4, _generator())) == 1
+
+
+def test_the_generator_decides_on_seeds() -> None:
+    points = _blobs()
+    found = [add_seeds(points, points[:1], 3, _generator(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
