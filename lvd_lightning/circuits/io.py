@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import Bernoulli, Categorical, Distribution, Gaussian, SoftEvidence
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 
-__all__ = ["FORMAT_VERSION", "load", "save"]
+__all__ = ["FORMAT_VERSION", "load", "pack_structure", "save", "unpack_structure"]
 
 FORMAT_VERSION = 1
 DISTRIBUTIONS: dict[str, type[Distribution]] = {
@@ -72,6 +73,32 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Circuit:
     except (SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: cannot be read as a circuit: {error}") from error
     return circuit.to(device)
+
+
+def pack_structure(graphs: Sequence[CircuitGraph]) -> tuple[str, dict[str, Tensor]]:
+    """What graphs are without their parameters, as JSON and a few tensors: plain types, for checkpoints."""
+    packer = _Packer()
+    described = [_describe_graph(graph.structure(), packer) for graph in graphs]
+    return json.dumps({"format_version": FORMAT_VERSION, "graphs": described}), packer.tensors()
+
+
+def unpack_structure(text: str, tensors: dict[str, Tensor]) -> list[CircuitGraph]:
+    """The graphs that `pack_structure` described, with some parameters (of the default type) in all their nodes.
+
+    A Circuit made of them takes the state_dict of one made of the original graphs.
+
+    Raises:
+        ValueError: these are no structures, or of a newer format.
+    """
+    try:
+        structure = json.loads(text)
+        version = structure["format_version"]
+        if version != FORMAT_VERSION:
+            raise ValueError(f"its format version is {version}, this program reads {FORMAT_VERSION}")
+        unpacker = _Unpacker(tensors)
+        return [_build_graph(entry, unpacker, blank=True) for entry in structure["graphs"]]
+    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"structure: cannot be read as that of circuits: {error}") from error
 
 
 class _Packer:
@@ -145,17 +172,17 @@ def _describe_node(node: Node, packer: _Packer) -> dict[str, Any]:
     return out
 
 
-def _build_graph(entry: dict[str, Any], unpacker: _Unpacker) -> CircuitGraph:
+def _build_graph(entry: dict[str, Any], unpacker: _Unpacker, blank: bool = False) -> CircuitGraph:
     graph = CircuitGraph()
     for found in entry["nodes"]:
-        _add_node(graph, found, unpacker)
+        _add_node(graph, found, unpacker, blank)
     graph.root = int(entry["root"])
     graph.latents = {int(name): int(node) for name, node in entry["latents"]}
     return graph
 
 
-def _add_node(graph: CircuitGraph, entry: dict[str, Any], unpacker: _Unpacker) -> None:
-    """Through the checking methods of the graph: a file is not trusted."""
+def _add_node(graph: CircuitGraph, entry: dict[str, Any], unpacker: _Unpacker, blank: bool) -> None:
+    """Through the checking methods of the graph: a file is not trusted. `blank`: parameters are not in it."""
     kind, tied = entry["kind"], entry.get("tied_to")
     if kind == "input":
         name, arguments = entry["distribution"]
@@ -163,12 +190,18 @@ def _add_node(graph: CircuitGraph, entry: dict[str, Any], unpacker: _Unpacker) -
             raise ValueError(f"it has inputs of the unknown distribution {str(name)[:40]!r}")
         distribution = DISTRIBUTIONS[name](**arguments)
         params = unpacker.take("params", entry.get("params"))
+        if blank and tied is None and distribution.size:
+            params = distribution.initial(entry["units"], generator=torch.Generator().manual_seed(0))
         graph.add_input(entry["variable"], distribution, entry["units"], params=params, tied_to=tied)
     elif kind == "product":
         graph.add_product(entry["children"], unpacker.take("index", entry.get("index")))
     elif kind == "sum":
         weight, mask = unpacker.take("weight", entry.get("weight")), unpacker.take("mask", entry.get("mask"))
-        if weight is None and tied is None:
+        if blank and tied is None:
+            inner = sum(graph.nodes[child].num_units for child in entry["children"])
+            weight = torch.ones(entry["units"], inner) if mask is None else mask.to(torch.get_default_dtype())
+            weight = weight / weight.sum(1, keepdim=True)
+        elif weight is None and tied is None:
             raise ValueError("a sum node has no weights")
         index = graph.add_sum(entry["children"], entry["units"], weight=weight, mask=mask, tied_to=tied)
         if weight is not None:

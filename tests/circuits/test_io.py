@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import lvd_lightning.circuits as pc
+from lvd_lightning.circuits.io import pack_structure, unpack_structure
 
 
 def test_loaded_is_what_was_saved(case: Any, tmp_path: Path) -> None:
@@ -84,3 +85,24 @@ def test_damaged_files_are_named(damage: str, build_case: Callable[..., Any], tm
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
         pc.load(tmp_path / "nowhere")
+
+
+def test_structure_takes_the_parameters_of_the_original(build_case: Callable[..., Any]) -> None:
+    """Structure and state_dict together are the circuit, whatever its nodes share, mask or index."""
+    names = (("chain", 2), ("ragged", 1), ("tied", 3), ("shared", 2))
+    cases = [build_case(name, "categorical", heads, seed) for seed, (name, heads) in enumerate(names)]
+    circuit = pc.Circuit([case.graph for case in cases])
+    text, tensors = pack_structure(circuit.structures)
+    assert all(not tensor.is_floating_point() for tensor in tensors.values())
+    again = pc.Circuit(unpack_structure(text, tensors))
+    assert not torch.equal(again.log_prob(cases[0].x), circuit.log_prob(cases[0].x))
+    again.load_state_dict(circuit.state_dict())
+    assert torch.equal(again.log_prob(cases[0].x), circuit.log_prob(cases[0].x))
+    assert again.num_parameters == circuit.num_parameters
+    assert pack_structure(again.structures)[0] == text
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", '{"format_version": 99, "graphs": []}', '{"format_version": 1}'])
+def test_what_is_no_structure_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match="structure: cannot be read as that of circuits"):
+        unpack_structure(text, {})
