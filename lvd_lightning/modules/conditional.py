@@ -16,10 +16,11 @@ from lvd_lightning.circuits.structures import chow_liu_trees
 from lvd_lightning.color import patchify
 from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.modules.assembled import AssembledCircuit
+from lvd_lightning.modules.assignments import read_assignments
 from lvd_lightning.modules.priors import chow_liu_prior, latent_tree
 from lvd_lightning.modules.routing import few_sizes, route
 from lvd_lightning.modules.stage import StageContext
-from lvd_lightning.modules.training import EMStudent, Rule, check_at_least, read_assignments
+from lvd_lightning.modules.training import EMStudent, Rule, check_at_least
 
 __all__ = ["ConditionalStudent"]
 

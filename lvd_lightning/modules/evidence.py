@@ -1,6 +1,6 @@
 """Log-likelihoods of patches under the conditionals, computed once and kept: of all latent values or the likely ones.
 
-Shapes: N images, B batch, P patches, K latent values, M candidates per patch, G circuits, S slots.
+Shapes: N images, B batch, P patches, K latent values, M candidates per patch, G circuits, S slots, H heads.
 """
 
 from __future__ import annotations
@@ -65,21 +65,34 @@ class CircuitGroups:
                 # A group of few widths needs less padding than the whole.
                 table.copy_(current[rows.to(current.device), : table.shape[1], : table.shape[2]])
 
-    @torch.no_grad()
     def log_prob(self, x_ND: Tensor, item: Tensor, circuit: Tensor, head: Tensor) -> Tensor:
-        """log p of x_ND[item[m]] under one circuit and head each, shape (M,), in bounded memory."""
-        out_M = torch.empty(len(item), dtype=self.whole.dtype, device=x_ND.device)
+        """log p of x_ND[item[m]] under one circuit and head each, shape (M,), in bounded memory.
+
+        Pairs of an item and a circuit that come with several heads are computed once.
+        """
+        if self.whole.num_heads == 1:
+            return self.log_prob_of_heads(x_ND, item, circuit)[:, 0]
+        pair, place = (item * self.whole.num_circuits + circuit).unique(return_inverse=True)
+        log_UH = self.log_prob_of_heads(x_ND, pair // self.whole.num_circuits, pair % self.whole.num_circuits)
+        return log_UH[place, head]
+
+    @torch.no_grad()
+    def log_prob_of_heads(self, x_ND: Tensor, item: Tensor, circuit: Tensor) -> Tensor:
+        """log p of x_ND[item[m]] under all heads of one circuit each, shape (M, H); heads it has not are -inf."""
+        out_MH = torch.full((len(item), self.whole.num_heads), -torch.inf, dtype=self.whole.dtype, device=x_ND.device)
         for members, part in zip(self.members, self.circuits, strict=True):
             members = members.to(x_ND.device)
             local_G = torch.full((self.whole.num_circuits,), -1, device=x_ND.device)
             local_G[members] = torch.arange(len(members), device=x_ND.device)
             mine = (local_G[circuit] >= 0).nonzero()[:, 0]
+            if not len(mine):
+                continue
             slots = max(1, MAX_NUMBERS["cpu" if part.device.type == "cpu" else "cuda"] // part.plan.num_value_rows)
             for index_GS, filled_GS in route_in_passes(local_G[circuit[mine]], len(members), slots):
                 at_GS = mine[index_GS]
-                log_GS = part.log_prob(x_ND[item[at_GS]], head=torch.where(filled_GS, head[at_GS], 0))
-                out_M[at_GS[filled_GS]] = log_GS[filled_GS]
-        return out_M
+                log_GSH = part.log_prob(x_ND[item[at_GS]])
+                out_MH[at_GS[filled_GS], : part.num_heads] = log_GSH[filled_GS]
+        return out_MH
 
     def _parameter_rows(self, members: Tensor, part: pc.Circuit) -> list[tuple[int, Tensor]]:
         """For every parameter tensor of a group: that of the whole, and its rows."""

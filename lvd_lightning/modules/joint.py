@@ -1,6 +1,7 @@
 """Stage "finetune": log p(x) of the assembled circuit, end to end, in bounded memory.
 
-Shapes: B images, P patches, D variables of a patch, K latent values, M candidates per patch, G circuits, S slots.
+Shapes: B images, P patches, D variables of a patch, K latent values, M candidates per patch, G circuits, S slots,
+H heads, U pairs of a patch and a circuit.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class JointStudent(EMStudent):
         optimizer, lr, final_lr, momentum, pseudocount, val_images: see `EMStudent`.
         margin: in nats; null computes the evidence of all latent values in every step.
         posterior_floor: posteriors below it count as zero.
-        slots: slots per conditional circuit and step, as a multiple of the mean number of its pairs.
+        slots: slots per conditional circuit and step, as a multiple of the mean number of its patches.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class JointStudent(EMStudent):
         if not 0 <= posterior_floor < 1:
             raise ValueError(f"posterior_floor: got {posterior_floor}, expected 0 <= floor < 1")
         if not slots > 0:
-            raise ValueError(f"slots: got {slots}, expected a positive multiple of the mean number of pairs")
+            raise ValueError(f"slots: got {slots}, expected a positive multiple of the mean number of patches")
 
     @override
     def begin_stage(self, context: StageContext) -> None:
@@ -148,18 +149,22 @@ class JointStudent(EMStudent):
         image, position, state = (posterior_BPK > self.hparams["posterior_floor"]).nonzero(as_tuple=True)
         circuit, head = self._circuits(position, state)
         conditional = self.assembled.conditional
-        slots = few_sizes(round(self.hparams["slots"] * len(circuit) / conditional.num_circuits))
+        # An example is a patch in a circuit: the heads that it may have share everything below them.
+        item = image * self.assembled.num_positions + position
+        pair, place = (item * conditional.num_circuits + circuit).unique(return_inverse=True)
+        item, circuit = pair // conditional.num_circuits, pair % conditional.num_circuits
+        weight_UH = posterior_BPK.new_zeros(len(pair), conditional.num_heads)
+        weight_UH[place, head] = posterior_BPK[image, position, state]
+        weight_U = weight_UH.sum(1)
+        slots = few_sizes(round(self.hparams["slots"] * len(pair) / conditional.num_circuits))
         routed = route(
-            circuit,
-            conditional.num_circuits,
-            slots=slots,
-            weight=posterior_BPK[image, position, state],
-            generator=self.step_generator(batch_idx),
+            circuit, conditional.num_circuits, slots=slots, weight=weight_U, generator=self.step_generator(batch_idx)
         )
         patches_ND = self.assembled.patches(images).flatten(0, 1)
-        item_GS = (image * self.assembled.num_positions + position)[routed.index]
-        log_GS = conditional.log_prob(patches_ND[item_GS], head=torch.where(routed.weight > 0, head[routed.index], 0))
-        return -(routed.weight * log_GS).sum()
+        log_GSH = conditional.log_prob(patches_ND[item[routed.index]])
+        share_GSH = weight_UH[routed.index] / weight_U[routed.index][..., None]
+        weight_GSH = routed.weight[..., None] * share_GSH
+        return -(weight_GSH * torch.where(weight_GSH > 0, log_GSH, 0.0)).sum()
 
     def _circuits(self, position: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Circuit and head of pairs of a position and a latent value."""

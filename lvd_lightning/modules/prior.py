@@ -16,10 +16,11 @@ from lvd_lightning import circuits as pc
 from lvd_lightning.latents.processes import Processes
 from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.modules.assembled import AssembledCircuit
+from lvd_lightning.modules.assignments import read_assignments
 from lvd_lightning.modules.evidence import Candidates, CircuitGroups, EvidenceCache, candidate_table
-from lvd_lightning.modules.priors import chow_liu_prior, hidden_prior, latent_tree
+from lvd_lightning.modules.priors import chow_liu_prior, clusters_tree, hidden_prior
 from lvd_lightning.modules.stage import ImageData, StageContext
-from lvd_lightning.modules.training import EMStudent, Rule, check_at_least, read_assignments
+from lvd_lightning.modules.training import EMStudent, Rule, check_at_least
 
 __all__ = ["PriorStudent"]
 
@@ -72,9 +73,10 @@ class PriorStudent(EMStudent):
         if conditional_dir is None:
             raise ValueError("stage prior needs the circuits of a stage conditional; the experiment has none")
         self.z_NP, num_states = read_assignments(context)
+        conditional = pc.load(conditional_dir / "conditional")
         self.assembled = AssembledCircuit(
-            self._first_prior(context, num_states),
-            pc.load(conditional_dir / "conditional"),
+            self._first_prior(context, num_states, conditional),
+            conditional,
             int(context.shared["patch_size"]),
             context.data.image_shape,
         )
@@ -123,9 +125,9 @@ class PriorStudent(EMStudent):
             "num_parameters": self.assembled.num_parameters,
         }
 
-    def _first_prior(self, context: StageContext, num_states: int) -> pc.Circuit:
+    def _first_prior(self, context: StageContext, num_states: int, conditional: pc.Circuit) -> pc.Circuit:
         z_NP = self.z_NP["train"]
-        tree = latent_tree(z_NP, num_states)
+        tree = clusters_tree(z_NP, num_states, conditional)
         if self.hparams["num_latents"] is None:
             return chow_liu_prior(z_NP, num_states, tree, self.hparams["counts_pseudocount"])
         return hidden_prior(num_states, self.hparams["num_latents"], tree, context.generator("parameters"))

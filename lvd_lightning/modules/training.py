@@ -1,7 +1,4 @@
-"""What the circuit students share: EM optimizers with a schedule, the step that uses them, and the assignments.
-
-Shapes: N images, P patches.
-"""
+"""What the circuit students share: EM optimizers with a schedule, and the step that uses them."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lvd_lightning import circuits as pc
-from lvd_lightning.latents import load_assignments, load_latents_info
 from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.modules.assembled import AssembledCircuit
 from lvd_lightning.modules.stage import StageContext, StageModule
@@ -26,7 +22,7 @@ __all__ = [
     "check_rule",
     "check_step_sizes",
     "make_optimizer",
-    "read_assignments",
+    "step_factor",
 ]
 
 Rule = Literal["anemone", "em"]
@@ -54,36 +50,23 @@ def check_step_sizes(lr: float, final_lr: float, momentum: float, lr_name: str =
         raise ValueError(f"momentum: got {momentum}, expected 0 <= momentum < 1")
 
 
-def read_assignments(context: StageContext) -> tuple[dict[str, Tensor], int]:
-    """The latent value of every patch by split, int64 (N, P), and how many values there are.
-
-    Raises:
-        ValueError: the experiment has no stage latents, or it saw other images or patches.
-    """
-    folder = context.previous("latents")
-    if folder is None:
-        raise ValueError(f"stage {context.stage} needs the assignments of a stage latents; the experiment has none")
-    z_NP = {split: load_assignments(folder, split) for split in ("train", "val")}
-    _, height, width = context.data.image_shape
-    side = int(context.shared["patch_size"])
-    if side < 1 or height % side or width % side:
-        raise ValueError(f"patch_size: {side} does not tile images of {height} x {width}; choose a divisor of both")
-    for split, found in z_NP.items():
-        expected = (context.data.num_examples(split), (height // side) * (width // side))
-        if tuple(found.shape) != expected:
-            raise ValueError(
-                f"{folder}: holds latents of {tuple(found.shape)} images and patches for {split}, the data have "
-                f"{expected} with patch_size {side}: run stage latents again"
-            )
-    return z_NP, int(load_latents_info(folder)["num_clusters"])
-
-
 def make_optimizer(rule: Rule, module: nn.Module, lr: float, momentum: float, pseudocount: float) -> Optimizer:
     """Anemone, or the classical mini-batch rule (which has no momentum)."""
     check_rule("optimizer", rule)
     if rule == "anemone":
         return pc.Anemone(module, lr=lr, momentum=momentum, pseudocount=pseudocount)
     return pc.CircuitEM(module, lr=lr, pseudocount=pseudocount)
+
+
+def step_factor(step: int, total: float, ratio: float, length: float | None = None) -> float:
+    """What the step size of step `step` (from 0) is multiplied by: falls linearly from 1 to `ratio`.
+
+    total: steps of the stage; length: steps of a round, in each of which the step size falls anew, in the last (which
+    may be shorter) too; None: the stage is one round.
+    """
+    start = 0.0 if length is None else step // length * length
+    end = total if length is None else min(start + length, total)
+    return 1 + (ratio - 1) * min(1.0, (step - start) / max(1.0, end - start - 1))
 
 
 class EMStudent(StageModule):
@@ -95,6 +78,7 @@ class EMStudent(StageModule):
     lr, final_lr: EM step size, falling linearly per step from one to the other; 0 < final_lr <= lr <= 1.
     momentum: of Anemone's moving averages, 0 <= momentum < 1.
     pseudocount: per sum node and input unit, in examples of a step.
+    round_epochs: optional; the step size falls anew in every round of so many epochs.
     val_images: validation images on which the circuit is evaluated after every epoch.
     """
 
@@ -128,9 +112,20 @@ class EMStudent(StageModule):
             raise ValueError(
                 f"stage {self._context.stage}: set max_epochs of its trainer, so that the step size can fall"
             )
-        ratio = settings["final_lr"] / settings["lr"]
-        schedule = LambdaLR(optimizer, lambda step: 1 + (ratio - 1) * min(1.0, step / max(1.0, total - 1)))
-        return [optimizer], [schedule]
+        ratio, round_epochs = settings["final_lr"] / settings["lr"], settings.get("round_epochs")
+        length = None if round_epochs is None else round_epochs * total / max(1, self.trainer.max_epochs or 1)
+        return [optimizer], [LambdaLR(optimizer, lambda step: step_factor(step, total, ratio, length))]
+
+    def renew_optimizer(self) -> None:
+        """An optimizer of the circuits as they are now, without moving averages; the schedule goes on."""
+        before = self.lr_schedulers()
+        assert isinstance(before, LambdaLR)
+        self.trainer.strategy.setup_optimizers(self.trainer)
+        schedule = self.lr_schedulers()
+        assert isinstance(schedule, LambdaLR)
+        schedule.load_state_dict(before.state_dict())
+        for group, lr in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = lr
 
     def em_step(self, *losses: Tensor) -> None:
         """Add up the flows of the losses (minus weighted log-likelihoods) and take one step."""

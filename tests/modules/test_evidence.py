@@ -62,15 +62,37 @@ class TestGroups:
         given: list[int] = []
         for part in groups.circuits:
             log_prob = part.log_prob
-            monkeypatch.setattr(
-                part, "log_prob", lambda x, head, log_prob=log_prob: given.append(x.shape[1]) or log_prob(x, head)
-            )
+            monkeypatch.setattr(part, "log_prob", lambda x, log_prob=log_prob: given.append(x.shape[1]) or log_prob(x))
         rows = max(part.plan.num_value_rows for part in groups.circuits)
         monkeypatch.setitem(limits.MAX_NUMBERS, "cpu", 8 * rows)
         self.check(whole, groups)
         for part in groups.circuits:
             assert min(given) <= 8 * rows // part.plan.num_value_rows
         assert max(given) <= 8 * rows // min(part.plan.num_value_rows for part in groups.circuits)
+
+    def test_heads_of_one_circuit_share_a_pass(self, whole: pc.Circuit, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All three heads of circuit 2 for four items take four examples."""
+        groups = CircuitGroups(whole, torch.ones(7), ratio=1.0)
+        given: list[int] = []
+        for part in groups.circuits:
+            log_prob = part.log_prob
+            monkeypatch.setattr(
+                part, "log_prob", lambda x, log_prob=log_prob: given.append(x.shape[:2].numel()) or log_prob(x)
+            )
+        x = torch.randint(4, (20, DIMS), generator=torch.Generator().manual_seed(1))
+        item, head = torch.cartesian_prod(torch.arange(4), torch.arange(3)).unbind(1)
+        found = groups.log_prob(x, item, torch.full_like(item, 2), head)
+        torch.testing.assert_close(found, whole.log_prob(x).detach()[2, item, head])
+        assert sum(given) == 4 * len(groups.members[0])
+
+    def test_all_heads_of_a_circuit(self, whole: pc.Circuit) -> None:
+        groups = CircuitGroups(whole, torch.tensor([500, 300, 0, 100, 50, 30, 20]))
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randint(4, (20, DIMS), generator=generator)
+        item, circuit, _ = pairs(whole, 50, generator)
+        found = groups.log_prob_of_heads(x, item, circuit)
+        torch.testing.assert_close(found, whole.log_prob(x).detach()[circuit, item])
+        assert torch.equal(found.isinf().sum(1), 3 - (1 + circuit % 3))
 
     def test_refresh_follows_the_whole(self, whole: pc.Circuit) -> None:
         groups = CircuitGroups(whole, torch.tensor([500, 300, 0, 100, 50, 30, 20]))

@@ -10,8 +10,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 import lvd_lightning.circuits as pc
+from lvd_lightning.latents import load_assignments
 from lvd_lightning.modules import CircuitBaseline, ConditionalStudent, JointStudent, PriorStudent
-from lvd_lightning.modules.training import make_optimizer, read_assignments
+from lvd_lightning.modules.assignments import (
+    assignments_folder,
+    read_assignments,
+    read_clusters,
+    write_assignments,
+)
+from lvd_lightning.modules.training import make_optimizer, step_factor
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on small loaders
 
@@ -30,6 +37,14 @@ def test_the_step_size_falls_linearly(run: Any) -> None:
     steps = StepSizes()
     run.train("conditional", ConditionalStudent(2, lr=0.5, final_lr=0.1, val_images=1), 2, callbacks=[steps])
     assert steps.seen == pytest.approx(torch.linspace(0.5, 0.1, 6).tolist())
+
+
+def test_the_step_size_falls_anew_in_every_round() -> None:
+    """Rounds of four steps, the last one shorter: each begins at 1 and ends at the ratio."""
+    found = [step_factor(step, 10, 0.1, 4.0) for step in range(10)]
+    assert found == pytest.approx([1.0, 0.7, 0.4, 0.1, 1.0, 0.7, 0.4, 0.1, 1.0, 0.1])
+    assert [step_factor(step, 4, 0.1, 4.0) for step in range(4)] == [step_factor(step, 4, 0.1) for step in range(4)]
+    assert step_factor(20, 10, 0.1) == pytest.approx(0.1)
 
 
 def test_an_endless_trainer_is_refused(run: Any) -> None:
@@ -149,3 +164,27 @@ def test_damaged_assignments_are_named(run: Any) -> None:
     np.save(run.folder / "latents" / "assignments_train.npy", np.full((120, 4), 7, np.int32))
     with pytest.raises(ValueError, match="holds 7..7, expected 0..2"):
         run.begin("conditional", ConditionalStudent())
+
+
+def test_assignments_of_the_conditional_go_before_clusters(run: Any) -> None:
+    """Later stages read the heads that stage conditional grew; its own begin_stage reads the clusters."""
+    folder, context = run.folder / "conditional", run.context("prior")
+    folder.mkdir()
+    assert assignments_folder(run.folder) == run.folder / "latents"
+    heads = {split: 2 * z + 1 for split, z in run.data.z.items()}
+    write_assignments(folder, heads, 6)
+    assert torch.equal(read_assignments(context)[0]["train"], run.data.z["train"])  # not finished
+    run.finish("conditional", {})
+    found, num_states = read_assignments(context)
+    assert num_states == 6
+    assert torch.equal(found["train"], heads["train"])
+    assert torch.equal(load_assignments(folder, "test"), heads["test"])
+    assert assignments_folder(run.folder) == folder
+    clusters, num_clusters = read_clusters(context, "test")
+    assert (num_clusters, list(clusters)) == (3, ["test"])
+    assert torch.equal(clusters["test"], run.data.z["test"])
+
+
+def test_without_assignments_there_is_no_folder(run: Any) -> None:
+    shutil.rmtree(run.folder / "latents")
+    assert assignments_folder(run.folder) is None

@@ -21,6 +21,8 @@ def hclt_from_data(
     num_latents: int,
     leaf: Categorical,
     *,
+    num_heads: int = 1,
+    head: Tensor | None = None,
     smoothing: float = 0.5,
     generator: torch.Generator | None = None,
 ) -> CircuitGraph:
@@ -29,13 +31,16 @@ def hclt_from_data(
     Ranks (ties in random order) cut every variable's examples into `num_latents` equal parts. Leaves are the values
     counted in each part, edges count which parts occur together, and both are smoothed: towards the variable's
     marginal and towards uniform. From there EM needs few steps, where random parameters need epochs, because
-    neighbouring variables already agree on what their latents mean.
+    neighbouring variables already agree on what their latents mean. Heads, if there are several, differ in how often
+    the root's parts came among their own examples (each smoothed towards uniform by `smoothing` times the mean count).
 
     Args:
         x: integers (N, D), with N of a few hundred or more.
         parents: (D,), from `chow_liu_tree`.
         num_latents: H.
         leaf: Categorical (or Bernoulli).
+        num_heads: heads, which share everything below the root.
+        head: int (N,), the head of every example; may be left away if there is one.
         smoothing: what the smoothing adds, as a share of the counts.
         generator: on the CPU.
 
@@ -46,23 +51,47 @@ def hclt_from_data(
         raise ValueError(f"leaf: expected Categorical or Bernoulli, whose values can be counted, got {leaf}")
     if not smoothing > 0:
         raise ValueError(f"smoothing: must be positive, or some parameters are zero for good, got {smoothing}")
-    graph = hclt(parents, num_latents, leaf, generator=generator)
+    graph = hclt(parents, num_latents, leaf, num_heads, generator=generator)
     if x.ndim != 2 or len(x) == 0 or x.shape[1] != len(parents):
         raise ValueError(f"x: expected integers of shape (examples, {len(parents)}), got {tuple(x.shape)}")
     leaf.check_values(x)
+    head_N = _checked_heads(head, num_heads, len(x))
     x, parents = x.cpu().long(), parents.cpu()
     state_ND = _quantiles(x, num_latents, generator)
     leaves_DHC = _smooth_leaves(_leaf_counts(x, state_ND, num_latents, leaf.num_categories), smoothing)
     edges_DHH = _edge_counts(state_ND, parents, num_latents) + smoothing * len(x) / num_latents**2
     edges_DHH /= edges_DHH.sum(-1, keepdim=True)
     variable_of = {node: v for v, node in graph.latents.items()}
+    shape = (num_heads, num_latents)
     for node in graph.nodes:
         if node.kind == "input":
             node.params = leaves_DHC[node.variable]
         elif node.kind == "sum":
             v = variable_of[node.children[0]]
-            node.weight = edges_DHH[v] if int(parents[v]) >= 0 else torch.full((1, num_latents), 1.0 / num_latents)
+            node.weight = edges_DHH[v] if int(parents[v]) >= 0 else _root_rows(state_ND[:, v], head_N, shape, smoothing)
     return graph
+
+
+def _checked_heads(head: Tensor | None, num_heads: int, size: int) -> Tensor:
+    """The head of every example, int64 (N,)."""
+    if head is None:
+        if num_heads > 1:
+            raise ValueError(f"head: is needed to tell {num_heads} heads apart: the head of every example")
+        return torch.zeros(size, dtype=torch.int64)
+    if head.shape != (size,) or head.is_floating_point() or not bool(((head >= 0) & (head < num_heads)).all()):
+        raise ValueError(f"head: expected {size} integers 0..{num_heads - 1}, got {head.dtype} {tuple(head.shape)}")
+    return head.cpu().long()
+
+
+def _root_rows(state_N: Tensor, head_N: Tensor, shape: tuple[int, int], smoothing: float) -> Tensor:
+    """p(state of the root | head) from counts, (heads, H); uniform for a head without examples, or a single one."""
+    num_heads, num_latents = shape
+    if num_heads == 1:  # its parts are equal by construction
+        return torch.full(shape, 1.0 / num_latents)
+    counts = torch.bincount(head_N * num_latents + state_N, minlength=num_heads * num_latents).view(shape)
+    rows = counts.to(torch.get_default_dtype())
+    rows = rows + (smoothing * rows.mean(1, keepdim=True)).clamp_min(1.0 / num_latents)
+    return rows / rows.sum(1, keepdim=True)
 
 
 def _quantiles(x_ND: Tensor, num_latents: int, generator: torch.Generator | None) -> Tensor:

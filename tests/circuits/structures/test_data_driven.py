@@ -108,3 +108,29 @@ def test_wrong_arguments_are_named(x: Tensor) -> None:
         pc.hclt_from_data(x, parents, 4, leaf, smoothing=0)
     with pytest.raises(ValueError, match="leaf: expected Categorical or Bernoulli.* got Gaussian"):
         pc.hclt_from_data(x, parents, 4, pc.Gaussian())  # type: ignore[arg-type]
+
+
+def test_heads_differ_as_their_examples_do() -> None:
+    """Head 1 has the examples of large values: it explains these better, head 0 the small ones; counts decide."""
+    generator = torch.Generator().manual_seed(0)
+    low = torch.randint(0, 100, (300, 1), generator=generator)
+    x = torch.cat([low, low + 100]) + torch.randint(0, 20, (600, 3), generator=generator)
+    head = torch.arange(2).repeat_interleave(300)
+    parents = torch.tensor([-1, 0, 1])
+    graph = pc.hclt_from_data(x, parents, 4, pc.Categorical(256), num_heads=3, head=head)
+    log_NH = pc.Circuit(graph).log_prob(x)
+    assert (log_NH[:, :2].argmax(1) == head).float().mean() > 0.9
+    root = graph.nodes[graph.root].weight
+    assert root is not None
+    torch.testing.assert_close(root.sum(1), torch.ones(3))
+    assert root[2].tolist() == [0.25] * 4  # no examples
+    assert (root[0] - root[1]).abs().min() > 0.1
+
+
+@pytest.mark.parametrize(
+    "head", [None, torch.zeros(5), torch.tensor([0, 1, 2, 0, 1]), torch.zeros(4, dtype=torch.int64)]
+)
+def test_wrong_heads_are_named(head: torch.Tensor | None) -> None:
+    x = torch.randint(4, (5, 2))
+    with pytest.raises(ValueError, match="head: "):
+        pc.hclt_from_data(x, torch.tensor([-1, 0]), 2, pc.Categorical(4), num_heads=2, head=head)
