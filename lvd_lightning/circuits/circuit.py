@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lvd_lightning.circuits import layers, queries
 from lvd_lightning.circuits.graph import CircuitGraph, Node
-from lvd_lightning.circuits.layers import TINY, GradientSpace, InputLayer, Layer, Pool, Workspace
-from lvd_lightning.circuits.plan import ParameterGroup, compile_plan
+from lvd_lightning.circuits.layers import TINY, InputLayer, Layer
+from lvd_lightning.circuits.plan import ParameterGroup, Plan, compile_plan
+from lvd_lightning.circuits.workspace import GradientSpace, LinearWorkspace, Pool, Workspace
 
 __all__ = ["Batch", "Circuit"]
+
+AnySpace = TypeVar("AnySpace", Workspace, LinearWorkspace)
 
 
 @dataclass
@@ -42,6 +45,7 @@ class Circuit(nn.Module):
     """
 
     roots: Tensor
+    circuit_of_node: Tensor
 
     def __init__(
         self,
@@ -78,6 +82,8 @@ class Circuit(nn.Module):
             table, mask = _stack(graphs, group)
             self.register_buffer(f"mask{number}", mask, persistent=False)
             self.tables.append(nn.Parameter(self._encode(table, group, mask)))
+        self.register_buffer("circuit_of_node", _circuit_of_nodes(self.plan), persistent=False)
+        self.is_linear = all(plan.distribution.is_table for plan in self.plan.inputs) and self.plan.is_slim_tree
         self.pool = Pool()
         self._careful = False
         self.gradient_pool: dict[int, Tensor] = {}
@@ -271,6 +277,21 @@ class Circuit(nn.Module):
             self._careful = True  # this circuit's sums underflow: from now on, look at every layer as it is computed
             self._run_layers(tables, space, True)
 
+    def run_linear(self, batch: Batch, tables: Sequence[Tensor], space: LinearWorkspace) -> bool:
+        """Fill a linear workspace; False if numbers got too small, and then only `run_forward` will do."""
+        for number, leaf in enumerate(self._leaf_layers()):
+            observed = None if batch.observed is None else batch.observed[number]
+            leaf.forward_linear(space.values, tables[leaf.group], batch.values[number], observed)
+        for layer in self._inner_layers():
+            layer.forward_linear(space, tables[layer.group])
+        return space.is_exact(TINY[self.dtype])
+
+    def linear_log_prob(self, space: LinearWorkspace) -> Tensor:
+        """log p of all heads in nats, (G, H, B), from a linear workspace."""
+        log_GB = space.peaks.new_zeros(self.num_circuits, space.peaks.shape[1])
+        log_GB.index_add_(0, self.circuit_of_node, space.peaks.log2())
+        return (space.values[self.roots].log2() + log_GB[:, None]) / layers.BITS_PER_NAT
+
     def _run_layers(self, tables: Sequence[Tensor], space: Workspace, careful: bool) -> None:
         for layer in self._inner_layers():
             layer(space, tables[layer.group] if layer.is_sum else None, careful)
@@ -313,9 +334,9 @@ class Circuit(nn.Module):
         self.return_gradient_space(space)
         return out
 
-    def lease(self, size: int, keep: bool) -> Lease:
-        """A workspace for a forward pass over `size` examples."""
-        return Lease(self, size, keep)
+    def lease(self, size: int, keep: bool) -> Lease[Workspace]:
+        """A workspace for a forward pass over `size` examples; with `keep`, a backward pass can follow."""
+        return Lease(self, Workspace, size, keep)
 
     def gradient_space(self, size: int) -> GradientSpace:
         """Buffers for a backward pass; give them back with `return_gradient_space`."""
@@ -403,17 +424,19 @@ class Circuit(nn.Module):
         return logits.masked_fill(~kept, -torch.inf).softmax(-1)
 
 
-class Lease:
+class Lease(Generic[AnySpace]):
     """A workspace from the circuit's pool; it goes back when nothing refers to the lease any more."""
 
-    def __init__(self, circuit: Circuit, size: int, keep: bool) -> None:
-        self.pool, self.key = circuit.pool, circuit._pool_key("keep" if keep else "evaluate", size)
+    space: AnySpace
+
+    def __init__(self, circuit: Circuit, kind: type[AnySpace], size: int, keep: bool) -> None:
+        self.pool, self.key = circuit.pool, circuit._pool_key(kind.__name__ + ("keep" if keep else ""), size)
         found = self.pool.take(self.key)
-        if isinstance(found, Workspace):
+        if isinstance(found, kind):
             self.space = found
         else:
             rows, edges = circuit.plan.num_value_rows, circuit.plan.num_edge_rows
-            self.space = Workspace(circuit._inner_layers(), rows, edges, size, keep, circuit._like())
+            self.space = kind(circuit._inner_layers(), rows, edges, size, keep, circuit._like())
 
     def __del__(self) -> None:
         if hasattr(self, "space"):
@@ -431,13 +454,12 @@ class _LogProb(torch.autograd.Function):
             ctx.lease = None
             ctx.shapes = (None if evidence is None else evidence.shape, [table.shape for table in tables])
             return tables[0].new_empty(*circuit.roots.shape, 0)
-        lease = circuit.lease(batch.size, keep)
-        circuit.run_forward(batch, tables, lease.space)
+        log_GHB, lease = _evaluate(circuit, batch, tables, keep)
         if keep:
             ctx.lease, ctx.circuit, ctx.batch = lease, circuit, batch
             ctx.evidence_shape = None if evidence is None else evidence.shape
             ctx.save_for_backward(*tables)
-        return lease.space.values[circuit.roots] / layers.BITS_PER_NAT
+        return log_GHB
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -475,6 +497,17 @@ class _LogProb(torch.autograd.Function):
         return (None, None, None, evidence_grad, *grads)
 
 
+def _evaluate(circuit: Circuit, batch: Batch, tables: Sequence[Tensor], keep: bool) -> tuple[Tensor, object]:
+    """log p of all heads (G, H, B), and the lease whose workspace a backward pass needs."""
+    if circuit.is_linear:
+        linear = Lease(circuit, LinearWorkspace, batch.size, keep)
+        if circuit.run_linear(batch, tables, linear.space):
+            return circuit.linear_log_prob(linear.space), linear
+    lease = circuit.lease(batch.size, keep)
+    circuit.run_forward(batch, tables, lease.space)
+    return lease.space.values[circuit.roots] / layers.BITS_PER_NAT, lease
+
+
 def _gradient_buffer(circuit: Circuit, number: int, table: Tensor) -> Tensor:
     found = circuit.gradient_pool.pop(number, None)
     if found is None or found.shape != table.shape or found.dtype != table.dtype or found.device != table.device:
@@ -507,6 +540,11 @@ def _evidence_gradient(
     if shared:
         return out_VBK.transpose(0, 1)
     return out_VBK.view(circuit.num_circuits, circuit.num_variables, *out_VBK.shape[1:]).transpose(1, 2)
+
+
+def _circuit_of_nodes(plan: Plan) -> Tensor:
+    """The circuit of every folded inner node, layer by layer."""
+    return torch.tensor([g for layer in plan.layers for g, _ in layer.nodes], dtype=torch.int64)
 
 
 def _variables_first(x: Tensor, shared: bool) -> Tensor:

@@ -64,6 +64,10 @@ class Distribution:
         """Write log2 p(x | unit) to `out_FKB`."""
         raise TypeError(f"{type(self).__name__} is abstract")
 
+    def likelihood(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
+        """Write p(x | unit) to `out_FKB`; tables only."""
+        raise TypeError(f"{type(self).__name__} is no table")
+
     def backward(self, params_FKS: Tensor, x_FB: Tensor, grad_FKB: Tensor, out_FKS: Tensor) -> None:
         """Write the gradient for the parameters to `out_FKS`, given that for the log-likelihoods."""
         raise TypeError(f"{type(self).__name__} is abstract")
@@ -124,12 +128,14 @@ class Categorical(Distribution):
             raise ValueError(f"x: {self} expects values in 0..{self.num_categories - 1}, got {bad}")
 
     def forward(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
-        index = x_FB.long()[:, None, :].expand(out_FKB.shape)
         if self.num_categories < x_FB.shape[1]:  # the logarithm goes where there are fewer numbers
-            torch.gather(params_FKS.log2(), 2, index, out=out_FKB)
+            self.likelihood(params_FKS.log2(), x_FB, out_FKB)
         else:
-            torch.gather(params_FKS, 2, index, out=out_FKB)
+            self.likelihood(params_FKS, x_FB, out_FKB)
             out_FKB.log2_()
+
+    def likelihood(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
+        torch.gather(params_FKS, 2, x_FB.long()[:, None, :].expand(out_FKB.shape), out=out_FKB)
 
     def backward(self, params_FKS: Tensor, x_FB: Tensor, grad_FKB: Tensor, out_FKS: Tensor) -> None:
         index = x_FB.long()[:, None, :].expand(grad_FKB.shape)

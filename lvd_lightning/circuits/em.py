@@ -144,13 +144,14 @@ class CircuitEM(_CircuitOptimizer):
                 self._step_gaussian(circuit, number, table, step, pseudocount)
                 continue
             for at in _chunks(table):
-                theta_PXY, grad_PXY = table[at], table.grad[at]
-                flow_PX1 = torch.mul(theta_PXY, grad_PXY).sum(-1, keepdim=True).neg_()
-                # the rule, written as theta * (keep - rate * gradient) + floor: few passes over the table
-                rate_PX1 = step * (flow_PX1 > 0) / (flow_PX1 + pseudocount).clamp_min_(torch.finfo(table.dtype).tiny)
-                keep_PX1 = 1 - step * (flow_PX1 > 0).to(table.dtype)
-                factor_PXY = torch.addcmul(keep_PX1, grad_PXY, rate_PX1, value=-1)
-                _scale_and_add(theta_PXY, factor_PXY, rate_PX1, circuit.mask(number), at, pseudocount)
+                theta_PXY = table[at]
+                flow_PXY = torch.mul(theta_PXY, table.grad[at])  # negative, as the loss is
+                flow_PX1 = flow_PXY.sum(-1, keepdim=True).neg_()
+                visited_PX1 = (flow_PX1 > 0).to(table.dtype)
+                rate_PX1 = step * visited_PX1 / (flow_PX1 + pseudocount).clamp_min_(torch.finfo(table.dtype).tiny)
+                theta_PXY.mul_(1 - step * visited_PX1)
+                theta_PXY.add_(flow_PXY.mul_(-rate_PX1))
+                _add_pseudocount(theta_PXY, rate_PX1, circuit.mask(number), at, pseudocount)
                 _keep_floor(circuit, number, theta_PXY, pseudocount)
 
     def _step_gaussian(self, circuit: Circuit, number: int, table: Tensor, step: float, pseudocount: float) -> None:
@@ -235,8 +236,8 @@ class Anemone(_CircuitOptimizer):
             visited_PX1 = (total_PX1 > 0).to(table.dtype)
             keep_PX1 = torch.lerp(torch.ones_like(visited_PX1), scale_PX1[at] / weight_PX1, visited_PX1)
             rate_PX1 = visited_PX1 / weight_PX1
-            _scale_and_add(theta_PXY, keep_PX1, rate_PX1, circuit.mask(number), at, pseudocount)
-            theta_PXY.addcmul_(flow_PXY, step * rate_PX1)
+            theta_PXY.mul_(keep_PX1).addcmul_(flow_PXY, step * rate_PX1)
+            _add_pseudocount(theta_PXY, rate_PX1, circuit.mask(number), at, pseudocount)
             _keep_floor(circuit, number, theta_PXY, pseudocount)
 
     def _average(self, circuit: Circuit, number: int, table: Tensor, momentum: float) -> None:
@@ -297,18 +298,15 @@ def _chunks(table: Tensor) -> Iterator[slice]:
         yield slice(low, min(low + step, rows))
 
 
-def _scale_and_add(
-    theta_PXY: Tensor, factor: Tensor, rate_PX1: Tensor, mask: Tensor | None, at: slice, pseudocount: float
-) -> None:
-    """theta = theta * factor + rate * pseudocount / (live alternatives of the row), on live alternatives."""
+def _add_pseudocount(theta_PXY: Tensor, rate_PX1: Tensor, mask: Tensor | None, at: slice, pseudocount: float) -> None:
+    """Add rate * pseudocount / (live alternatives of the row) to the live alternatives."""
     if pseudocount == 0:
-        theta_PXY.mul_(factor)
-    elif mask is None:
-        torch.addcmul(rate_PX1 * (pseudocount / theta_PXY.shape[-1]), theta_PXY, factor, out=theta_PXY)
+        return
+    if mask is None:
+        theta_PXY.add_(rate_PX1 * (pseudocount / theta_PXY.shape[-1]))
     else:
         live_PXY = mask[at].to(theta_PXY.dtype)
-        share_PX1 = rate_PX1 * (pseudocount / live_PXY.sum(-1, keepdim=True).clamp_min_(1))
-        torch.addcmul(live_PXY * share_PX1, theta_PXY, factor, out=theta_PXY)
+        theta_PXY.addcmul_(live_PXY, rate_PX1 * (pseudocount / live_PXY.sum(-1, keepdim=True).clamp_min_(1)))
 
 
 def _keep_floor(circuit: Circuit, number: int, theta_PXY: Tensor, pseudocount: float) -> None:

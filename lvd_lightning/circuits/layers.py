@@ -1,9 +1,11 @@
 """Folded layers: forward and closed-form backward passes over the rows of a workspace.
 
-Shapes: F folded nodes, H outer units, K inner units, B batch, S numbers per input unit. Values are log-likelihoods to
-base 2 (whose exponentials are cheaper than natural ones); inside a sum layer they are linear, scaled by the largest
-inner unit of each node and example. Where that scale is too coarse (a sum that underflows), the affected entries are
-computed again in log space.
+Shapes: F folded nodes, H outer units, K inner units, B batch, S numbers per input unit. There are two forward passes.
+In the general one values are log-likelihoods to base 2 (whose exponentials are cheaper than natural ones); inside a sum
+layer they are linear, scaled by the largest inner unit of each node and example. Where that scale is too coarse (a sum
+that underflows), the affected entries are computed again in log space. In the linear one, for trees over tables, values
+stay linear throughout, scaled by the same units, without exponentials and logarithms; where numbers get too small for
+it, the caller takes the general one. The backward pass is the same for both.
 
 A workspace binds every layer to its buffers once: the views that a pass needs are made with the workspace, not with
 every step.
@@ -12,16 +14,24 @@ every step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lvd_lightning.circuits.plan import LOG_ONE, LOG_ZERO, Gather, InputPlan, LayerPlan
+from lvd_lightning.circuits.gather import GatherRows, as_range
+from lvd_lightning.circuits.plan import InputPlan, LayerPlan
+from lvd_lightning.circuits.workspace import (
+    BoundBackward,
+    BoundForward,
+    GradientSpace,
+    LinearWorkspace,
+    Underflow,
+    Workspace,
+)
 
-__all__ = ["GatherRows", "GradientSpace", "InputLayer", "Layer", "Pool", "Underflow", "Workspace"]
+__all__ = ["InputLayer", "Layer"]
 
 #: Numbers that one round of operations on the CPU touches per array: several arrays of it stay in the cache.
 CACHE_SIZE = 1 << 19
@@ -30,214 +40,6 @@ BITS_PER_NAT = 1 / math.log(2.0)
 TINY = {torch.float32: 1e-30, torch.float64: 1e-280}
 #: Log-scale of a node without any support; -inf would turn the difference of two -inf into NaN.
 FLOOR = -1e30
-
-
-@dataclass
-class Underflow:
-    """Entries of one layer's output that were computed in log space; `index_FHB` has shape (3, entries)."""
-
-    layer: int
-    index_FHB: Tensor
-
-
-class Pool:
-    """Workspaces that are free again: fresh memory costs as much as the arithmetic on it. Copies start with none.
-
-    A training step uses three or four (two forward passes may be alive, a backward pass, a top-down pass); the least
-    recently used beyond `limit` go.
-    """
-
-    def __init__(self, limit: int = 6) -> None:
-        self.limit = limit
-        self.free: list[tuple[object, object]] = []
-
-    def take(self, key: object) -> object | None:
-        """A workspace that was made for `key`, if one is free."""
-        for position, (found, space) in enumerate(self.free):
-            if found == key:
-                del self.free[position]
-                return space
-        return None
-
-    def give(self, key: object, space: object) -> None:
-        """Return a workspace."""
-        self.free.append((key, space))
-        del self.free[: -self.limit]
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Pool:
-        return Pool(self.limit)
-
-    def __reduce__(self) -> tuple[type[Pool], tuple[int]]:
-        return Pool, (self.limit,)
-
-
-class GatherRows(nn.Module):
-    """Sums of rows: row r of the result is the sum of some rows of a source (indices are fixed, see `plan.Gather`)."""
-
-    first: Tensor
-
-    def __init__(self, gather: Gather) -> None:
-        super().__init__()
-        self.start = _as_range(gather.first)
-        self.register_buffer("first", torch.from_numpy(gather.first), persistent=False)
-        self.bounds = [slot.dst for slot in gather.more]
-        self.prefix = [_as_range(slot.dst) == 0 for slot in gather.more]
-        for number, slot in enumerate(gather.more):
-            self.register_buffer(f"dst{number}", torch.from_numpy(slot.dst), persistent=False)
-            self.register_buffer(f"src{number}", torch.from_numpy(slot.src), persistent=False)
-
-    @property
-    def is_slice(self) -> bool:
-        """Whether the result is a plain slice of the source."""
-        return self.start is not None and not self.bounds
-
-    def largest_part(self) -> int:
-        """Rows of the largest slot beyond the first."""
-        return max((len(rows) for rows in self.bounds), default=0)
-
-    def bind(self, source_RB: Tensor, low: int, high: int, out_NB: Tensor, scratch: Tensor) -> BoundGather:
-        """Rows low..high of the result into `out_NB`; `scratch` is a flat buffer for `largest_part` rows."""
-        view = None if self.start is None else source_RB[self.start + low : self.start + high]
-        parts = []
-        for number, rows in enumerate(self.bounds):
-            a, b = (int(found) for found in np.searchsorted(rows, [low, high]))
-            if a == b:
-                continue
-            part = scratch[: (b - a) * source_RB.shape[1]].view(b - a, -1)
-            index = getattr(self, f"src{number}")[a:b]
-            if self.prefix[number]:
-                parts.append(_Part(index, part, out_NB[: b - a], None))
-            else:
-                parts.append(_Part(index, part, out_NB, getattr(self, f"dst{number}")[a:b] - low))
-        return BoundGather(source_RB, out_NB, view, self.first[low:high], parts)
-
-    def dense(self, source_RB: Tensor, low: int, high: int) -> Tensor:
-        """Rows low..high of the result: a view where possible, else fresh memory."""
-        if self.is_slice:
-            assert self.start is not None
-            return source_RB[self.start + low : self.start + high]
-        out_NB = source_RB.new_empty(high - low, source_RB.shape[1])
-        self.bind(source_RB, low, high, out_NB, source_RB.new_empty(self.largest_part() * source_RB.shape[1])).run()
-        return out_NB
-
-
-@dataclass
-class _Part:
-    """`out[index_out] += source[index]`, by way of `scratch`; `index_out` None means all rows of `out`."""
-
-    index: Tensor
-    scratch: Tensor
-    out: Tensor
-    index_out: Tensor | None
-
-
-@dataclass
-class BoundGather:
-    """A gather with its buffers."""
-
-    source: Tensor
-    out: Tensor
-    view: Tensor | None
-    first: Tensor
-    parts: list[_Part]
-
-    def run(self) -> None:
-        """Fill `out`."""
-        parts = self.parts
-        if self.view is None:
-            torch.index_select(self.source, 0, self.first, out=self.out)
-        elif parts and parts[0].index_out is None and len(parts[0].out) == len(self.out):
-            torch.index_select(self.source, 0, parts[0].index, out=parts[0].scratch)
-            torch.add(self.view, parts[0].scratch, out=self.out)
-            parts = parts[1:]
-        else:
-            self.out.copy_(self.view)
-        for part in parts:
-            torch.index_select(self.source, 0, part.index, out=part.scratch)
-            if part.index_out is None:
-                part.out.add_(part.scratch)
-            else:
-                part.out.index_add_(0, part.index_out, part.scratch)
-
-
-@dataclass
-class BoundForward:
-    """One chunk of folds low..high of a layer with the buffers of its forward pass."""
-
-    low: int
-    high: int
-    gather: BoundGather | None  # None: `log` is a slice of the values
-    log: Tensor  # (F, K, B)
-    inner: Tensor  # (F, K, B)
-    inner_transposed: Tensor  # (F, B, K)
-    scale: Tensor  # (F, 1, B)
-    sums: Tensor  # (F, H, B)
-    out: Tensor  # (F, H, B)
-
-
-@dataclass
-class BoundBackward:
-    """One chunk of folds of a layer with the buffers of its backward pass."""
-
-    gather: BoundGather | None  # None: `pulled` is a slice of the gradient
-    pulled: Tensor  # (F, H, B)
-    scaled: Tensor  # (F, H, B)
-    grad: Tensor  # (F, K, B)
-
-
-class Workspace:
-    """Buffers of one forward pass over `size` examples, and the layers bound to them.
-
-    values (V rows, B): log-likelihoods to base 2. With `keep`, for a backward pass: inner (E rows, B), linear inner
-    values, and sums, linear outer values of all sum layers; else one chunk of each. underflow: see `Underflow`.
-    """
-
-    def __init__(
-        self, layers: Sequence[Layer], num_values: int, num_edges: int, size: int, keep: bool, like: Tensor
-    ) -> None:
-        self.keep = keep
-        self.values = like.new_empty(num_values, size)
-        self.values[LOG_ONE] = 0.0
-        self.values[LOG_ZERO] = -torch.inf
-        chunks = {layer.number: list(layer.chunks(layer.width * size, like.device)) for layer in layers}
-        sums = [layer for layer in layers if layer.is_sum]
-        if keep:
-            self.inner = like.new_empty(num_edges, size)
-            self.sums = like.new_empty(sum(layer.num_folds * layer.outer_units for layer in sums), size)
-        else:
-            folds = [(layer, b - a) for layer in sums for a, b in chunks[layer.number][:1]]
-            self.inner = like.new_empty(max((n * layer.inner_units for layer, n in folds), default=0), size)
-            self.sums = like.new_empty(max((n * layer.outer_units for layer, n in folds), default=0), size)
-        scale = max((b - a for layer in sums for a, b in chunks[layer.number]), default=0)
-        self.scale = like.new_empty(scale * size)
-        self.scratch = like.new_empty(max((layer.inputs.largest_part() for layer in layers), default=0) * size)
-        self.underflow: list[Underflow] = []
-        self.bound: dict[int, list[BoundForward]] = {}
-        start = 0
-        for layer in layers:
-            self.bound[layer.number] = [layer.bind_forward(self, a, b, start) for a, b in chunks[layer.number]]
-            start += layer.num_folds * layer.outer_units if layer.is_sum and keep else 0
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of all buffers."""
-        buffers = (self.values, self.inner, self.sums, self.scale, self.scratch)
-        return sum(buffer.nbytes for buffer in buffers)
-
-
-class GradientSpace:
-    """Buffers of one backward pass: `inner` (E rows, B), and the layers bound to it."""
-
-    def __init__(self, layers: Sequence[Layer], num_edges: int, size: int, like: Tensor) -> None:
-        self.inner = like.new_empty(num_edges, size)
-        self.inner[0] = 0.0
-        chunks = {layer.number: list(layer.chunks(layer.width * size, like.device)) for layer in layers}
-        rows = max(((b - a) * layer.outer_units for layer in layers for a, b in chunks[layer.number]), default=0)
-        self.scaled = like.new_empty(rows * size)
-        self.scratch = like.new_empty(max((layer.gradient.largest_part() for layer in layers), default=0) * size)
-        self.bound = {
-            layer.number: [layer.bind_backward(self, a, b) for a, b in chunks[layer.number]] for layer in layers
-        }
 
 
 class _Folded(nn.Module):
@@ -249,7 +51,7 @@ class _Folded(nn.Module):
         super().__init__()
         self.group = group
         self.num_folds = num_folds
-        self.row_start = _as_range(parameter_rows)
+        self.row_start = as_range(parameter_rows)
         self.accumulate = self.row_start is None  # whether other folds or layers may own the same gradient rows
         self.register_buffer("parameter_rows", torch.from_numpy(parameter_rows), persistent=False)
 
@@ -306,6 +108,15 @@ class InputLayer(_Folded):
                 self.distribution.forward(self.parameters_of(stacked, a, b), x_FB[a:b], out_FKB[a:b])
         if observed_FB is not None:
             out_FKB.masked_fill_(~observed_FB[:, None, :], 0.0)
+
+    def forward_linear(self, values: Tensor, stacked: Tensor, x_FB: Tensor, observed_FB: Tensor | None) -> None:
+        """Write p(x | unit) of all units; 1 where a variable is not observed."""
+        out_FKB = values[self.start : self.stop].view(self.num_folds, self.num_units, -1)
+        size = self.num_units * max(self.distribution.size, out_FKB.shape[2])
+        for a, b in self.chunks(size, values.device):
+            self.distribution.likelihood(self.parameters_of(stacked, a, b), x_FB[a:b], out_FKB[a:b])
+        if observed_FB is not None:
+            out_FKB.masked_fill_(~observed_FB[:, None, :], 1.0)
 
     def forward_modes(self, values: Tensor, stacked: Tensor | None, observed_FB: Tensor) -> None:
         """Give unobserved variables the log-likelihood of their most likely value (for max-product)."""
@@ -411,6 +222,24 @@ class Layer(_Folded):
         transposed = inner_FKB.transpose(1, 2)
         return BoundForward(a, b, gather_rows, log_FKB, inner_FKB, transposed, scale_F1B, sums_FHB, out_FHB)
 
+    def bind_linear(self, space: LinearWorkspace, a: int, b: int, peaks_start: int) -> BoundForward:
+        """Views of a linear workspace for folds a..b; `peaks_start` is the layer's first row of `space.peaks`."""
+        batch, low, high = space.values.shape[1], a * self.inner_units, b * self.inner_units
+        out_FHB = self.outer_rows(space.values, a, b)
+        if space.keep:
+            inner_FKB = self.inner_rows(space.inner, a, b)
+        else:
+            inner_FKB = space.inner[: high - low].view(b - a, self.inner_units, batch)
+        scale_F1B = space.peaks[peaks_start + a : peaks_start + b].view(b - a, 1, batch)
+        gather_rows, value_FKB = None, inner_FKB
+        if self.inputs.is_slice:
+            value_FKB = self.log_inner(space.values, a, b)
+        else:
+            rows = inner_FKB.view(high - low, batch)
+            gather_rows = self.inputs.bind(space.values, low, high, rows, space.scratch, product=True)
+        transposed = inner_FKB.transpose(1, 2)
+        return BoundForward(a, b, gather_rows, value_FKB, inner_FKB, transposed, scale_F1B, out_FHB, out_FHB)
+
     def bind_backward(self, space: GradientSpace, a: int, b: int) -> BoundBackward:
         """Views of a gradient space for folds a..b."""
         batch, low, high = space.inner.shape[1], a * self.outer_units, b * self.outer_units
@@ -435,15 +264,24 @@ class Layer(_Folded):
             if stacked is None:
                 continue
             weight_FHK = self.parameters_of(stacked, bound.low, bound.high)
-            torch.amax(bound.log, 1, keepdim=True, out=bound.scale)
+            torch.amax(bound.value, 1, keepdim=True, out=bound.scale)
             bound.scale.clamp_min_(FLOOR)
-            torch.sub(bound.log, bound.scale, out=bound.inner)
+            torch.sub(bound.value, bound.scale, out=bound.inner)
             bound.inner.exp2_()
             torch.bmm(weight_FHK, bound.inner, out=bound.sums)
             torch.log2(bound.sums, out=bound.out)
             bound.out.add_(bound.scale)
             if careful and float(bound.sums.amin()) < TINY[bound.sums.dtype]:
                 self._mend_underflow(space, weight_FHK, bound)
+
+    def forward_linear(self, space: LinearWorkspace, stacked: Tensor) -> None:
+        """Compute the outer units from earlier rows, all of them linear."""
+        for bound in space.bound[self.number]:
+            if bound.gather is not None:
+                bound.gather.run()
+            torch.amax(bound.value, 1, keepdim=True, out=bound.scale)
+            torch.div(bound.value, bound.scale, out=bound.inner)
+            torch.bmm(self.parameters_of(stacked, bound.low, bound.high), bound.inner, out=bound.sums)
 
     def _mend_underflow(self, space: Workspace, weight_FHK: Tensor, bound: BoundForward) -> None:
         """Compute sums that underflowed again, entry by entry in log space."""
@@ -519,16 +357,3 @@ class Layer(_Folded):
                 continue
             self.add_rows(out_PH, bound.pulled[..., 0], a)
             torch.bmm(self.parameters_of(stacked, a, b).transpose(1, 2), bound.pulled, out=bound.grad)
-
-
-def _as_range(index: np.ndarray) -> int | None:
-    """The first number of `index` if it counts up by one from there, else None."""
-    if len(index) == 0 or not np.array_equal(index, np.arange(index[0], index[0] + len(index))):
-        return None
-    return int(index[0])
-
-
-def initialise_constants(values: Tensor) -> None:
-    """Set the two constant rows of a V matrix."""
-    values[LOG_ONE] = 0.0
-    values[LOG_ZERO] = -torch.inf

@@ -27,6 +27,8 @@ __all__ = ["Gather", "InputPlan", "LayerPlan", "ParameterGroup", "Plan", "Slot",
 Index = NDArray[Any]
 NodeKey = tuple[int, int]  # (circuit, node)
 LOG_ONE, LOG_ZERO = 0, 1
+#: Products of more factors would often be too small for linear values.
+MAX_LINEAR_FACTORS = 16
 NO_ROWS: Index = np.zeros(0, dtype=np.int64)
 
 
@@ -99,6 +101,7 @@ class Plan:
     num_levels: int
     base: dict[NodeKey, int]  # first V row of an input, sum or stored product node
     inner: dict[NodeKey, Index]  # product node -> its units' rows in E
+    is_slim_tree: bool  # every sum mixes the units of one child, every node has one consumer, products are small
 
 
 def compile_plan(graphs: Sequence[CircuitGraph]) -> Plan:
@@ -134,6 +137,7 @@ class _Compiler:
             1 + max(self.level.values()),
             self.base,
             self.inner,
+            all(_is_slim_tree(graph) for graph in self.graphs),
         )
 
     def _node(self, key: NodeKey) -> Node:
@@ -337,6 +341,25 @@ class _Compiler:
                 low, size = plan.outer_start, len(plan.nodes) * plan.outer_units
             a, b = np.searchsorted(value, [low, low + size])
             plan.gradient = _consumers(value[a:b] - low, edge[a:b], rank[a:b], size)
+
+
+def _is_slim_tree(graph: CircuitGraph) -> bool:
+    """Whether linear values, scaled per sum node, will do: see `workspace.LinearWorkspace`."""
+    uses = [0] * len(graph.nodes)
+    for node in graph.nodes:
+        for child in node.children:
+            uses[child] += 1
+    return all(
+        uses[index] <= 1
+        and (node.kind != "sum" or len(node.children) == 1)
+        and (node.kind != "product" or len(node.children) <= MAX_LINEAR_FACTORS)
+        for index, node in enumerate(graph.nodes)
+    ) and all(
+        graph.nodes[child].kind != "product"
+        for node in graph.nodes
+        if node.kind == "product"
+        for child in node.children
+    )
 
 
 def _consumers(rows: Index, edges: Index, rank: Index, size: int) -> Gather:

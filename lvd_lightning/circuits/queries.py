@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.layers import BITS_PER_NAT, InputLayer, Layer, initialise_constants
+from lvd_lightning.circuits.layers import BITS_PER_NAT, InputLayer, Layer
+from lvd_lightning.circuits.workspace import initialise_constants
 
 if TYPE_CHECKING:
     from lvd_lightning.circuits.circuit import Batch, Circuit
