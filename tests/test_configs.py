@@ -15,7 +15,7 @@ from lvd_lightning.cli import CONFIG_FOLDER, main, parse
 from lvd_lightning.configuration import experiment_from
 
 CONFIGS = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
-OVERLAYS = {"pixels": "folder", "untied": "lvd_imagenet32", "wandb": "photos"}
+OVERLAYS = {"baseline": "folder", "pixels": "folder", "untied": "lvd_imagenet32", "wandb": "photos"}
 CIFAR10_FILES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 IMAGENET_FILES = [*(f"train_data_batch_{number}" for number in range(1, 11)), "val_data"]
 
@@ -106,7 +106,7 @@ def test_config_is_parsed_and_instantiated(config: str, tmp_path: Path) -> None:
             stage.model()
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, "pixels", "untied"])
+@pytest.mark.parametrize("config", [*CONFIGS, "baseline", "pixels", "untied"])
 def test_config_runs_one_small_step_per_stage(config: str, tmp_path: Path) -> None:
     base = OVERLAYS.get(config, config)
     small = [argument for argument in SMALL if config != "pixels" or "teacher" not in argument]
