@@ -100,7 +100,7 @@ class BoundGather:
             combine = torch.mul if self.product else torch.add
             combine(self.view, parts[0].scratch, out=self.out)
             parts = parts[1:]
-        else:
+        elif self.out.data_ptr() != self.view.data_ptr():
             self.out.copy_(self.view)
         for part in parts:
             torch.index_select(self.source, 0, part.index, out=part.scratch)

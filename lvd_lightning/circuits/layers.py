@@ -226,19 +226,27 @@ class Layer(_Folded):
         """Views of a linear workspace for folds a..b; `peaks_start` is the layer's first row of `space.peaks`."""
         batch, low, high = space.values.shape[1], a * self.inner_units, b * self.inner_units
         out_FHB = self.outer_rows(space.values, a, b)
-        if space.keep:
-            inner_FKB = self.inner_rows(space.inner, a, b)
+        start = self.in_place_start(space.first_sum)
+        if start is not None:
+            rows_NB = space.values[start + low : start + high]
+        elif space.keep:
+            rows_NB = self.inner_rows(space.inner, a, b).view(high - low, batch)
         else:
-            inner_FKB = space.inner[: high - low].view(b - a, self.inner_units, batch)
+            rows_NB = space.inner[: high - low]
+        gather_rows = None
+        if not self.inputs.is_slice or start is None:
+            gather_rows = self.inputs.bind(space.values, low, high, rows_NB, space.scratch, product=True)
         scale_F1B = space.peaks[peaks_start + a : peaks_start + b].view(b - a, 1, batch)
-        gather_rows, value_FKB = None, inner_FKB
-        if self.inputs.is_slice:
-            value_FKB = self.log_inner(space.values, a, b)
-        else:
-            rows = inner_FKB.view(high - low, batch)
-            gather_rows = self.inputs.bind(space.values, low, high, rows, space.scratch, product=True)
+        inner_FKB = rows_NB.view(b - a, self.inner_units, batch)
         transposed = inner_FKB.transpose(1, 2)
-        return BoundForward(a, b, gather_rows, value_FKB, inner_FKB, transposed, scale_F1B, out_FHB, out_FHB)
+        return BoundForward(a, b, gather_rows, inner_FKB, inner_FKB, transposed, scale_F1B, out_FHB, out_FHB)
+
+    def in_place_start(self, first_sum: int) -> int | None:
+        """First of the input rows that inner units of a tree can overwrite, as nothing else reads them; or None."""
+        start = self.inputs.start
+        if start is None or not 2 <= start or start + self.num_folds * self.inner_units > first_sum:
+            return None
+        return start
 
     def bind_backward(self, space: GradientSpace, a: int, b: int) -> BoundBackward:
         """Views of a gradient space for folds a..b."""
@@ -279,8 +287,8 @@ class Layer(_Folded):
         for bound in space.bound[self.number]:
             if bound.gather is not None:
                 bound.gather.run()
-            torch.amax(bound.value, 1, keepdim=True, out=bound.scale)
-            torch.div(bound.value, bound.scale, out=bound.inner)
+            torch.amax(bound.inner, 1, keepdim=True, out=bound.scale)
+            bound.inner.div_(bound.scale)
             torch.bmm(self.parameters_of(stacked, bound.low, bound.high), bound.inner, out=bound.sums)
 
     def _mend_underflow(self, space: Workspace, weight_FHK: Tensor, bound: BoundForward) -> None:

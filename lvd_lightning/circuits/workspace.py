@@ -138,7 +138,8 @@ class LinearWorkspace:
     """Buffers of one forward pass with linear values; to the backward pass it looks like a `Workspace`.
 
     values (V rows, B): likelihoods, those of sum nodes divided by the largest inner units (`peaks`, a row per sum node
-    in the order of the layers) of all sum nodes below and of their own. inner: as in `Workspace`, divided by the peak.
+    in the order of the layers) of all sum nodes below and of their own. Inner units, divided by their peaks, overwrite
+    the inputs that they are products of, or are in `inner` where their first factors are not rows of inputs in order.
     """
 
     def __init__(
@@ -148,12 +149,14 @@ class LinearWorkspace:
         self.values = like.new_empty(num_values, size)
         self.values[LOG_ONE] = 1.0
         self.values[LOG_ZERO] = 0.0
-        self.sums = self.values[min(layer.outer_start for layer in layers) :]
+        self.first_sum = min(layer.outer_start for layer in layers)
+        self.sums = self.values[self.first_sum :]
         self.peaks = like.new_empty(sum(layer.num_folds for layer in layers), size)
         chunks = {layer.number: list(layer.chunks(layer.width * size, like.device)) for layer in layers}
+        apart = [layer for layer in layers if layer.in_place_start(self.first_sum) is None]
         if not keep:
-            num_edges = max((b - a) * layer.inner_units for layer in layers for a, b in chunks[layer.number])
-        self.inner = like.new_empty(num_edges, size)
+            num_edges = max(((b - a) * layer.inner_units for layer in apart for a, b in chunks[layer.number]), default=0)
+        self.inner = like.new_empty(num_edges if apart else 0, size)
         self.scratch = like.new_empty(max((layer.inputs.largest_part() for layer in layers), default=0) * size)
         self.underflow: list[Underflow] = []
         self.bound: dict[int, list[BoundForward]] = {}
