@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lvd_lightning.latents import load_assignments
 from lvd_lightning.modules.assembled import AssembledCircuit
+from lvd_lightning.modules.assignments import assignments_folder
 from lvd_lightning.modules.stage import DONE_MARKER, ImageData, derive_seed
 from lvd_lightning.ranks import Ranks
 
@@ -38,10 +39,10 @@ def evaluate_run(run_dir: Path, data: ImageData, ranks: Ranks) -> dict[str, Any]
         if not _is_finished(run_dir, stage):
             continue
         circuit = AssembledCircuit.load(run_dir / stage).to(ranks.device).eval()
-        with_latents = stage == "prior" and _is_finished(run_dir, "latents")
+        assignments = assignments_folder(run_dir) if stage == "prior" else None
         for split in SPLITS:
-            if with_latents:
-                found = mean_bpds(_joint(circuit, data, split, run_dir, ranks), data, split, ranks)
+            if assignments is not None:
+                found = mean_bpds(_joint(circuit, data, split, assignments, ranks), data, split, ranks)
                 circuits.setdefault("lvd_objective", {})[f"{split}_bpd"] = found[1]
             else:
                 found = [circuit_bpd(circuit, data, split, ranks)]
@@ -79,10 +80,10 @@ def mean_bpds(log_probs: Callable[[Tensor], list[Tensor]], data: ImageData, spli
 
 
 def _joint(
-    circuit: AssembledCircuit, data: ImageData, split: str, run_dir: Path, ranks: Ranks
+    circuit: AssembledCircuit, data: ImageData, split: str, assignments: Path, ranks: Ranks
 ) -> Callable[[Tensor], list[Tensor]]:
-    """log p(x), and log p(x, z) with the assignments of the latents stage, which earlier stages maximise."""
-    z_NP, device = load_assignments(run_dir / "latents", split), ranks.device
+    """log p(x), and log p(x, z) with the assignments of a stage's folder, which earlier stages maximise."""
+    z_NP, device = load_assignments(assignments, split), ranks.device
     return lambda rows: list(circuit.log_prob_and_objective(data.batch(split, rows).to(device), z_NP[rows].to(device)))
 
 

@@ -17,7 +17,17 @@ from lvd_lightning.latents import load_assignments, load_latents_info
 from lvd_lightning.modules.assembled import AssembledCircuit
 from lvd_lightning.modules.stage import ImageData
 
-__all__ = ["cluster_picture", "curve_picture", "grid", "half_masks", "inpainting_picture", "sample_picture"]
+__all__ = [
+    "cluster_picture",
+    "curve_picture",
+    "grid",
+    "growth_picture",
+    "growth_series",
+    "half_masks",
+    "inpainting_picture",
+    "patches_picture",
+    "sample_picture",
+]
 
 _WHITE, _GREY = 255, 128
 _MIN_SIDE = 96  # pixels on the screen that one image takes at least
@@ -73,12 +83,69 @@ def cluster_picture(
     uses = z_NP.flatten().bincount()
     by_use = uses.argsort(descending=True)[: int((uses > 0).sum())]
     chosen = by_use[torch.linspace(0, len(by_use) - 1, min(24, len(by_use))).long()]
+    patches_picture(path, z_NP, chosen.tolist(), data, patch_size, generator, examples, position or 0)
+
+
+def patches_picture(
+    path: Path,
+    z_NP: Tensor,
+    clusters: Sequence[int],
+    data: ImageData,
+    patch_size: int,
+    generator: torch.Generator,
+    examples: int = 16,
+    first: int = 0,
+) -> None:
+    """Random training patches of clusters, one cluster a row; a row without patches is white.
+
+    z_NP: int64 (N, P), the cluster of every patch, of the positions from `first` on.
+    """
     rows = []
-    for cluster in chosen.tolist():
+    for cluster in clusters:
         members = (z_NP.flatten() == cluster).nonzero()[:, 0]
         members = members[torch.randperm(len(members), generator=generator)[:examples]]
-        rows.append(_patches(data, members, z_NP.shape[1], position or 0, patch_size, examples))
+        rows.append(_patches(data, members, z_NP.shape[1], first, patch_size, examples))
     _save(path, grid(torch.cat(rows), examples), patch_size)
+
+
+def growth_picture(path: Path, metrics: Path, data: ImageData) -> bool:
+    """Heads, parameters and validation bpd by epoch, from a metrics.csv with edits; whether there were any."""
+    series = growth_series(read_metrics(metrics))
+    if not series:
+        return False
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    note = protocol_note(data.lossy, data.region)
+    titles = ("heads", "parameters", f"bits per dimension (validation){note}")
+    epochs, *curves = zip(*series)
+    for number, (title, values) in enumerate(zip(titles, curves)):
+        axes = figure.add_subplot(3, 1, number + 1, ylabel=title, xlabel="epoch" if number == 2 else "")
+        axes.plot([epoch + 1 for epoch in epochs], values, marker=".", drawstyle="default" if number == 2 else "steps")
+        if number < 2:
+            axes.set_ylim(bottom=0)
+    _replace(path, figure.savefig)
+    return True
+
+
+def growth_series(rows: Sequence[Mapping[str, str]]) -> list[tuple[int, float, float, float]]:
+    """(epoch, heads, parameters, validation bpd) of every validated epoch, if circuits were edited in any.
+
+    rows: of a metrics.csv; edits are rows with "<edit>/heads_before", "<edit>/heads_after" and so on.
+    """
+    names, series = ("heads", "parameters"), []
+    current = {name: next(filter(None, (_ending(row, f"/{name}_before") for row in rows)), "") for name in names}
+    if not all(current.values()):
+        return []
+    for row in rows:
+        current = {name: _ending(row, f"/{name}_after") or value for name, value in current.items()}
+        if row.get("val/bpd"):
+            numbers = [float(current[name]) for name in names]
+            series.append((int(float(row["epoch"])), numbers[0], numbers[1], float(row["val/bpd"])))
+    return series
+
+
+def _ending(row: Mapping[str, str], ending: str) -> str:
+    """The value of a row in a column that ends like this, or an empty string."""
+    return next((value for name, value in row.items() if name.endswith(ending) and value), "")
 
 
 def _patches(data: ImageData, members: Tensor, num_positions: int, first: int, patch_size: int, count: int) -> Tensor:

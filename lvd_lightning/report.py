@@ -13,6 +13,7 @@ from lvd_lightning.bookkeeping import protocol_note, write_atomically
 from lvd_lightning.evaluation import final_stage
 from lvd_lightning.experiment import EVALUATE, REPORT, Experiment
 from lvd_lightning.modules.assembled import AssembledCircuit
+from lvd_lightning.modules.assignments import assignments_folder
 from lvd_lightning.modules.stage import DONE_MARKER, ImageData, derive_seed
 from lvd_lightning.pictures import cluster_picture, curve_picture, inpainting_picture, sample_picture
 
@@ -161,10 +162,11 @@ def _draw(experiment: Experiment, summary: Row, data: ImageData, device: torch.d
     run_dir, folder, seed = experiment.run_dir, experiment.run_dir / REPORT, experiment.seed
     seconds = {stage: figures.get("seconds", 0.0) for stage, figures in summary.get("stages", {}).items()}
     curve_picture(folder / "training.png", run_dir, seconds, _baselines(run_dir), data)
-    if (run_dir / "latents" / DONE_MARKER).is_file():
+    assignments = assignments_folder(run_dir)
+    if assignments is not None:
         generator = torch.Generator().manual_seed(derive_seed(seed, REPORT, "clusters"))
         patch_size = int(experiment.shared["patch_size"])
-        cluster_picture(folder / "clusters.png", run_dir / "latents", data, patch_size, generator)
+        cluster_picture(folder / "clusters.png", assignments, data, patch_size, generator)
     stage = final_stage(run_dir)
     if stage is not None:
         circuit = AssembledCircuit.load(run_dir / stage).to(device).eval()

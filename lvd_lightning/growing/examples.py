@@ -1,0 +1,86 @@
+"""All training patches, each with the circuit and the head that model it.
+
+Shapes: N images, P patches, D variables of a patch, n patches of a chunk, G circuits, H heads, S slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lvd_lightning import circuits as pc
+from lvd_lightning.color import patchify
+from lvd_lightning.growing.agreement import rank_and_size
+from lvd_lightning.modules.evidence import CircuitGroups
+from lvd_lightning.modules.stage import ImageData
+
+__all__ = ["CHUNK_IMAGES", "Chunk", "Examples"]
+
+#: Images that are read at once.
+CHUNK_IMAGES = 1024
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some patches: `flat` int64 (n,), their numbers image * P + position; `x` uint8 (n, D); `circuit`, `head` (n,)."""
+
+    flat: Tensor
+    x: Tensor
+    circuit: Tensor
+    head: Tensor
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The patches of one split.
+
+    data: where images are read from; split: which ones.
+    patch_size: side of a patch.
+    circuit_NP, head_NP: integers (N, P), on the CPU.
+    """
+
+    data: ImageData
+    patch_size: int
+    circuit_NP: Tensor
+    head_NP: Tensor
+    split: str = "train"
+
+    def counts(self, num_circuits: int, num_heads: int) -> Tensor:
+        """How many patches every head has, int64 (G, H); the same on every process."""
+        total = torch.zeros(num_circuits * num_heads, dtype=torch.int64)
+        for circuit_nP, head_nP in zip(self.circuit_NP.split(CHUNK_IMAGES), self.head_NP.split(CHUNK_IMAGES)):
+            key = circuit_nP.long() * num_heads + head_nP.long()
+            total += torch.bincount(key.reshape(-1), minlength=len(total))
+        return total.view(num_circuits, num_heads)
+
+    def images(self) -> range:
+        """The images of this process; every image is one process's."""
+        rank, size = rank_and_size()
+        count = len(self.circuit_NP)
+        return range(rank * count // size, (rank + 1) * count // size)
+
+    def chunks(self, device: torch.device, heads: Tensor | None = None, every_image: bool = False) -> Iterator[Chunk]:
+        """The patches of this process, some images at a time.
+
+        heads: bool (G, H); only patches of these heads.
+        every_image: this process takes all images.
+        """
+        images = range(len(self.circuit_NP)) if every_image else self.images()
+        positions = self.circuit_NP.shape[1]
+        for low in range(images.start, images.stop, CHUNK_IMAGES):
+            high = min(low + CHUNK_IMAGES, images.stop)
+            circuit, head = (found[low:high].reshape(-1).long() for found in (self.circuit_NP, self.head_NP))
+            at = torch.arange(len(circuit)) if heads is None else heads.cpu()[circuit, head].nonzero()[:, 0]
+            if not len(at):
+                continue
+            rows, place = (at // positions).unique(return_inverse=True)
+            patches_BPD = patchify(self.data.batch(self.split, low + rows), self.patch_size)
+            x = patches_BPD[place, at % positions]
+            yield Chunk(low * positions + at, x.to(device), circuit[at].to(device), head[at].to(device))
+
+    def groups(self, conditional: pc.Circuit) -> CircuitGroups:
+        """The circuits in groups with about equally many of these patches, so that little is padded."""
+        return CircuitGroups(conditional, self.counts(conditional.num_circuits, conditional.num_heads).sum(1))

@@ -1,0 +1,75 @@
+"""The features that patches are clustered by inside their circuits: those that stage latents clustered.
+
+Shapes: N images, P patches, E features, n patches.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lvd_lightning.latents import load_latents_info
+from lvd_lightning.latents.features import FeatureStore, PatchVectors, PixelPatches
+from lvd_lightning.latents.transform import AffineMap
+from lvd_lightning.modules.stage import StageContext
+
+__all__ = ["PatchFeatures"]
+
+#: Numbers that are read at once.
+CHUNK_ENTRIES = 1 << 23
+
+
+@dataclass(frozen=True)
+class PatchFeatures:
+    """Features of the training patches, mapped as they were before their clustering.
+
+    vectors: as stored, (N, P, E); fitted: the map.
+    """
+
+    vectors: PatchVectors
+    fitted: AffineMap
+
+    @classmethod
+    def of(cls, context: StageContext) -> PatchFeatures:
+        """Those of stage latents; the pixels of patches if there was no teacher, or its features were removed."""
+        folder = context.previous("latents")
+        pixels = PixelPatches(context.data, "train", int(context.shared["patch_size"]))
+        plain = AffineMap(torch.zeros(1, pixels.shape[2]), None)
+        if folder is None or not (folder / "map.safetensors").is_file():
+            return cls(pixels, plain)
+        tensors = load_file(folder / "map.safetensors")
+        fitted = AffineMap(tensors["mean"], tensors.get("matrix"))
+        if load_latents_info(folder).get("source") == "pixels":
+            return cls(pixels, fitted)
+        try:
+            return cls(FeatureStore(folder / "features_train.npy"), fitted)
+        except FileNotFoundError:
+            warnings.warn(
+                f"{folder}: the teacher's features were removed (keep_features: false), so heads are told apart by the "
+                "pixels of their patches",
+                stacklevel=2,
+            )
+            return cls(pixels, plain)
+
+    @property
+    def num_positions(self) -> int:
+        """P."""
+        return self.vectors.shape[1]
+
+    def gather(self, flat: Tensor) -> Tensor:
+        """Features of patches at numbers image * P + position, float32 (n, D)."""
+        images, positions = flat // self.num_positions, flat % self.num_positions
+        return self.fitted.of_patches(self.vectors.gather(images, positions), positions)
+
+    def chunks(self, images: range) -> Iterator[tuple[range, Tensor]]:
+        """The features of all patches of some images at a time: these images, and float32 (n P, D)."""
+        _, positions, size = self.vectors.shape
+        step = max(1, CHUNK_ENTRIES // (positions * size))
+        for low in range(images.start, images.stop, step):
+            high = min(low + step, images.stop)
+            yield range(low, high), self.fitted.of_images(self.vectors.read(low, high)).flatten(0, 1)
