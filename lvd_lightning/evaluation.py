@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from lvd_lightning.latents import load_assignments
+from lvd_lightning.metrics import LVDGap
 from lvd_lightning.modules.assembled import AssembledCircuit
 from lvd_lightning.modules.assignments import assignments_folder
 from lvd_lightning.modules.stage import DONE_MARKER, ImageData, derive_seed
 from lvd_lightning.ranks import Ranks
+from lvd_lightning.teachers import load_teacher
 
-__all__ = ["CIRCUIT_STAGES", "SPLITS", "circuit_bpd", "evaluate_run", "final_stage", "mean_bpds"]
+__all__ = ["CIRCUIT_STAGES", "SPLITS", "circuit_bpd", "evaluate_run", "final_stage", "lvd_gap", "mean_bpds"]
 
 SPLITS = ("train", "val", "test")
 # Stages that leave a circuit over images, and what reports call it.
@@ -29,26 +31,58 @@ def evaluate_run(run_dir: Path, data: ImageData, ranks: Ranks) -> dict[str, Any]
     """Bits per dimension of a run's circuits on all splits; all ranks have to call.
 
     Returns:
-        "circuits": {"lvd_objective" | "distilled" | "finetuned": {"train_bpd", "val_bpd", "test_bpd"}}, "num_train":
-        the training images that were counted, "num_parameters" and "num_heads" (values of a latent variable) of the
-        final circuit. Empty if no stage left a circuit.
+        "circuits": {"train_bpd", "val_bpd", "test_bpd"} of "teacher_elbo", "lvd_objective", "distilled" and
+        "finetuned", "gap": what `LVDGap` says of the test images for "distilled" and "finetuned", "num_train": the
+        training images that were counted, "num_parameters" and "num_heads" (values of a latent variable) of the final
+        circuit. What a run has not is absent; empty if no stage left a circuit.
     """
     circuits: dict[str, dict[str, float]] = {}
+    gaps: dict[str, Any] = {}
     described: dict[str, Any] = {}
+    assignments = assignments_folder(run_dir)
     for stage, name in CIRCUIT_STAGES.items():
         if not _is_finished(run_dir, stage):
             continue
         circuit = AssembledCircuit.load(run_dir / stage).to(ranks.device).eval()
-        assignments = assignments_folder(run_dir) if stage == "prior" else None
+        teacher = _teacher_with_elbo(run_dir, ranks) if stage == "prior" else None
         for split in SPLITS:
-            if assignments is not None:
-                found = mean_bpds(_joint(circuit, data, split, assignments, ranks), data, split, ranks)
-                circuits.setdefault("lvd_objective", {})[f"{split}_bpd"] = found[1]
-            else:
-                found = [circuit_bpd(circuit, data, split, ranks)]
-            circuits.setdefault(name, {})[f"{split}_bpd"] = found[0]
+            if assignments is None:
+                circuits.setdefault(name, {})[f"{split}_bpd"] = circuit_bpd(circuit, data, split, ranks)
+                continue
+            found = lvd_gap(circuit, teacher, data, split, load_assignments(assignments, split), ranks)
+            titles = {"log_prob": name}
+            if stage == "prior":
+                titles = {"teacher_elbo": "teacher_elbo", "lvd_objective": "lvd_objective", "log_prob": name}
+            for key, title in titles.items():
+                if key in found:
+                    circuits.setdefault(title, {})[f"{split}_bpd"] = found[key]["bpd"]
+            if split == "test":
+                gaps[name] = found
         described = {"num_parameters": circuit.num_parameters, "num_heads": circuit.num_states}
-    return {"circuits": circuits, "num_train": len(_rows(data, "train")), **described} if circuits else {}
+    if not circuits:
+        return {}
+    gap = {"gap": gaps} if gaps else {}
+    return {"circuits": circuits, **gap, "num_train": len(_rows(data, "train")), **described}
+
+
+@torch.inference_mode()
+def lvd_gap(
+    circuit: AssembledCircuit, teacher: Any | None, data: ImageData, split: str, z_NP: Tensor, ranks: Ranks
+) -> dict[str, dict[str, float]]:
+    """What `LVDGap` says of a circuit and its teacher on a split; all ranks have to call.
+
+    teacher: something with `elbo(images)`, or None; z_NP: the latent values that the circuit was given.
+    """
+    metric = LVDGap(math.prod(data.image_shape), sync_on_compute=False)
+    for rows in ranks.share(_rows(data, split)).split(max(1, _BATCH // ranks.world_size)):
+        images = data.batch(split, rows).to(ranks.device)
+        log_B, joint_B = circuit.log_prob_and_objective(images, z_NP[rows].to(ranks.device))
+        elbo_B = None if teacher is None else teacher.elbo(images).cpu()
+        metric.update(log_B.cpu(), joint_B.cpu(), elbo_B)
+    for name in LVDGap.STATES:
+        setattr(metric, name, ranks.sum(getattr(metric, name)))
+    found: dict[str, dict[str, float]] = metric.compute()
+    return found
 
 
 def final_stage(run_dir: Path) -> str | None:
@@ -79,12 +113,12 @@ def mean_bpds(log_probs: Callable[[Tensor], list[Tensor]], data: ImageData, spli
     return [-value / count / math.prod(data.image_shape) / math.log(2.0) for value in nats]
 
 
-def _joint(
-    circuit: AssembledCircuit, data: ImageData, split: str, assignments: Path, ranks: Ranks
-) -> Callable[[Tensor], list[Tensor]]:
-    """log p(x), and log p(x, z) with the assignments of a stage's folder, which earlier stages maximise."""
-    z_NP, device = load_assignments(assignments, split), ranks.device
-    return lambda rows: list(circuit.log_prob_and_objective(data.batch(split, rows).to(device), z_NP[rows].to(device)))
+def _teacher_with_elbo(run_dir: Path, ranks: Ranks) -> Any | None:
+    """The run's teacher, if it has one that bounds the likelihood of images."""
+    if not _is_finished(run_dir, "teacher"):
+        return None
+    teacher = load_teacher(run_dir / "teacher")
+    return teacher.to(ranks.device) if hasattr(teacher, "elbo") else None
 
 
 def _rows(data: ImageData, split: str) -> Tensor:

@@ -20,6 +20,7 @@ from lvd_lightning.modules.stage import ImageData
 __all__ = [
     "cluster_picture",
     "curve_picture",
+    "gap_picture",
     "grid",
     "growth_picture",
     "growth_series",
@@ -187,6 +188,21 @@ def curve_picture(
         _ignore_outliers(axes)
         axes.legend(fontsize=8)
         _replace(path, figure.savefig)
+
+
+def gap_picture(path: Path, figures: Sequence[tuple[str, float]], data: ImageData) -> None:
+    """Bars of bits per dimension, one for each title, from a little below the lowest."""
+    figure = Figure(figsize=(7, 0.6 + 0.4 * len(figures)), layout="constrained")
+    note = protocol_note(data.lossy, data.region)
+    axes = figure.add_subplot(xlabel=f"bits per dimension of the test images{note} (the axis does not begin at 0)")
+    bpds = [bpd for _, bpd in figures]
+    bars = axes.barh([title for title, _ in figures], bpds, color="0.6")
+    axes.bar_label(bars, fmt="%.3f", padding=2, fontsize=8)
+    finite = [bpd for bpd in bpds if math.isfinite(bpd)] or [1.0]
+    spread = max(max(finite) - min(finite), 0.05)
+    axes.set_xlim(max(0.0, min(finite) - 0.5 * spread), max(finite) + 0.3 * spread)
+    axes.invert_yaxis()
+    _replace(path, figure.savefig)
 
 
 def _draw_curves(

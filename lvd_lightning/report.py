@@ -15,7 +15,7 @@ from lvd_lightning.experiment import EVALUATE, REPORT, Experiment
 from lvd_lightning.modules.assembled import AssembledCircuit
 from lvd_lightning.modules.assignments import assignments_folder
 from lvd_lightning.modules.stage import DONE_MARKER, ImageData, derive_seed
-from lvd_lightning.pictures import cluster_picture, curve_picture, inpainting_picture, sample_picture
+from lvd_lightning.pictures import cluster_picture, curve_picture, gap_picture, inpainting_picture, sample_picture
 
 __all__ = ["print_table", "summarize", "table_rows", "write_report"]
 
@@ -24,6 +24,7 @@ Row = Mapping[str, Any]
 _COLUMNS = ("model", "train bpd", "val bpd", "test bpd", "parameters", "seconds")
 _PICTURES = {
     "training.png": "Bits per dimension over time",
+    "gap.png": "Teacher, LVD objective and student on the test images",
     "samples.png": "Samples",
     "inpainting.png": "Test images with one half missing: original, what is given, completed",
     "clusters.png": "Training patches of clusters, one cluster a row, from the most to the least used",
@@ -56,6 +57,7 @@ def summarize(run_dir: Path, stages: Iterable[str], data: ImageData) -> dict[str
         "bpd": final.get("test_bpd"),
         "distilled_bpd": circuits.get("distilled", {}).get("test_bpd"),
         "lvd_objective_bpd": circuits.get("lvd_objective", {}).get("test_bpd"),
+        "teacher_elbo_bpd": circuits.get("teacher_elbo", {}).get("test_bpd"),
         "num_parameters": evaluation.get("num_parameters"),
         "num_heads": evaluation.get("num_heads"),
     }
@@ -78,6 +80,7 @@ def table_rows(run_dir: Path, stages: Sequence[str]) -> list[Row]:
     rows: list[Row] = []
     seconds = {stage: _figures(run_dir / stage).get("seconds", 0.0) for stage in stages if stage != "baseline"}
     for key, title, last in (
+        ("teacher_elbo", "teacher, ELBO", "teacher"),
         ("lvd_objective", "LVD objective, log p(x, z)", "prior"),
         ("distilled", "distilled circuit", "prior"),
         ("finetuned", "finetuned circuit", "finetune"),
@@ -89,7 +92,7 @@ def table_rows(run_dir: Path, stages: Sequence[str]) -> list[Row]:
                 {
                     "model": title,
                     **figures,
-                    "parameters": evaluation.get("num_parameters"),
+                    "parameters": None if key == "teacher_elbo" else evaluation.get("num_parameters"),
                     "seconds": sum(list(seconds.values())[:until]),
                 }
             )
@@ -140,6 +143,8 @@ def _markdown(name: str, rows: Sequence[Row], summary: Row, evaluation: Row, fol
             "",
             f"Train: over {evaluation['num_train']:,} training images. Seconds: of all stages up to the model.",
         ]
+    if "gap" in evaluation:
+        lines += ["", *_gap_table(evaluation["gap"], note)]
     if summary.get("stages"):
         lines += ["", "| stage | seconds | figures |", "|---|---:|---|"]
         for stage, figures in summary["stages"].items():
@@ -153,6 +158,25 @@ def _markdown(name: str, rows: Sequence[Row], summary: Row, evaluation: Row, fol
     return "\n".join(lines) + "\n"
 
 
+def gap_rows(gaps: Mapping[str, Row]) -> list[tuple[str, str, float, float]]:
+    """Title, whose latents, nats per test image and bits per dimension, for the teacher and every circuit."""
+    rows = []
+    for name, found in gaps.items():
+        if "teacher_elbo" in found:
+            rows.append(("teacher, ELBO", "the teacher's codes", *found["teacher_elbo"].values()))
+        given = "those given to the student"
+        rows.append((f"{name}, LVD objective log p(x, z)", given, *found["lvd_objective"].values()))
+        rows.append((f"{name}, student log p(x)", "all, summed out", *found["log_prob"].values()))
+    return rows
+
+
+def _gap_table(gaps: Mapping[str, Row], note: str) -> list[str]:
+    lines = ["| test images | latents | nats per image | bpd |", "|---|---|---:|---:|"]
+    return lines + [
+        f"| {title} | {latents} | {nats:,.1f} | {bpd:.4f}{note} |" for title, latents, nats, bpd in gap_rows(gaps)
+    ]
+
+
 def _number(value: Any, key: str, note: str) -> str:
     text = f"{value:,.5g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
     return text + (note if key.endswith("bpd") else "")
@@ -162,6 +186,9 @@ def _draw(experiment: Experiment, summary: Row, data: ImageData, device: torch.d
     run_dir, folder, seed = experiment.run_dir, experiment.run_dir / REPORT, experiment.seed
     seconds = {stage: figures.get("seconds", 0.0) for stage, figures in summary.get("stages", {}).items()}
     curve_picture(folder / "training.png", run_dir, seconds, _baselines(run_dir), data)
+    gaps = _figures(run_dir / EVALUATE).get("gap", {})
+    if gaps:
+        gap_picture(folder / "gap.png", [(title, bpd) for title, _, _, bpd in gap_rows(gaps)], data)
     assignments = assignments_folder(run_dir)
     if assignments is not None:
         generator = torch.Generator().manual_seed(derive_seed(seed, REPORT, "clusters"))

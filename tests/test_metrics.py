@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lvd_lightning.metrics import BitsPerDim
+from lvd_lightning.metrics import BitsPerDim, LVDGap
 
 
 def test_bits_per_dimension() -> None:
@@ -49,3 +49,18 @@ def test_impossible_examples_are_infinite_and_no_examples_are_nan() -> None:
 def test_no_dimensions_are_refused() -> None:
     with pytest.raises(ValueError, match="num_dims: expected at least 1, got 0"):
         BitsPerDim(0)
+
+
+def test_lvd_gap_has_means_in_nats_and_bits() -> None:
+    metric = LVDGap(2)
+    bits = math.log(2)
+    metric.update(torch.tensor([-4.0, -8.0]) * bits, torch.tensor([-6.0, -10.0]) * bits, torch.tensor([-5.0, -9.0]))
+    found = metric.compute()
+    assert list(found) == ["teacher_elbo", "lvd_objective", "log_prob"]
+    assert found["log_prob"] == pytest.approx({"nats": -6.0 * bits, "bpd": 3.0})
+    assert found["lvd_objective"] == pytest.approx({"nats": -8.0 * bits, "bpd": 4.0})
+    assert found["teacher_elbo"]["nats"] == -7.0
+    metric.update(torch.tensor([0.0]), torch.tensor([0.0]))  # an example of which the teacher has no bound
+    assert list(metric.compute()) == ["lvd_objective", "log_prob"]
+    with pytest.raises(ValueError, match="num_dims"):
+        LVDGap(0)

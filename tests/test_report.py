@@ -1,5 +1,6 @@
 """Tests of evaluation and report on a run directory that holds small random circuits."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -21,6 +22,7 @@ from lvd_lightning.pictures import grid, half_masks
 from lvd_lightning.pipeline import mark_done
 from lvd_lightning.ranks import Ranks
 from lvd_lightning.report import summarize, table_rows, write_report
+from lvd_lightning.teachers import VQVAE, save_teacher
 
 STAGES = ("latents", "prior", "finetune", "baseline")
 PATCH, CLUSTERS = 4, 3
@@ -76,6 +78,31 @@ def test_evaluation_counts_every_dimension_of_every_image(tmp_path: Path, ranks:
     assert found["circuits"]["lvd_objective"]["test_bpd"] > found["circuits"]["distilled"]["test_bpd"]
     assert found["num_heads"] == CLUSTERS
     assert found["num_parameters"] == after.num_parameters
+
+
+def test_gap_compares_teacher_objective_and_student(tmp_path: Path, ranks: Ranks) -> None:
+    experiment, data = finished_run(tmp_path)
+    sizes = {"channels": 4, "num_features": 4, "codebook_size": 4, "prior_hidden_size": 8, "prior_num_heads": 1}
+    teacher = VQVAE(8, PATCH, **sizes)
+    save_teacher(teacher, experiment.run_dir / "teacher")
+    mark_done(experiment.run_dir / "teacher", {"seconds": 5.0})
+    found = evaluate_run(experiment.run_dir, data, ranks)
+    images = data.batch("test", torch.arange(data.num_examples("test")))
+    expected = teacher.eval().elbo(images).double().mean().item()
+    assert found["gap"]["distilled"]["teacher_elbo"]["nats"] == pytest.approx(expected, rel=1e-5)
+    for name, gap in found["gap"].items():
+        assert gap["log_prob"]["bpd"] == found["circuits"][name]["test_bpd"]
+        assert gap["lvd_objective"]["nats"] < gap["log_prob"]["nats"]
+    assert "teacher_elbo" not in found["gap"]["finetuned"]  # it is the same
+    mark_done(experiment.run_dir / EVALUATE, {"seconds": 1.0, **found})
+    stages = tuple(Stage(name, {}, lambda: data) for name in ("teacher", *STAGES))
+    write_report(dataclasses.replace(experiment, stages=stages), data, torch.device("cpu"))
+    folder = experiment.run_dir / "report"
+    elbo_bpd = json.loads((folder / "summary.json").read_text())["test"]["teacher_elbo_bpd"]
+    assert elbo_bpd == found["circuits"]["teacher_elbo"]["test_bpd"]
+    text = (folder / "summary.md").read_text()
+    assert f"| teacher, ELBO | the teacher's codes | {expected:,.1f} | {elbo_bpd:.4f} |" in text
+    assert imread(folder / "gap.png").std() > 0
 
 
 def test_figures_do_not_depend_on_the_number_of_ranks(tmp_path: Path, ranks: Ranks) -> None:
