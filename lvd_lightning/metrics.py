@@ -58,6 +58,11 @@ class LVDGap(Metric):
     is_differentiable = False
     full_state_update = False
     STATES = ("teacher_elbo", "lvd_objective", "log_prob", "count", "teacher_count")
+    teacher_elbo: Tensor
+    lvd_objective: Tensor
+    log_prob: Tensor
+    count: Tensor
+    teacher_count: Tensor
 
     def __init__(self, num_dims: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
