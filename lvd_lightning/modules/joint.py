@@ -7,6 +7,7 @@ H heads, U pairs of a patch and a circuit.
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from typing_extensions import override
 
 from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.modules.assembled import AssembledCircuit
-from lvd_lightning.modules.evidence import CircuitGroups, EvidenceCache
+from lvd_lightning.modules.assignments import read_assignments
+from lvd_lightning.modules.evidence import Candidates, CircuitGroups, EvidenceCache
+from lvd_lightning.modules.evidence_source import EvidenceSource, load_candidate_table
 from lvd_lightning.modules.routing import few_sizes, route
 from lvd_lightning.modules.stage import StageContext
 from lvd_lightning.modules.training import EMStudent, Rule
@@ -31,8 +34,8 @@ class JointStudent(EMStudent):
     chain rule these are the flows of the whole circuit.
 
     Evidence is computed for values whose kept evidence (see `PriorStudent`) is within `margin` nats of the patch's
-    best, about one value in ten; for the others the kept evidence stands in. With `margin: null` and
-    `posterior_floor: 0` every step is exact. Validation always is.
+    best, about one value in ten; for the others the kept evidence stands in. Of images without kept evidence it is
+    computed for all candidates. With `margin: null` and `posterior_floor: 0` every step is exact. Validation always is.
 
     Logs `train/bpd` and `val/bpd` (on the first `val_images` validation images).
 
@@ -70,12 +73,9 @@ class JointStudent(EMStudent):
         if folder is None:
             raise ValueError(f"stage {context.stage} needs the circuit of a stage prior; the experiment has none")
         self.assembled = AssembledCircuit.load(folder)
-        self.cache: EvidenceCache | None = None
+        self.source: EvidenceSource | None = None
         if self.hparams["margin"] is not None:
-            self.cache = EvidenceCache.open(folder / "evidence" / "train")
-            if self.cache is None:
-                raise ValueError(f"{folder / 'evidence'}: is not complete; run stage prior again, or set margin: null")
-            self.groups = CircuitGroups(self.assembled.conditional, self._load())
+            self.source = self._source(context, folder / "evidence")
         dims = self.assembled.num_dims
         self.train_bpd, self.val_bpd = BitsPerDim(dims), BitsPerDim(dims)
 
@@ -85,7 +85,7 @@ class JointStudent(EMStudent):
 
     @override
     def on_fit_start(self) -> None:
-        if self.cache is not None:
+        if self.source is not None:
             self.groups.to(self.device)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -132,17 +132,20 @@ class JointStudent(EMStudent):
     @torch.no_grad()
     def _evidence(self, images: Tensor, index: Tensor) -> Tensor:
         """log p(x_i | z_i), (B, P, K): fresh within the margin, kept beyond it, -inf for no candidates."""
-        if self.cache is None:
+        if self.source is None:
             return self.assembled.evidence(images)
         self.groups.refresh()
-        kept_BPK = self.cache.evidence(index, images.device)
+        found_BPK = self.source.evidence(images, index)
+        image_B = (index < self.source.num_kept).nonzero()[:, 0]  # the others are fresh
+        kept_BPK = found_BPK[image_B]
         near = kept_BPK > kept_BPK.amax(-1, keepdim=True) - self.hparams["margin"]
         image, position, state = near.nonzero(as_tuple=True)
+        image = image_B[image]
         circuit, head = self._circuits(position, state)
         patches_ND = self.assembled.patches(images).flatten(0, 1)
         item = image * self.assembled.num_positions + position
-        kept_BPK[image, position, state] = self.groups.log_prob(patches_ND, item, circuit, head)
-        return kept_BPK
+        found_BPK[image, position, state] = self.groups.log_prob(patches_ND, item, circuit, head)
+        return found_BPK
 
     def _conditional_loss(self, images: Tensor, posterior_BPK: Tensor, batch_idx: int) -> Tensor:
         """Minus the log-likelihoods of the conditionals, weighted by posteriors."""
@@ -171,11 +174,22 @@ class JointStudent(EMStudent):
         flat = state if self.assembled.tied else position * self.assembled.num_states + state
         return self.assembled.circuit_of[flat], self.assembled.head_of[flat]
 
-    def _load(self) -> Tensor:
-        """How many patches of a sample have each circuit within the margin."""
-        assert self.cache is not None
-        sample = torch.arange(0, len(self.cache), max(1, len(self.cache) // 512))
-        kept_BPK = self.cache.evidence(sample, "cpu")
+    def _source(self, context: StageContext, folder: Path) -> EvidenceSource:
+        """What stage prior kept, and how to compute the rest of it."""
+        cache, table_KM = EvidenceCache.open(folder / "train"), load_candidate_table(folder)
+        if cache is None and table_KM is None:
+            raise ValueError(f"{folder}: is not complete; run stage prior again, or set margin: null")
+        z_NP = read_assignments(context)[0]["train"]
+        self.groups = CircuitGroups(self.assembled.conditional, self._load(cache))
+        candidates = None if table_KM is None else Candidates(table_KM.to(context.device), self.groups)
+        return EvidenceSource(self.assembled, cache, candidates, z_NP)
+
+    def _load(self, cache: EvidenceCache | None) -> Tensor:
+        """How many patches of a sample have each circuit within the margin; without a sample, equally many."""
+        if cache is None:
+            return torch.ones(self.assembled.conditional.num_circuits)
+        sample = torch.arange(0, len(cache), max(1, len(cache) // 512))
+        kept_BPK = cache.evidence(sample, "cpu")
         near = kept_BPK > kept_BPK.amax(-1, keepdim=True) - self.hparams["margin"]
         _, position, state = near.nonzero(as_tuple=True)
         circuit, _ = self._circuits(position, state)

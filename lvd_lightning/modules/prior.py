@@ -18,6 +18,7 @@ from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.modules.assembled import AssembledCircuit
 from lvd_lightning.modules.assignments import read_assignments
 from lvd_lightning.modules.evidence import Candidates, CircuitGroups, EvidenceCache, candidate_table
+from lvd_lightning.modules.evidence_source import EvidenceSource, images_within, save_candidate_table
 from lvd_lightning.modules.priors import chow_liu_prior, clusters_tree, hidden_prior
 from lvd_lightning.modules.stage import ImageData, StageContext
 from lvd_lightning.modules.training import EMStudent, Rule, check_at_least
@@ -39,6 +40,8 @@ class PriorStudent(EMStudent):
         hard_epochs: epochs on assignments; 0 for the tree from counts.
         candidates: latent values kept per patch, those that patches of its cluster may have; null for all. What is
             left out counts as impossible, so `train/bpd` is an upper bound; validation leaves nothing out.
+        max_cache_gb: disk space for the evidence of training images, in gigabytes; what does not fit is computed again
+            in every epoch, here and in finetuning.
         counts_pseudocount: examples that smooth the counts of a parent's state.
         optimizer, lr, final_lr, momentum, pseudocount, val_images: see `EMStudent`.
     """
@@ -48,6 +51,7 @@ class PriorStudent(EMStudent):
         num_latents: int | None = None,
         hard_epochs: int = 0,
         candidates: int | None = 16,
+        max_cache_gb: float = 20.0,
         counts_pseudocount: float = 1.0,
         optimizer: Rule = "anemone",
         lr: float = 0.2,
@@ -58,7 +62,7 @@ class PriorStudent(EMStudent):
     ) -> None:
         super().__init__()
         check_at_least(1, num_latents=num_latents, candidates=candidates)
-        check_at_least(0, hard_epochs=hard_epochs)
+        check_at_least(0, hard_epochs=hard_epochs, max_cache_gb=max_cache_gb)
         if num_latents is not None and hard_epochs < 1:
             raise ValueError(
                 f"hard_epochs: got {hard_epochs}, but a prior with num_latents starts at random: give it 1 or more"
@@ -82,7 +86,9 @@ class PriorStudent(EMStudent):
         )
         self.assembled.conditional.requires_grad_(False)
         self.assembled.to(context.device)
-        self.caches = {split: self._cache(context, split) for split in ("train", "val")}
+        self.train_evidence = self._train_evidence(context)
+        count = min(self.hparams["val_images"], context.data.num_examples("val"))
+        self.val_cache = self._cache(context, "val", (count, self.assembled.num_positions, num_states), None)
         dims = self.assembled.num_dims
         self.train_bpd, self.val_bpd, self.hard_bpd = BitsPerDim(dims), BitsPerDim(dims), BitsPerDim(dims)
 
@@ -98,16 +104,16 @@ class PriorStudent(EMStudent):
             self.hard_bpd.update(log_B)
             self.log("train/log_p_z_bpd", self.hard_bpd, on_step=False, on_epoch=True)
         else:
-            log_B = self.assembled.prior.log_prob(self.caches["train"].evidence(index, images.device))[:, 0]
+            log_B = self.assembled.prior.log_prob(self.train_evidence.evidence(images, index))[:, 0]
             self.train_bpd.update(log_B)
             self.log("train/bpd", self.train_bpd, on_step=False, on_epoch=True, prog_bar=True)
         self.em_step(-log_B.sum())
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, index = batch
-        wanted = index < len(self.caches["val"])
+        wanted = index < len(self.val_cache)
         if bool(wanted.any()):
-            evidence_BPK = self.caches["val"].evidence(index[wanted], images.device)
+            evidence_BPK = self.val_cache.evidence(index[wanted], images.device)
             self.val_bpd.update(self.assembled.prior.log_prob(evidence_BPK)[:, 0])
         self.log("val/bpd", self.val_bpd, on_step=False, on_epoch=True, prog_bar=True)
 
@@ -115,9 +121,9 @@ class PriorStudent(EMStudent):
     def finish_stage(self, context: StageContext) -> dict[str, float]:
         self.assembled.save(context.dir)
         metric = BitsPerDim(self.assembled.num_dims, sync_on_compute=False).to(self.device)  # of this rank alone
-        count = len(self.caches["val"])
+        count = len(self.val_cache)
         for index in torch.arange(count).split(256):
-            evidence_BPK = self.caches["val"].evidence(index, self.device)
+            evidence_BPK = self.val_cache.evidence(index, self.device)
             metric.update(self.assembled.prior.log_prob(evidence_BPK)[:, 0])
         return {
             "val_bpd": float(metric.compute()),
@@ -132,16 +138,29 @@ class PriorStudent(EMStudent):
             return chow_liu_prior(z_NP, num_states, tree, self.hparams["counts_pseudocount"])
         return hidden_prior(num_states, self.hparams["num_latents"], tree, context.generator("parameters"))
 
-    def _cache(self, context: StageContext, split: str) -> EvidenceCache:
-        """The evidence of a split, of candidates for training; computed once. All ranks call."""
-        folder, states = context.dir / "evidence" / split, self.assembled.num_states
-        count, kept = context.data.num_examples(split), min(self.hparams["candidates"] or states, states)
-        if split == "val":
-            count, kept = min(self.hparams["val_images"], count), states
-        shape = (count, self.assembled.num_positions, kept)
+    def _train_evidence(self, context: StageContext) -> EvidenceSource:
+        """The evidence of training images, of candidates; as much of it as fits is computed once. All ranks call."""
+        folder, states = context.dir / "evidence", self.assembled.num_states
+        kept = min(self.hparams["candidates"] or states, states)
+        shape = (context.data.num_examples("train"), self.assembled.num_positions, kept)
+        count = images_within(self.hparams["max_cache_gb"], shape, states)
+        cache, candidates = EvidenceCache.open(folder / "train"), None
+        finished = cache is not None and cache.shape == (count, *shape[1:])
+        if kept < states and not (finished and count == shape[0]):
+            candidates = find_candidates(context, self.assembled, self.z_NP["train"], kept)
+        if not finished:
+            table_KM = None if candidates is None else candidates.table
+            Processes().on_first(partial(save_candidate_table, folder, table_KM))
+            cache = self._cache(context, "train", (count, *shape[1:]), candidates) if count else None
+        return EvidenceSource(self.assembled, cache, candidates, self.z_NP["train"])
+
+    def _cache(
+        self, context: StageContext, split: str, shape: tuple[int, int, int], candidates: Candidates | None
+    ) -> EvidenceCache:
+        """The evidence of the first images of a split, computed once. All ranks call."""
+        folder = context.dir / "evidence" / split
         found = EvidenceCache.open(folder)
         if found is None or found.shape != shape:
-            candidates = find_candidates(context, self.assembled, self.z_NP["train"], kept) if kept < states else None
             fill_cache(folder, self.assembled, context.data, split, shape, self.z_NP[split], candidates)
             found = EvidenceCache.open(folder)
         assert found is not None

@@ -1,5 +1,6 @@
 """Finetuning: its steps are those of one joint computation, exactly or nearly, and the likelihood rises."""
 
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -166,7 +167,26 @@ def test_checkpoints_hold_plain_types(prepared: Any) -> None:
     trainer = prepared.train("finetune", JointStudent())
     trainer.save_checkpoint(prepared.folder / "some.ckpt")
     state = torch.load(prepared.folder / "some.ckpt", weights_only=True)["state_dict"]
-    prepared.begin("finetune", JointStudent()).load_state_dict(state)
+    module = prepared.begin("finetune", JointStudent())
+    assert not torch.equal(module.state_dict()["assembled.prior.tables.0"], state["assembled.prior.tables.0"])
+    module.load_state_dict(state)
+    for name, found in module.state_dict().items():
+        assert torch.equal(found, state[name])
+
+
+@pytest.mark.parametrize(("candidates", "fitting"), [(None, 12), (2, 10)])
+def test_images_without_kept_evidence_are_finetuned_as_well(run: Any, candidates: int | None, fitting: int) -> None:
+    run.complete("conditional", ConditionalStudent(2, lr=0.03, init="random"), 2)
+    gradients = []
+    for budget in (20.0, 5e-7):
+        shutil.rmtree(run.folder / "prior", ignore_errors=True)
+        run.complete("prior", PriorStudent(candidates=candidates, max_cache_gb=budget), 1)
+        module = run.begin("finetune", JointStudent(margin=1e4, posterior_floor=0.0, slots=20.0))
+        index = torch.arange(40)
+        assert module.source.num_kept == (len(run.data.splits["train"]) if budget > 1 else fitting)
+        gradients.append(step_gradients(module, run.data.splits["train"][index], index))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
 def test_missing_evidence_is_named(prepared: Any) -> None:

@@ -85,12 +85,12 @@ def test_evidence_is_that_of_the_conditionals(conditional: Any, candidates: int 
     module = conditional.begin("prior", PriorStudent(candidates=candidates))
     index = torch.tensor([3, 100, 7])
     expected = module.assembled.evidence(conditional.data.splits["train"][index])
-    found = module.caches["train"].evidence(index, "cpu")
+    found = module.train_evidence.cache.evidence(index, "cpu")
     kept = found > -torch.inf
     assert (kept.sum(-1) == min(candidates or 3, 3)).all()
     assert kept.gather(2, conditional.data.z["train"][index][..., None]).all()
     torch.testing.assert_close(found[kept], expected[kept], rtol=1e-3, atol=1e-3)
-    assert (module.caches["val"].evidence(index[:1], "cpu") > -torch.inf).all()
+    assert (module.val_cache.evidence(index[:1], "cpu") > -torch.inf).all()
 
 
 def test_evidence_is_computed_once(conditional: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,9 +107,8 @@ def test_evidence_is_computed_once(conditional: Any, monkeypatch: pytest.MonkeyP
     second = conditional.begin("prior", PriorStudent(candidates=2))
     assert filled == ["train", "val"]
     index = torch.arange(20)
-    for split in ("train", "val"):
-        one, other = (module.caches[split].evidence(index, "cpu") for module in (first, second))
-        assert torch.equal(one, other)
+    for one, other in ((first.train_evidence.cache, second.train_evidence.cache), (first.val_cache, second.val_cache)):
+        assert torch.equal(one.evidence(index, "cpu"), other.evidence(index, "cpu"))
     # An interruption while the second was written, and settings that need other numbers.
     (conditional.folder / "prior" / "evidence" / "val" / "evidence.json").unlink()
     conditional.begin("prior", PriorStudent(candidates=2))
@@ -117,6 +116,22 @@ def test_evidence_is_computed_once(conditional: Any, monkeypatch: pytest.MonkeyP
     conditional.begin("prior", PriorStudent(candidates=2, val_images=5))
     conditional.begin("prior", PriorStudent(candidates=None, val_images=5))
     assert filled == ["train", "val", "val", "val", "train"]
+
+
+@pytest.mark.parametrize("candidates", [None, 2])
+@pytest.mark.parametrize("images", [0, 6])
+def test_what_does_not_fit_on_disk_is_computed_again(conditional: Any, candidates: int | None, images: int) -> None:
+    whole = conditional.begin("prior", PriorStudent(candidates=candidates))
+    index = torch.tensor([3, 100, 5, 6])
+    x = conditional.data.splits["train"][index]
+    expected = whole.train_evidence.evidence(x, index)
+    bytes_per_image = whole.assembled.num_positions * (3 * 2 + 4 if candidates is None else 2 * 4 + 4)
+    budget = (images + 0.5) * bytes_per_image / 1e9
+    part = conditional.begin("prior", PriorStudent(candidates=candidates, max_cache_gb=budget))
+    assert part.train_evidence.num_kept == images
+    torch.testing.assert_close(part.train_evidence.evidence(x, index), expected, rtol=1e-3, atol=1e-3)
+    again = conditional.begin("prior", PriorStudent(candidates=candidates, max_cache_gb=budget))
+    assert torch.equal(again.train_evidence.evidence(x, index), part.train_evidence.evidence(x, index))
 
 
 def test_the_seed_decides(conditional: Any) -> None:
