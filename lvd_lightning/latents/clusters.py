@@ -37,13 +37,17 @@ def assignments_path(folder: Path, split: str) -> Path:
 def write_clusters(context: LatentsContext, settings: LatentsSettings, encoding: Encoding) -> None:
     """Write centroids, assignments of every split, and last what they are, as far as they are not there already."""
     folder, train = context.dir, encoding.vectors["train"]
-    center = settings.center or ("position" if encoding.source == "teacher" and settings.pooled else "none")
+    center = settings.center or ("position" if encoding.positional and settings.pooled else "none")
     without = ("batch_size", "keep_features", "num_threads")  # settings that change nothing
-    facts = {name: value for name, value in asdict(settings).items() if name not in without} | {"center": center}
+    facts = {name: value for name, value in asdict(settings).items() if name not in without}
+    facts |= {"center": center, "context": "none" if encoding.parents is None else "tree"}
     key = key_of(encoding.key, facts, context.generator("centroids").initial_seed())
     if stored_key(folder / "centroids.json") != key:
         _forget(folder)
-        fitted, centroids_QKD = _fit(context, settings, train, center == "position")
+        if settings.method == "codes":
+            fitted, centroids_QKD = _used_codes(context, encoding)
+        else:
+            fitted, centroids_QKD = _fit(context, settings, train, center == "position")
         save_array(folder / "centroids.npy", (centroids_QKD[0] if settings.pooled else centroids_QKD).numpy())
         _save_map(folder / "map.safetensors", fitted)
         write_json(folder / "centroids.json", {"key": key})
@@ -58,12 +62,13 @@ def write_clusters(context: LatentsContext, settings: LatentsSettings, encoding:
         folder / INFO_FILE,
         {
             **facts,
+            "num_clusters": centroids.shape[-2],
             "source": encoding.source,
             "parents": encoding.parents,
             "num_patches": train.shape[1],
             "num_features": train.shape[2],
             "num_examples": {split: encoding.vectors[split].shape[0] for split in SPLITS},
-            "figures": _use_of_clusters(label_NP, settings)
+            "figures": _use_of_clusters(label_NP, centroids.shape[-2], settings.pooled)
             | {"mean_squared_distance": _mean_squared_distance(context, train, fitted, centroids, label_NP)},
         },
     )
@@ -77,10 +82,20 @@ def _forget(folder: Path) -> None:
         assignments_path(folder, split).unlink(missing_ok=True)
 
 
+def _used_codes(context: LatentsContext, encoding: Encoding) -> tuple[AffineMap, Tensor]:
+    """The identity, and the codes of the teacher's codebook that training patches have, with shape (1, K, E)."""
+    codebook = encoding.codebook
+    assert codebook is not None
+    identity = AffineMap(torch.zeros(1, codebook.shape[1]), None)
+    label_NP = _assign_all(encoding.vectors["train"], identity, codebook, float64_device(context.device))
+    return identity, codebook[label_NP.unique()][None]
+
+
 def _fit(
     context: LatentsContext, settings: LatentsSettings, vectors: PatchVectors, center: bool
 ) -> tuple[AffineMap, Tensor]:
     """The map before clustering, and centroids with shape (Q, K, D), Q = 1 if pooled, else P."""
+    assert settings.num_clusters is not None
     num_images, num_patches, _ = vectors.shape
     fitted = fit_map(
         vectors,
@@ -127,14 +142,14 @@ def _assign_all(vectors: PatchVectors, fitted: AffineMap, centroids: Tensor, dev
     return label_NP
 
 
-def _use_of_clusters(label_NP: Tensor, settings: LatentsSettings) -> dict[str, float]:
+def _use_of_clusters(label_NP: Tensor, num_clusters: int, pooled: bool) -> dict[str, float]:
     """Over the training patches; if positions have clusters of their own, the mean perplexity and smallest share."""
-    groups = [label_NP.flatten()] if settings.pooled else list(label_NP.T)
-    share_QK = torch.stack([label.bincount(minlength=settings.num_clusters) for label in groups]).double()
+    groups = [label_NP.flatten()] if pooled else list(label_NP.T)
+    share_QK = torch.stack([label.bincount(minlength=num_clusters) for label in groups]).double()
     share_QK /= share_QK.sum(1, keepdim=True)
     perplexity_Q = torch.special.entr(share_QK).sum(1).exp()
     return {
-        "num_clusters": settings.num_clusters,
+        "num_clusters": num_clusters,
         "cluster_perplexity": perplexity_Q.mean().item(),
         "smallest_cluster_share": share_QK.min().item(),
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lvd_lightning.latents.context import ancestor_mask, context_tree, linear_cka
 from lvd_lightning.latents.features import FeatureStore, PatchVectors, PixelPatches, write_features
@@ -29,12 +29,15 @@ class Encoding(NamedTuple):
 
     vectors: by split; key: says what they were computed from; source: "teacher" or "pixels";
     parents: of the tree over patches whose ancestors a patch was encoded with, -1 at the root, or None.
+    positional: whether the vectors tell positions; codebook: of a teacher whose codes are wanted, with shape (K, E).
     """
 
     vectors: dict[str, PatchVectors]
     key: str
     source: str
     parents: list[int] | None
+    positional: bool = False
+    codebook: Tensor | None = None
 
 
 def encode_splits(context: LatentsContext, settings: LatentsSettings, processes: Processes) -> Encoding:
@@ -42,6 +45,7 @@ def encode_splits(context: LatentsContext, settings: LatentsSettings, processes:
     teacher_dir = context.previous("teacher")
     data_keys = [data_key(context.data, split) for split in SPLITS]
     if teacher_dir is None:
+        _codebook(None, settings)
         patch_size = int(context.shared["patch_size"])
         pixels: dict[str, PatchVectors] = {s: PixelPatches(context.data, s, patch_size) for s in SPLITS}
         return Encoding(pixels, key_of("pixels", patch_size, *data_keys), "pixels", None)
@@ -49,17 +53,19 @@ def encode_splits(context: LatentsContext, settings: LatentsSettings, processes:
     from lvd_lightning.teachers import load_teacher
     from lvd_lightning.teachers.io import ARGUMENTS_FILE, WEIGHTS_FILE
 
-    teacher = load_teacher(teacher_dir).to(context.device)
+    teacher: Any = load_teacher(teacher_dir).to(context.device)
     files = [(teacher_dir / name).read_bytes() for name in (ARGUMENTS_FILE, WEIGHTS_FILE)]
     encoder = _Encoder(context, teacher, key_of(*(hashlib.sha256(f).hexdigest() for f in files)), settings, processes)
-    parents = encoder.context_parents() if settings.context == "tree" else None
+    codebook = _codebook(teacher, settings)
+    parents = encoder.context_parents() if _in_context(teacher, settings) else None
     visible = None if parents is None else ancestor_mask(torch.tensor(parents))
     vectors: dict[str, PatchVectors] = {}
     for split, split_key in zip(SPLITS, data_keys):
         images = torch.arange(context.data.num_examples(split))
         key = key_of(encoder.key, parents, split_key)
         vectors[split] = encoder.features(f"features_{split}.npy", split, images, visible, key)
-    return Encoding(vectors, key_of(encoder.key, parents, *data_keys), "teacher", parents)
+    key = key_of(encoder.key, parents, *data_keys)
+    return Encoding(vectors, key, "teacher", parents, teacher.positional, codebook)
 
 
 def remove_features(folder: Path) -> None:
@@ -68,12 +74,36 @@ def remove_features(folder: Path) -> None:
         _remove(folder / f"features_{split}.npy")
 
 
+def _in_context(teacher: Any, settings: LatentsSettings) -> bool:
+    """Whether patches are encoded together with their ancestors in a tree."""
+    if settings.context == "tree" and not teacher.contextual:
+        raise ValueError(
+            f"latents.context is 'tree', but a {type(teacher).__name__} encodes whole images: leave it away or say none"
+        )
+    return bool(teacher.contextual) and settings.context != "none"
+
+
+def _codebook(teacher: Any, settings: LatentsSettings) -> Tensor | None:
+    """The teacher's codebook, if its codes are wanted."""
+    if settings.method != "codes":
+        return None
+    if not hasattr(teacher, "codes"):
+        raise ValueError("latents.method is 'codes', but there is no teacher with codes: train a VQVAE, or say kmeans")
+    codebook: Tensor = teacher.codebook.codes.cpu()
+    if settings.num_clusters not in (None, len(codebook)):
+        raise ValueError(
+            f"latents.num_clusters is {settings.num_clusters}, but the teacher's codebook has {len(codebook)} codes: "
+            "with method codes say the same number, or null"
+        )
+    return codebook
+
+
 @dataclass(frozen=True)
 class _Encoder:
-    """A teacher at work in the stage's folder. key: says which teacher it is."""
+    """A teacher (see `lvd_lightning.teachers`) at work in the stage's folder. key: says which teacher it is."""
 
     context: LatentsContext
-    teacher: nn.Module
+    teacher: Any
     key: str
     settings: LatentsSettings
     processes: Processes
@@ -107,7 +137,7 @@ class _Encoder:
 
         def compute(start: int, stop: int) -> Tensor:
             batch = self.context.data.batch(split, images[start:stop]).to(self.context.device)
-            features: Tensor = self.teacher.features(batch, visible)  # type: ignore[operator]  # the teachers' contract
+            features: Tensor = self.teacher.features(batch, visible)
             return features
 
         _, num_patches, num_features = compute(0, 1).shape

@@ -22,9 +22,9 @@ __all__ = ["load_assignments", "load_latents_info", "run_latents"]
 def run_latents(context: LatentsContext, settings: Mapping[str, Any]) -> dict[str, float]:
     """Find a latent variable for every patch of every image and write them into the stage's folder.
 
-    Features of the teacher, or of the pixels if there is no teacher, are clustered by K-means. What an interrupted run
-    left complete is used again if it was computed from the same teacher, data and settings. All ranks have to call:
-    they share the encoding, and rank 0 clusters.
+    Features of the teacher, or of the pixels if there is no teacher, are clustered by K-means, or get the codes of the
+    teacher itself. What an interrupted run left complete is used again if it was computed from the same teacher, data
+    and settings. All ranks have to call: they share the encoding, and rank 0 clusters.
 
     Args:
         settings: see `LatentsSettings`.

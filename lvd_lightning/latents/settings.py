@@ -31,31 +31,36 @@ class LatentsContext(Protocol):
 class LatentsSettings:
     """How features become latent variables.
 
-    num_clusters: values of a latent variable, K.
+    num_clusters: values of a latent variable, K; with codes the size of the teacher's codebook, which None stands for.
+    method: "kmeans": the latent variable of a patch is the cluster of its feature; "codes": it is the code that the
+        teacher itself gives it (a VQVAE has codes). Codes that no training patch has are left out, so there may be
+        fewer values than `num_clusters`.
     pooled: one clustering for all patch positions, or one for each.
     max_points: training patches that the centroids are fitted to, drawn at random; if not pooled, so many of each
         position; None: 1024 per cluster.
     iterations: of Lloyd's algorithm.
     batch_size: images per call of the teacher.
-    context: "tree": a patch is encoded together with its ancestors in a tree over the patches; "none": alone.
+    context: "tree": a patch is encoded together with its ancestors in a tree over the patches; "none": alone, or in
+        sight of the whole image by a teacher that always is. None: "tree" for a teacher that can hide patches (MAE).
     context_images: training images that the tree is learned from.
-    center: "position" subtracts every position's mean from its features, "none" does not. None: "position" for features
-        of a teacher that are pooled. These carry the position and the number of visible ancestors, which a position's
-        mean takes up for the most part; left in, clusters tell positions apart instead of contents (64 clusters of
-        CIFAR-10: 3.8 bits about the position in place of 0.5). Pixels are left as they are: the conditionals model
-        them, and they mean the same at all positions.
+    center: "position" subtracts every position's mean from its features, "none" does not. None: "position" for pooled
+        features of a teacher that embeds positions (MAE). These carry the position and the number of visible ancestors,
+        which a position's mean takes up for the most part; left in, clusters tell positions apart instead of contents
+        (64 clusters of CIFAR-10: 3.8 bits about the position in place of 0.5). Pixels, and features of convolutions,
+        are left as they are: they mean the same at all positions.
     pca: cluster so many principal components of the features; None: the features.
     whiten: scale the components to unit variance.
     keep_features: leave the features on disk, for clustering them again.
     num_threads: threads of faiss, see `fit_centroids`.
     """
 
-    num_clusters: int
+    num_clusters: int | None = None
+    method: str = "kmeans"
     pooled: bool = True
     max_points: int | None = None
     iterations: int = 50
     batch_size: int = 256
-    context: str = "tree"
+    context: str | None = None
     context_images: int = 4096
     center: str | None = None
     pca: int | None = None
@@ -68,10 +73,26 @@ class LatentsSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"latents.{name} is {value}, expected at least 1")
-        if self.context not in ("tree", "none"):
+        if self.method not in ("kmeans", "codes"):
+            raise ValueError(f"latents.method is {self.method!r}, expected 'kmeans' or 'codes'")
+        if self.method == "kmeans" and self.num_clusters is None:
+            raise ValueError("latents.num_clusters is missing: the number of values of a latent variable")
+        if self.context not in (None, "tree", "none"):
             raise ValueError(f"latents.context is {self.context!r}, expected 'tree' or 'none'")
         if self.center not in (None, "position", "none"):
             raise ValueError(f"latents.center is {self.center!r}, expected 'position' or 'none'")
+        if self.method == "codes":
+            for name, value, only in (
+                ("pooled", self.pooled, True),
+                ("center", self.center or "none", "none"),
+                ("pca", self.pca, None),
+                ("whiten", self.whiten, False),
+            ):
+                if value != only:
+                    raise ValueError(
+                        f"latents.{name} is {value!r}, expected {only!r} with method codes: codes are nearest to the "
+                        "features as they are, and the same for all positions"
+                    )
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> "LatentsSettings":
@@ -80,8 +101,6 @@ class LatentsSettings:
         unknown = sorted(set(settings) - set(known))
         if unknown:
             raise ValueError(f"latents has no setting {', '.join(unknown)}; its settings are {', '.join(known)}")
-        if settings.get("num_clusters") is None:
-            raise ValueError("latents.num_clusters is missing: the number of values of a latent variable")
         return cls(**settings)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 _HOMES = {
     "MAETeacher": "teacher",
+    "VQVAETeacher": "vqvae_teacher",
     "ConditionalStudent": "conditional",
     "PriorStudent": "prior",
     "JointStudent": "joint",
@@ -21,6 +22,7 @@ __all__ = [
     "PriorStudent",
     "StageContext",
     "StageModule",
+    "VQVAETeacher",
 ]
 
 

@@ -1,10 +1,11 @@
-"""Stages that train teachers: networks whose features are distilled into latent variables.
+"""The stage that trains a masked autoencoder as the teacher: a network whose features become latent variables.
 
 Shapes: B images of a batch, P patches.
 """
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from lightning.pytorch.loggers import WandbLogger
@@ -18,7 +19,7 @@ from lvd_lightning.color import decode_color
 from lvd_lightning.modules.stage import StageContext, StageModule, derive_seed
 from lvd_lightning.teachers import MAE, load_teacher, save_teacher
 
-__all__ = ["MAETeacher", "load_teacher"]
+__all__ = ["MAETeacher", "load_teacher", "save_picture"]
 
 # Validation spreads these over the images, so that the loss says something about the whole range used in training.
 _VALIDATION_RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -166,13 +167,18 @@ class MAETeacher(StageModule):
         noise_BP = torch.stack([self._image_noise(int(i)) for i in index])
         output = self.teacher(images.to(self.device), _PICTURE_RATIO, noise_BP.to(self.device))
         rows = reconstruction_rows(images, output.reconstruction.cpu(), output.masked.cpu(), data.color)
-        picture = Image.fromarray(rows.numpy())
-        folder = self._context.dir / "pictures"
-        folder.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / f"{name}.png")
-        for logger in self.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image(key="reconstructions", images=[picture])
+        save_picture(self, self._context.dir, name, "reconstructions", rows)
+
+
+def save_picture(module: StageModule, stage_dir: Path, name: str, key: str, pixels: Tensor) -> None:
+    """Write a picture, uint8 RGB with shape (H, W, 3), to `pictures/<name>.png`, and log it as `key` to W&B."""
+    picture = Image.fromarray(pixels.numpy())
+    folder = stage_dir / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    picture.save(folder / f"{name}.png")
+    for logger in module.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(key=key, images=[picture])
 
 
 def warmup_cosine(num_steps: int, warmup: float) -> Callable[[int], float]:

@@ -2,10 +2,19 @@
 
 The contract of a teacher, an nn.Module: `features(images, visible=None)` takes uint8 images [B, C, H, W] as the
 datamodule gives them and returns features [B, P, E]; row i of `visible`, bool [P, P], says which patches may be seen
-while patch i is encoded, None means each alone. `init_args` holds the constructor's arguments, plain values all.
+while patch i is encoded; a teacher may refuse it, and says what None means. Besides,
+
+- `init_args` holds the constructor's arguments, plain values all;
+- `contextual` says whether `visible` may be given: if so, features for clustering are taken in context (see
+  `lvd_lightning.latents`), else in one pass over the whole image;
+- `positional` says whether a feature tells the position of its patch too, not its content alone.
+
+A teacher that is a latent variable model has `codes(images)`, int64 [B, P], the nearest of the vectors
+`codebook.codes` [K, E] to its features, and `elbo(images)` [B], a lower bound of log p(image) in nats.
 """
 
 from lvd_lightning.teachers.io import load_teacher, save_teacher
 from lvd_lightning.teachers.mae import MAE, MAEOutput
+from lvd_lightning.teachers.vqvae import VQVAE, VQVAEOutput
 
-__all__ = ["MAE", "MAEOutput", "load_teacher", "save_teacher"]
+__all__ = ["MAE", "VQVAE", "MAEOutput", "VQVAEOutput", "load_teacher", "save_teacher"]

@@ -16,7 +16,7 @@ ARGUMENTS_FILE = "teacher.json"
 WEIGHTS_FILE = "teacher.safetensors"
 
 # The classes that may be named in a file, and their modules: a new teacher adds its line.
-_TEACHERS = {"MAE": "lvd_lightning.teachers.mae"}
+_TEACHERS = {"MAE": "lvd_lightning.teachers.mae", "VQVAE": "lvd_lightning.teachers.vqvae"}
 
 
 def save_teacher(teacher: nn.Module, stage_dir: str | os.PathLike[str]) -> None:

@@ -49,6 +49,10 @@ class MAE(nn.Module):
         He et al., Masked Autoencoders Are Scalable Vision Learners, 2022, arXiv:2111.06377.
     """
 
+    #: See `lvd_lightning.teachers`.
+    contextual = True
+    positional = True
+
     def __init__(
         self,
         image_size: int = 32,

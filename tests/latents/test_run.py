@@ -21,7 +21,7 @@ from lvd_lightning.latents.features import FeatureStore
 from lvd_lightning.latents.kmeans import assign
 from lvd_lightning.latents.sampling import sample_distinct
 from lvd_lightning.modules.stage import DONE_MARKER, StageContext
-from lvd_lightning.teachers import MAE, load_teacher, save_teacher
+from lvd_lightning.teachers import MAE, VQVAE, load_teacher, save_teacher
 
 SPLITS = ("train", "val", "test")
 
@@ -90,6 +90,71 @@ def test_a_teachers_features_become_latents(tmp_path: Path) -> None:
         + [f"assignments_{split}.npy" for split in SPLITS]
         + [f"features_{split}.{ending}" for split in SPLITS for ending in ("npy", "json")]
     )
+
+
+def _vqvae_context(run_dir: Path, codebook_size: int = 24) -> StageContext:
+    """A run whose teacher is a VQ-VAE that has not learned, but has placed its codes among features."""
+    context = _context(run_dir, teacher=False)
+    torch.manual_seed(0)
+    sizes = {"channels": 8, "num_features": 6, "num_components": 1, "prior_hidden_size": 8, "prior_num_layers": 1}
+    vqvae = VQVAE(8, 2, codebook_size=codebook_size, **sizes)
+    images = context.data.splits["train"]
+    vqvae.codebook.update(vqvae.features(images), vqvae.codes(images), torch.Generator().manual_seed(0))
+    vqvae.codebook.codes[3] = 1e3  # a code that no patch has
+    save_teacher(vqvae, run_dir / "teacher")
+    (run_dir / "teacher" / DONE_MARKER).write_text("{}")
+    return context
+
+
+def test_a_teacher_of_whole_images_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = _vqvae_context(tmp_path)
+    counted: list[int] = []
+    features = VQVAE.features
+    monkeypatch.setattr(VQVAE, "features", lambda self, x, *rest: counted.append(len(x)) or features(self, x, *rest))
+    run_latents(context, {"num_clusters": 5})
+    assert sum(counted) == 40 + 9 + 7 + 3  # one image per file tells the shape
+    info = load_latents_info(context.dir)
+    # Its features mean the same at all positions, which are not told apart by their means.
+    assert (info["context"], info["parents"], info["center"], info["num_clusters"]) == ("none", None, "none", 5)
+    teacher = load_teacher(tmp_path / "teacher")
+    stored = FeatureStore(context.dir / "features_val.npy").read(0, 99)
+    torch.testing.assert_close(stored, teacher.features(context.data.splits["val"]), atol=2e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match="a VQVAE encodes whole images"):
+        run_latents(context, {"num_clusters": 5, "context": "tree"})
+
+
+@pytest.mark.parametrize("num_clusters", [None, 24])
+def test_a_teachers_own_codes_may_be_the_latents(tmp_path: Path, num_clusters: int | None) -> None:
+    context = _vqvae_context(tmp_path)
+    figures = run_latents(context, {"method": "codes", "num_clusters": num_clusters})
+    teacher = load_teacher(tmp_path / "teacher")
+    used = teacher.codes(context.data.splits["train"]).unique()
+    assert 3 not in used
+    centroids = torch.from_numpy(np.load(context.dir / "centroids.npy"))
+    assert torch.equal(centroids, teacher.codebook.codes[used])
+    info = load_latents_info(context.dir)
+    assert info["num_clusters"] == figures["num_clusters"] == len(used) < 24
+    assert (info["method"], info["center"]) == ("codes", "none")
+    for split in SPLITS:
+        codes, labels = teacher.codes(context.data.splits[split]), load_assignments(context.dir, split)
+        known = torch.isin(codes, used)
+        assert known.float().mean() > 0.9
+        # Features are kept in half precision, so that a patch between two codes may change sides.
+        assert (used[labels] == codes)[known].float().mean() > 0.99
+    assert load_assignments(context.dir, "train").unique().tolist() == list(range(len(used)))
+
+
+def test_codes_need_a_codebook_of_that_size(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no teacher with codes"):
+        run_latents(_context(tmp_path / "mae"), {"method": "codes"})
+    with pytest.raises(ValueError, match="no teacher with codes"):
+        run_latents(_context(tmp_path / "pixels", teacher=False), {"method": "codes"})
+    context = _vqvae_context(tmp_path / "vqvae")
+    with pytest.raises(ValueError, match="num_clusters is 5, but the teacher's codebook has 24 codes"):
+        run_latents(context, {"method": "codes", "num_clusters": 5})
+    for settings in ({"pooled": False}, {"center": "position"}, {"pca": 3}, {"whiten": True}):
+        with pytest.raises(ValueError, match=f"latents.{next(iter(settings))} is .* with method codes"):
+            run_latents(context, {"method": "codes", **settings})
 
 
 def test_without_a_teacher_pixels_are_clustered(tmp_path: Path) -> None:
@@ -224,6 +289,7 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
         ({}, "num_clusters is missing"),
         ({"num_clusters": 4, "clusters": 3}, "no setting clusters"),
         ({"num_clusters": 0}, "num_clusters is 0"),
+        ({"num_clusters": 4, "method": "means"}, "method is 'means'"),
         ({"num_clusters": 4, "context": "trees"}, "context is 'trees'"),
         ({"num_clusters": 4, "center": "mean"}, "center is 'mean'"),
         ({"num_clusters": 4, "pca": 9}, "pca is 9"),

@@ -1,0 +1,131 @@
+"""A codebook that follows the vectors it quantises by moving averages, identical on all ranks.
+
+Shapes: N vectors, K codes, E features, M dead codes.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["Codebook"]
+
+_CHUNK_ENTRIES = 2**24  # distances held at once: 64 MiB
+
+
+class Codebook(nn.Module):
+    """K vectors; the code of a vector is the nearest of them.
+
+    The codes are no parameters: `update` moves each to the mean of the vectors that have chosen it, both sums being
+    moving averages,
+
+        n_k <- d n_k + (1 - d) |{i: z_i = k}|,   s_k <- d s_k + (1 - d) sum_{i: z_i = k} h_i,   code_k = s_k / n_k
+
+    with d = (1 + t) / (10 + t) after t updates, at most `decay`: at first features move fast, and codes have to follow.
+    A code with n_k at most `dead_below` times the average is dead, and is put on a vector of the batch, drawn with
+    probability proportional to its squared distance from its code, without replacement. All codes begin dead, so the
+    first batch places them. Sums and candidates are those of all ranks, so every rank takes the same decisions.
+
+    It is written out here, because of three things that the vector-quantize-pytorch package (1.32) does otherwise: it
+    draws new places from the global random numbers, so a run depends on whatever else draws them; it sums by products
+    with one-hot matrices, which takes as long as the convolutions around it on a CPU; and with several ranks it puts
+    more than one code on the same vector where dead codes outnumber vectors.
+
+    Args:
+        num_codes: K.
+        num_features: E.
+        decay: the moving averages' longest memory; 0 <= decay < 1.
+        dead_below: the share of an average code's use at which a code is dead; 0 <= dead_below < 1.
+
+    References:
+        van den Oord et al., Neural Discrete Representation Learning, 2017, arXiv:1711.00937, appendix A.1.
+        Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007, for the draw.
+    """
+
+    codes: Tensor
+    count: Tensor
+    total: Tensor
+    num_updates: Tensor
+
+    def __init__(self, num_codes: int, num_features: int, *, decay: float = 0.99, dead_below: float = 0.1) -> None:
+        super().__init__()
+        for name, number in (("num_codes", num_codes), ("num_features", num_features)):
+            if number < 1:
+                raise ValueError(f"{name} is {number}, expected at least 1")
+        for name, share in (("decay", decay), ("dead_below", dead_below)):
+            if not 0.0 <= share < 1.0:
+                raise ValueError(f"{name} is {share}, expected 0 <= {name} < 1")
+        self.decay, self.dead_below = decay, dead_below
+        self.register_buffer("codes", torch.randn(num_codes, num_features))
+        self.register_buffer("count", torch.zeros(num_codes))
+        self.register_buffer("total", torch.zeros(num_codes, num_features))
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """The nearest code of every vector (..., E), int64 with shape (...); of equally near ones the first."""
+        h_NE = vectors.reshape(-1, vectors.shape[-1]).float()
+        z_N = torch.empty(len(h_NE), dtype=torch.int64, device=h_NE.device)
+        with torch.autocast(h_NE.device.type, enabled=False):  # half a byte of mantissa cannot tell codes apart
+            offset_K = 0.5 * self.codes.square().sum(1)
+            step = max(1, _CHUNK_ENTRIES // len(self.codes))
+            for start in range(0, len(h_NE), step):
+                # Half the squared distances without the term that all codes share.
+                score_nK = torch.addmm(offset_K, h_NE[start : start + step], self.codes.T, alpha=-1.0)
+                z_N[start : start + step] = score_nK.argmin(1)
+        return z_N.view(vectors.shape[:-1])
+
+    @torch.no_grad()
+    def update(self, vectors: Tensor, codes: Tensor, generator: torch.Generator) -> None:
+        """One step of the moving averages, and new places for dead codes; all ranks call, each with its own vectors.
+
+        Args:
+            vectors: with shape (..., E).
+            codes: their codes before the update, int64 with shape (...).
+            generator: on the CPU, another one on every rank, for the draw of places.
+        """
+        h_NE = vectors.detach().reshape(-1, vectors.shape[-1]).float()
+        z_N = codes.reshape(-1)
+        distance_N = (h_NE - self.codes[z_N]).square().sum(1)
+        sums_KE1 = h_NE.new_zeros(len(self.codes), h_NE.shape[1] + 1)
+        sums_KE1.index_add_(0, z_N, torch.cat([h_NE, h_NE.new_ones(len(h_NE), 1)], dim=1))
+        if _num_ranks() > 1:
+            dist.all_reduce(sums_KE1)
+        forget = (9.0 / (10.0 + self.num_updates)).clamp_min(1.0 - self.decay)
+        self.num_updates += 1
+        self.total.lerp_(sums_KE1[:, :-1], forget)
+        self.count.lerp_(sums_KE1[:, -1], forget)
+        mean_KE = self.total / self.count[:, None]
+        self.codes.copy_(torch.where(self.count[:, None] > 0, mean_KE, self.codes))
+        dead = (self.count <= self.dead_below * self.count.mean()).nonzero()[:, 0]
+        if len(dead) > 0:
+            self._revive(dead, _draw(h_NE, distance_N, len(dead), generator), sums_KE1[:, -1].mean())
+
+    def _revive(self, dead: Tensor, places_mE: Tensor, count: Tensor) -> None:
+        """Put the first of the dead codes on new places, with the average use of a code."""
+        dead = dead[: len(places_mE)]
+        self.codes[dead] = places_mE
+        self.count[dead] = count
+        self.total[dead] = places_mE * count
+
+
+def _draw(h_NE: Tensor, weight_N: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """At most `number` of all ranks' vectors, without replacement and in proportion to their weights; (m, E).
+
+    Each weight is divided by an exponential variable, and the largest quotients win: every rank offers its own winners.
+    Vectors of weight zero are never drawn.
+    """
+    noise_N = torch.empty(len(h_NE), dtype=torch.float64).exponential_(generator=generator).to(h_NE)
+    quotient_N = weight_N / noise_N.clamp_min(1e-30)
+    best = quotient_N.topk(min(number, len(h_NE))).indices
+    offer_ME1 = h_NE.new_zeros(number, h_NE.shape[1] + 1)
+    offer_ME1[: len(best)] = torch.cat([h_NE[best], quotient_N[best, None]], dim=1)
+    if _num_ranks() > 1:
+        offers = [torch.empty_like(offer_ME1) for _ in range(_num_ranks())]
+        dist.all_gather(offers, offer_ME1)
+        offer_ME1 = torch.cat(offers)
+    winners_ME1 = offer_ME1[offer_ME1[:, -1].topk(number).indices]
+    return winners_ME1[winners_ME1[:, -1] > 0, :-1]
+
+
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
