@@ -19,17 +19,22 @@ OVERLAYS = {"baseline": "folder", "pixels": "folder", "untied": "lvd_imagenet32"
 CIFAR10_FILES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 IMAGENET_FILES = [*(f"train_data_batch_{number}" for number in range(1, 11)), "val_data"]
 
-SMALL_TEACHER = {
-    **{"hidden_size": 8, "num_layers": 1, "num_heads": 1, "intermediate_size": 8, "num_pictures": 0},
-    **{"decoder_hidden_size": 8, "decoder_num_layers": 1, "decoder_num_heads": 1},
+SMALL_TEACHERS = {
+    "MAETeacher": {
+        **{"hidden_size": 8, "num_layers": 1, "num_heads": 1, "intermediate_size": 8, "num_pictures": 0},
+        **{"decoder_hidden_size": 8, "decoder_num_layers": 1, "decoder_num_heads": 1},
+    },
+    "VQVAETeacher": {
+        **{"channels": 8, "num_residual_blocks": 1, "num_features": 4, "codebook_size": 8, "num_components": 2},
+        **{"prior_hidden_size": 8, "prior_num_layers": 1, "prior_num_heads": 1, "num_pictures": 0},
+    },
 }
 SMALL = [
     "--shared.num_clusters=3",
     "--trainer={accelerator: cpu, devices: 1, limit_train_batches: 1, limit_val_batches: 1}",
     "--data.num_workers=0",
     "--data.batch_size=8",
-    *(f"--stages.teacher.model.{name}={value}" for name, value in SMALL_TEACHER.items()),
-    "--stages.conditional.model.num_latents=2",
+    *("--stages.conditional.model.num_latents=2", "--stages.conditional.model.min_examples=2"),
 ]
 
 
@@ -52,19 +57,27 @@ def write_folder(folder: Path) -> None:
         Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{number}.png")
 
 
-def data_arguments(config: str, folder: Path) -> list[str]:
-    """Small data for a config, and the arguments that make it read them."""
-    if config == "photos":
+def data_arguments(data: dict[str, Any], folder: Path) -> list[str]:
+    """Small data for a config's datamodule, and the arguments that make it read them."""
+    kind = data["class_path"].split(".")[-1]
+    if kind == "Photos":
         return ["--data.image_size=8", "--data.num_train=32", "--data.num_val=8", "--data.num_test=8"]
-    if config == "folder":
+    if kind == "Folder":
         write_folder(folder)
         return [f"--data.path={folder}", "--data.image_size=8"]
-    if config == "lvd_cifar10":
+    if kind == "CIFAR10":
         write_pickles(folder / "cifar-10-batches-py", CIFAR10_FILES, 32, 8, numpy_keys=False)
         return [f"--data.path={folder}", "--data.num_val=8"]
-    side = 64 if config == "lvd_imagenet64" else 32
-    write_pickles(folder, IMAGENET_FILES, side, 4, numpy_keys=True)
+    write_pickles(folder, IMAGENET_FILES, data["init_args"]["image_size"], 4, numpy_keys=True)
     return [f"--data.path={folder}", "--data.num_val=10"]
+
+
+def teacher_arguments(teacher: dict[str, Any] | None) -> list[str]:
+    """A small teacher of the config's class."""
+    if teacher is None:
+        return []
+    small = SMALL_TEACHERS[teacher["model"]["class_path"].split(".")[-1]]
+    return [f"--stages.teacher.model.{name}={value}" for name, value in small.items()]
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +95,11 @@ def config_arguments(config: str) -> list[str]:
 
 
 def small_epochs(stages: dict[str, Any]) -> list[str]:
-    return [f"--stages.{name}.trainer.max_epochs=1" for name in stages if name != "latents"]
+    """One epoch; of circuits that are edited, as many as lead to the first edits and one beyond."""
+    rounds = {
+        name: (stages[name]["model"].get("init_args") or {}).get("round_epochs") for name in stages if name != "latents"
+    }
+    return [f"--stages.{name}.trainer.max_epochs={1 + (epochs or 0)}" for name, epochs in rounds.items()]
 
 
 def test_every_overlay_has_a_base() -> None:
@@ -109,8 +126,9 @@ def test_config_is_parsed_and_instantiated(config: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", [*CONFIGS, "baseline", "pixels", "untied"])
 def test_config_runs_one_small_step_per_stage(config: str, tmp_path: Path) -> None:
     base = OVERLAYS.get(config, config)
-    small = [argument for argument in SMALL if config != "pixels" or "teacher" not in argument]
-    arguments = [*config_arguments(config), *small, *data_arguments(base, tmp_path / "data"), f"--run_dir={tmp_path}"]
+    plain = parse(["fit", *config_arguments(config)])[1]
+    small = [*SMALL, *teacher_arguments(plain["stages"]["teacher"]), *data_arguments(plain["data"], tmp_path / "data")]
+    arguments = [*config_arguments(config), *small, f"--run_dir={tmp_path}"]
     stages = {name: stage for name, stage in parse(["fit", *arguments])[1]["stages"].items() if stage is not None}
     assert main(["fit", *arguments, *small_epochs(stages)]) == 0
     summary = json.loads((tmp_path / base / "report" / "summary.json").read_text())
