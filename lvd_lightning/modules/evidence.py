@@ -60,10 +60,12 @@ class CircuitGroups:
     def refresh(self) -> None:
         """Copy the current parameters."""
         for part, copies in zip(self.circuits, self.rows, strict=True):
-            for table, (source, rows) in zip(part.tables, copies, strict=True):
-                current = self.whole.tables[source]
-                # A group of few widths needs less padding than the whole.
-                table.copy_(current[rows.to(current.device), : table.shape[1], : table.shape[2]])
+            for copy in copies:
+                table, current = part.tables[copy.table], self.whole.tables[copy.source]
+                # Either may be padded more than the other; what both have room for holds all parameters.
+                units, inner = min(table.shape[1], current.shape[1]), min(table.shape[2], current.shape[2])
+                rows = copy.source_rows.to(current.device)
+                table[copy.rows.to(table.device), :units, :inner] = current[rows, :units, :inner]
 
     def log_prob(self, x_ND: Tensor, item: Tensor, circuit: Tensor, head: Tensor) -> Tensor:
         """log p of x_ND[item[m]] under one circuit and head each, shape (M,), in bounded memory.
@@ -94,21 +96,32 @@ class CircuitGroups:
                 out_MH[at_GS[filled_GS], : part.num_heads] = log_GSH[filled_GS]
         return out_MH
 
-    def _parameter_rows(self, members: Tensor, part: pc.Circuit) -> list[tuple[int, Tensor]]:
-        """For every parameter tensor of a group: that of the whole, and its rows."""
+    def _parameter_rows(self, members: Tensor, part: pc.Circuit) -> list[_Copy]:
+        """Where the parameters of a group are in the whole, whose tables may divide its nodes otherwise."""
         place = {
             owner: (number, row)
             for number, group in enumerate(self.whole.plan.groups)
             for row, owner in enumerate(group.owners)
         }
-        out = []
-        for group in part.plan.groups:
-            found = [place[int(members[g]), node] for g, node in group.owners]
-            sources = {number for number, _ in found}
-            # Equal padded widths in a group are equal ones in the whole, which pads at least as much.
-            assert len(sources) == 1
-            out.append((sources.pop(), torch.tensor([row for _, row in found])))
-        return out
+        found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for table, group in enumerate(part.plan.groups):
+            for row, (g, node) in enumerate(group.owners):
+                source, source_row = place[int(members[g]), node]
+                found.setdefault((table, source), []).append((row, source_row))
+        return [
+            _Copy(table, torch.tensor([one for one, _ in rows]), source, torch.tensor([other for _, other in rows]))
+            for (table, source), rows in found.items()
+        ]
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """Rows of a table of a group, and the rows of a table of the whole that they are copies of."""
+
+    table: int
+    rows: Tensor
+    source: int
+    source_rows: Tensor
 
 
 def _split_by_load(load: Tensor, ratio: float) -> list[Tensor]:
