@@ -90,10 +90,17 @@ class BoundGather:
     parts: list[_Part]
     product: bool = False
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether `out` is other rows of `source` itself (products that are stored), which `index_select` refuses."""
+        return self.out.untyped_storage().data_ptr() == self.source.untyped_storage().data_ptr()
+
     def run(self) -> None:
         """Fill `out`."""
         parts = self.parts
-        if self.view is None:
+        if self.view is None and self.is_inside:
+            self.out.copy_(self.source.index_select(0, self.first))
+        elif self.view is None:
             torch.index_select(self.source, 0, self.first, out=self.out)
         elif parts and parts[0].index_out is None and len(parts[0].out) == len(self.out):
             torch.index_select(self.source, 0, parts[0].index, out=parts[0].scratch)
