@@ -11,7 +11,7 @@ backward passes gather the gradient of V from that of E.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lvd_lightning.circuits.buckets import Shape, merge_shapes
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 
@@ -172,21 +173,52 @@ class _Compiler:
             for index, node in enumerate(graph.nodes)
             if node.kind != "input" and (g, index) not in self.inlined
         ]
-        sums = [key for key in keys if self._node(key).kind == "sum"]
-        pad_outer = _padding({self._node(key).num_units for key in sums})
-        pad_inner = _padding({self._inner_size(key) for key in sums})
+        shapes = self._fold_shapes([key for key in keys if self._node(key).kind == "sum"])
         buckets: dict[tuple[int, int, int, bool], list[NodeKey]] = defaultdict(list)
         for key in keys:
-            node = self._node(key)
-            if node.kind == "sum":
-                shape = (pad_outer[node.num_units], pad_inner[self._inner_size(key)], True)
-            else:
-                shape = (node.num_units, node.num_units, False)
-            outer, inner, is_sum = shape
-            buckets[self.level[key], outer, inner, is_sum].append(key)
+            width = self._node(key).num_units
+            outer, inner = shapes.get(key, (width, width))
+            buckets[self.level[key], outer, inner, key in shapes].append(key)
         for nodes in buckets.values():  # most factors first, so that later slots of a gather fill a prefix
             nodes.sort(key=lambda key: -self._num_factors(key))
         return dict(sorted(buckets.items()))
+
+    def _fold_shapes(self, sums: list[NodeKey]) -> dict[NodeKey, Shape]:
+        """The padded shape of every sum node.
+
+        Tied nodes, whose parameters are stored once, agree across levels. Heads keep to themselves: among inner nodes
+        of one shape they would be the only reason for a mask.
+        """
+        tied = {self._owner(key) for key in sums if self._node(key).tied_to is not None}
+        exact = {key: (self._node(key).num_units, self._inner_size(key)) for key in sums}
+        pools: dict[object, list[NodeKey]] = defaultdict(list)
+        for key in sums:
+            is_root = key[1] == self.graphs[key[0]].root
+            pools["tied" if self._owner(key) in tied else (self.level[key], is_root)].append(key)
+        shapes: dict[NodeKey, Shape] = {}
+        for keys in pools.values():
+            num_layers = len({self.level[key] for key in keys})
+            merged = merge_shapes(Counter(exact[key] for key in keys), num_layers)
+            shapes.update({key: merged[exact[key]] for key in keys})
+        return shapes
+
+    def _fold_widths(self, inputs: list[NodeKey]) -> dict[NodeKey, int]:
+        """The padded width of every input node; the states of soft evidence are as many as they are."""
+        families: dict[Distribution, list[NodeKey]] = defaultdict(list)
+        for key in inputs:
+            distribution = self._node(key).distribution
+            assert distribution is not None
+            families[distribution].append(key)
+        widths = {key: self._node(key).num_units for key in inputs}
+        for family, keys in families.items():
+            if not family.is_evidence:
+                merged = merge_shapes(Counter((family.size, widths[key]) for key in keys))
+                widths.update({key: merged[family.size, widths[key]][1] for key in keys})
+        return widths
+
+    def _owner(self, key: NodeKey) -> NodeKey:
+        tied_to = self._node(key).tied_to
+        return key if tied_to is None else (key[0], tied_to)
 
     def _num_factors(self, key: NodeKey) -> int:
         node = self._node(key)
@@ -210,12 +242,12 @@ class _Compiler:
                             order[g, leaf] = None
         for g, graph in enumerate(self.graphs):  # a root that is itself an input
             order.update({(g, i): None for i, node in enumerate(graph.nodes) if node.kind == "input"})
-        pad = _padding({self._node(key).num_units for key in order})
+        widths = self._fold_widths(list(order))
         folds: dict[tuple[Distribution, int], list[NodeKey]] = defaultdict(list)
         for key in order:
-            node = self._node(key)
-            assert node.distribution is not None
-            folds[node.distribution, pad[node.num_units]].append(key)
+            distribution = self._node(key).distribution
+            assert distribution is not None
+            folds[distribution, widths[key]].append(key)
         plans, start = [], 2
         for (distribution, width), nodes in folds.items():
             group, rows = self._parameters("input", (width, distribution.size), distribution, nodes)
@@ -247,8 +279,7 @@ class _Compiler:
             self.groups.append(ParameterGroup(kind, shape, distribution))
         rows = []
         for key in nodes:
-            tied = self._node(key).tied_to
-            owner = key if tied is None else (key[0], tied)
+            owner = self._owner(key)
             if owner not in self.row_of_owner:
                 self.row_of_owner[owner] = len(self.groups[index].owners)
                 self.groups[index].owners.append(owner)
@@ -369,11 +400,3 @@ def _consumers(rows: Index, edges: Index, rank: Index, size: int) -> Gather:
         chosen = rank == slot
         gather.more.append(Slot(rows[chosen], edges[chosen]))
     return gather
-
-
-def _padding(sizes: set[int]) -> dict[int, int]:
-    """Padded width of every width: exact when there are few, else rounded so that ragged nodes still fold."""
-    if len(sizes) <= 4:
-        return {size: size for size in sizes}
-    steps = {size: 1 << max(0, (size - 1).bit_length() - 3) for size in sizes}  # at most 25 % more
-    return {size: -(-size // max(step, 2)) * max(step, 2) if size > 1 else 1 for size, step in steps.items()}
