@@ -3,9 +3,11 @@
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import Bernoulli, Categorical, Distribution, Gaussian, SoftEvidence
 from lvd_lightning.circuits.em import Anemone, CircuitEM
+from lvd_lightning.circuits.flows import Flows
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 from lvd_lightning.circuits.io import load, save
 from lvd_lightning.circuits.structures import chow_liu_tree, hclt, hclt_from_data
+from lvd_lightning.circuits.transforms import grow, prune
 
 __all__ = [
     "Anemone",
@@ -15,12 +17,15 @@ __all__ = [
     "CircuitEM",
     "CircuitGraph",
     "Distribution",
+    "Flows",
     "Gaussian",
     "Node",
     "SoftEvidence",
     "chow_liu_tree",
+    "grow",
     "hclt",
     "hclt_from_data",
     "load",
+    "prune",
     "save",
 ]

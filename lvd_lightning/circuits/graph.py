@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -21,6 +22,8 @@ class Node:
 
     kind "input": `distribution` of `variable`, with `params` of shape (num_units, distribution.size) or None.
     kind "product": unit k multiplies unit `units[k, j]` of every child j; `units` None means unit k of every child.
+        `kronecker` marks products that were made with a unit for every combination of their children's units; they can
+        be pruned but do not grow.
     kind "sum": unit n is the mixture of all units of all children, concatenated, with the row `weight[n]`, which sums
         to one. `mask` (same shape) marks the live edges; None means all of them.
 
@@ -34,6 +37,7 @@ class Node:
     distribution: Distribution | None = None
     params: Tensor | None = None
     units: Tensor | None = None
+    kronecker: bool = False
     weight: Tensor | None = None
     mask: Tensor | None = None
     tied_to: int | None = None
@@ -104,7 +108,8 @@ class CircuitGraph:
         """Add a product of `children`; returns the node's id.
 
         units: int, shape (num_units, number of children), which unit of each child is multiplied; by default unit k
-        of every child (a Hadamard product), and all children must have equally many units.
+        of every child (a Hadamard product), and all children must have equally many units. A row for every combination
+        of the units of several children makes a Kronecker product.
         """
         children = self._check_children(children, "add_product")
         sizes = [self.nodes[child].num_units for child in children]
@@ -121,7 +126,7 @@ class CircuitGraph:
             )
         if bool((units < 0).any()) or bool((units >= torch.tensor(sizes)).any()):
             raise ValueError(f"add_product: a unit index is outside its child; the children have {sizes} units")
-        return self._append(Node("product", len(units), children, units=units))
+        return self._append(Node("product", len(units), children, units=units, kronecker=_is_grid(units, sizes)))
 
     def add_sum(
         self,
@@ -232,6 +237,13 @@ class CircuitGraph:
                 value |= bits[child]
             bits.append(value)
         return bits
+
+
+def _is_grid(units: Tensor, sizes: list[int]) -> bool:
+    """Whether the rows are all combinations of the units of children of which two have a choice."""
+    if len(units) != math.prod(sizes) or sum(size > 1 for size in sizes) < 2:
+        return False
+    return len(units.unique(dim=0)) == len(units)
 
 
 def _normalised_rows(

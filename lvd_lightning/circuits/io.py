@@ -158,6 +158,8 @@ def _describe_node(node: Node, packer: _Packer) -> dict[str, Any]:
         out["distribution"] = [type(node.distribution).__name__, dict(vars(node.distribution))]
     else:
         out["children"] = list(node.children)
+    if node.kronecker:
+        out["kronecker"] = True
     if node.tied_to is not None:
         out["tied_to"] = node.tied_to
         return out
@@ -194,7 +196,8 @@ def _add_node(graph: CircuitGraph, entry: dict[str, Any], unpacker: _Unpacker, b
             params = distribution.initial(entry["units"], generator=torch.Generator().manual_seed(0))
         graph.add_input(entry["variable"], distribution, entry["units"], params=params, tied_to=tied)
     elif kind == "product":
-        graph.add_product(entry["children"], unpacker.take("index", entry.get("index")))
+        index = graph.add_product(entry["children"], unpacker.take("index", entry.get("index")))
+        graph.nodes[index].kronecker = bool(entry.get("kronecker", False))
     elif kind == "sum":
         weight, mask = unpacker.take("weight", entry.get("weight")), unpacker.take("mask", entry.get("mask"))
         if blank and tied is None:

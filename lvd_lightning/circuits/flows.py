@@ -1,0 +1,220 @@
+"""Flows of a data set: the sums over examples that pruning and growing decide by.
+
+Shapes: G circuits, B examples, D variables, P parameter rows, H outer and K inner units, E the row space of `plan.py`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lvd_lightning.circuits.circuit import Circuit
+from lvd_lightning.circuits.graph import CircuitGraph, Node
+
+__all__ = ["Flows"]
+
+
+class Flows:
+    r"""Sums of flows over examples, per edge and per unit, in float64 on the circuit's device.
+
+    .. math:: F_{nc} = \sum_x w(x) F_n(x) \theta_{nc} p_c(x) / p_n(x), \quad F_n = \sum_{m \to n} F_{mn}
+
+    The flow of a head is the weight of the examples given to it; a product passes its flow to every child. An example
+    that is impossible under its head adds nothing but its weight to `num_examples`.
+
+    Adding examples leaves the circuit as it was: no gradient, no statistic and no parameter changes. The sums belong to
+    the parameters that the circuit has while examples are added.
+
+    num_examples: float64 (G,), the sum of the weights given to each circuit. tables: F_nc shaped like the circuit's own
+    tables, None for those of inputs. inner_E: the flow of every row of E, from which that of every unit follows.
+
+    References:
+        Liu et al., Understanding the Distillation Process from Deep Generative Models to Tractable Probabilistic
+        Circuits, 2023, section 4; Dang, Liu and Van den Broeck, Sparse Probabilistic Circuits via Pruning and Growing,
+        2022 (arXiv 2211.12551), section 3.
+    """
+
+    def __init__(self, circuit: Circuit) -> None:
+        self.circuit = circuit
+        self.num_examples = torch.zeros(circuit.num_circuits, dtype=torch.float64, device=circuit.device)
+        self.tables = [
+            self.num_examples.new_zeros(table.shape) if group.kind == "sum" else None
+            for table, group in zip(circuit.tables, circuit.plan.groups, strict=True)
+        ]
+        self.inner_E = self.num_examples.new_zeros(circuit.plan.num_edge_rows)
+        self._num_heads_G = torch.tensor([found.num_heads for found in circuit.structures], device=circuit.device)
+        self._place = {
+            owner: (number, row)
+            for number, group in enumerate(circuit.plan.groups)
+            for row, owner in enumerate(group.owners)
+        }
+        self._reduced = False
+
+    @torch.no_grad()
+    def add(
+        self,
+        x: Tensor,
+        head: int | Tensor = 0,
+        weight: Tensor | None = None,
+        *,
+        observed: Tensor | None = None,
+        chunk_size: int = 256,
+    ) -> None:
+        """Add the flows of some examples.
+
+        Args:
+            x: (B, D); for a batch of circuits (G, B, D), or (B, D) given to all of them.
+            head: an int, or a tensor (B,), (G, B) for a batch of circuits: the head that each example belongs to.
+            weight: shape of `head`, how often each example counts; 1 if not given. 0 for the padding of ragged batches.
+            observed: bool, shape of x; False marginalises the variable.
+            chunk_size: examples (per circuit) that are computed at once.
+
+        Raises:
+            ValueError: arguments that do not fit the circuit, a negative or non-finite weight, an example of positive
+                weight under a head that its circuit lacks, or flows that have been summed over ranks already.
+        """
+        if self._reduced:
+            raise ValueError("add: these flows have been summed over ranks; start new ones for more examples")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size: must be at least 1, got {chunk_size}")
+        if not isinstance(x, Tensor) or x.ndim < 2:
+            raise ValueError(f"x: expected a tensor of shape {self.circuit._expected_shape()}, got {type(x).__name__}")
+        evidence = any(plan.distribution.is_evidence for plan in self.circuit.plan.inputs)
+        axis = x.ndim - 3 if evidence else x.ndim - 2
+        size = x.shape[axis]
+        head_GB = self.circuit.head_index(head, size)
+        weight_GB = self._weights(weight, head_GB)
+        for low in range(0, size, chunk_size):
+            length = min(chunk_size, size - low)
+            part = slice(low, low + length)
+            self._add_chunk(
+                x.narrow(axis, low, length),
+                None if observed is None else observed[..., part, :],
+                head_GB[:, part],
+                weight_GB[:, part],
+            )
+
+    def all_reduce(self) -> None:
+        """Sum over all ranks of the default process group; nothing to do without one, or if already done."""
+        if self._reduced:
+            return
+        self._reduced = True
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        sums = [self.num_examples, self.inner_E, *(found for found in self.tables if found is not None)]
+        flat = torch.cat([found.reshape(-1) for found in sums])
+        dist.all_reduce(flat)
+        for found, part in zip(sums, flat.split([found.numel() for found in sums]), strict=True):
+            found.copy_(part.view_as(found))
+
+    def edges(self, node: int, circuit: int = 0) -> Tensor:
+        """F_nc of a sum node of `to_graph()`, shaped like its weight; tied nodes share the sum over all of them."""
+        found = self._node(node, circuit)
+        if found.kind != "sum":
+            raise ValueError(f"node: {node} is of kind {found.kind!r}; only the edges of sum nodes have flows")
+        nodes = self.circuit.structures[circuit].nodes
+        number, row = self._place[circuit, node if found.tied_to is None else found.tied_to]
+        table = self.tables[number]
+        assert table is not None
+        return table[row, : found.num_units, : sum(nodes[child].num_units for child in found.children)].clone()
+
+    def units(self, node: int, circuit: int = 0) -> Tensor:
+        """F_n of the units of a node of `to_graph()`, shape (num_units,); of this node alone if it is tied."""
+        self._node(node, circuit)
+        return torch.from_numpy(self.all_units()[circuit][node].copy())
+
+    def all_units(self) -> list[list[NDArray[np.float64]]]:
+        """`units` of every node of every circuit, on the CPU."""
+        plan, inner_E1 = self.circuit.plan, self.inner_E[:, None]
+        values_V = self.inner_E.new_zeros(plan.num_value_rows)
+        for leaf in self.circuit._leaf_layers():
+            values_V[leaf.start : leaf.stop] = leaf.gradient_of(inner_E1, 0, leaf.num_folds).reshape(-1)
+        for layer in self.circuit._inner_layers():
+            pulled_FH = layer.pulled(inner_E1, 0, layer.num_folds)
+            values_V[layer.outer_start : layer.outer_start + pulled_FH.numel()] = pulled_FH.reshape(-1)
+        values, inner = values_V.cpu().numpy(), self.inner_E.cpu().numpy()
+        return [
+            [
+                inner[plan.inner[g, index]]
+                if node.kind == "product"
+                else values[plan.base[g, index] : plan.base[g, index] + node.num_units]
+                for index, node in enumerate(structure.nodes)
+            ]
+            for g, structure in enumerate(self.circuit.structures)
+        ]
+
+    def check(self, circuit: Circuit) -> None:
+        """Raise a ValueError unless these are flows of a circuit with the structure of `circuit`."""
+        if circuit is self.circuit:
+            return
+        same = circuit.num_circuits == self.circuit.num_circuits and all(
+            _same_structure(a, b) for a, b in zip(circuit.structures, self.circuit.structures, strict=True)
+        )
+        if not same:
+            raise ValueError(
+                "flows: were counted in a circuit of another structure; count them again in the circuit to be changed"
+            )
+
+    def _add_chunk(self, x: Tensor, observed: Tensor | None, head_GB: Tensor, weight_GB: Tensor) -> None:
+        circuit = self.circuit
+        batch, tables = circuit.prepare(x, observed), circuit.probabilities()
+        lease = circuit.lease(batch.size, keep=True)
+        circuit.run_forward(batch, tables, lease.space)
+        possible_GB = lease.space.values[circuit.roots].gather(1, head_GB[:, None])[:, 0] > -torch.inf
+        gradient = circuit.gradient_space(batch.size)
+        share_GB = (weight_GB * possible_GB).to(circuit.dtype)
+        circuit.head_rows(gradient.inner).zero_().scatter_(1, head_GB[:, None], share_GB[:, None])
+        grads = [
+            None if found is None else torch.zeros_like(table) for found, table in zip(self.tables, tables, strict=True)
+        ]
+        circuit.run_backward(lease.space, tables, gradient, grads)
+        for found, grad, table in zip(self.tables, grads, tables, strict=True):
+            if found is not None and grad is not None:
+                found.add_(grad.mul_(table))
+        self.inner_E.add_(gradient.inner.sum(1, dtype=torch.float64))
+        self.num_examples.add_(weight_GB.sum(1))
+        circuit.return_gradient_space(gradient)
+
+    def _weights(self, weight: Tensor | None, head_GB: Tensor) -> Tensor:
+        """Weights as float64 (G, B), checked."""
+        shape = tuple(head_GB.shape) if self.circuit.batched else tuple(head_GB.shape[1:])
+        if weight is None:
+            weight_GB = torch.ones_like(head_GB, dtype=torch.float64)
+        else:
+            if not isinstance(weight, Tensor) or tuple(weight.shape) != shape:
+                got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+                raise ValueError(f"weight: expected a tensor of shape {shape}, got {got}")
+            weight_GB = weight.to(head_GB.device, torch.float64).view(head_GB.shape)
+        if not bool(((weight_GB >= 0) & torch.isfinite(weight_GB)).all()):
+            raise ValueError("weight: must be finite and not negative")
+        absent_GB = (head_GB >= self._num_heads_G[:, None]) & (weight_GB > 0)
+        if bool(absent_GB.any()):
+            g, b = (int(found) for found in absent_GB.nonzero()[0])
+            raise ValueError(
+                f"head: circuit {g} has {int(self._num_heads_G[g])} heads, example {b} asks for head "
+                f"{int(head_GB[g, b])}; give it weight 0 if it only pads"
+            )
+        return weight_GB
+
+    def _node(self, node: int, circuit: int) -> Node:
+        if not 0 <= circuit < self.circuit.num_circuits:
+            raise ValueError(f"circuit: expected 0..{self.circuit.num_circuits - 1}, got {circuit}")
+        nodes = self.circuit.structures[circuit].nodes
+        if not 0 <= node < len(nodes):
+            raise ValueError(f"node: circuit {circuit} has {len(nodes)} nodes, got {node}")
+        return nodes[node]
+
+
+def _same_structure(a: CircuitGraph, b: CircuitGraph) -> bool:
+    return (a.root, len(a.nodes)) == (b.root, len(b.nodes)) and all(map(_same_node, a.nodes, b.nodes))
+
+
+def _same_node(a: Node, b: Node) -> bool:
+    plain = ("kind", "num_units", "children", "variable", "distribution", "tied_to")
+    return all(getattr(a, name) == getattr(b, name) for name in plain) and all(
+        (x is None and y is None) or (x is not None and y is not None and torch.equal(x.cpu(), y.cpu()))
+        for x, y in ((a.units, b.units), (a.mask, b.mask))
+    )
