@@ -6,6 +6,7 @@ taken over all, and every process comes to the same result.
 """
 
 from lvd_lightning.growing.clustering import first_heads, recluster
+from lvd_lightning.growing.edits import grow_circuits, prune_circuits
 from lvd_lightning.growing.examples import Examples
 from lvd_lightning.growing.features import PatchFeatures
 from lvd_lightning.growing.likelihood import best_heads, mean_log_probs
@@ -18,7 +19,9 @@ __all__ = [
     "PatchFeatures",
     "best_heads",
     "first_heads",
+    "grow_circuits",
     "mean_log_probs",
+    "prune_circuits",
     "recluster",
     "select_heads",
 ]

@@ -1,0 +1,106 @@
+"""Prune and grow all circuits of a batch by their flows over the training patches.
+
+Shapes: n patches of a chunk, D variables, G circuits, H heads, S slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lvd_lightning import circuits as pc
+from lvd_lightning.growing.examples import Examples
+from lvd_lightning.modules.assembled import MAX_NUMBERS
+from lvd_lightning.modules.evidence import CircuitGroups
+from lvd_lightning.modules.routing import route_in_passes
+
+__all__ = ["grow_circuits", "prune_circuits"]
+
+
+def prune_circuits(conditional: pc.Circuit, examples: Examples, threshold: float = 1e-4) -> list[pc.CircuitGraph]:
+    """Every circuit without the edges that carry at most `threshold` of the flow of its examples.
+
+    A circuit without examples stays as it is. All processes have to call.
+
+    Args:
+        conditional: batch of circuits.
+        examples: all training patches with their heads.
+        threshold: 0 removes only edges without any flow, which never lowers the likelihood of the examples.
+    """
+    graphs = _graphs(conditional)
+    groups = examples.groups(conditional)
+    used_G = examples.counts(conditional.num_circuits, conditional.num_heads).sum(1) > 0
+    for members, part, flows in zip(groups.members, groups.circuits, _flows(groups, examples), strict=True):
+        for g, graph in zip(members.tolist(), _listed(pc.prune(part, flows, threshold=threshold)), strict=True):
+            if used_G[g]:
+                graphs[g] = graph
+    return graphs
+
+
+def grow_circuits(
+    conditional: pc.Circuit,
+    examples: Examples,
+    heads: list[list[int]],
+    *,
+    sigma: float = 0.2,
+    generator: torch.Generator | None = None,
+) -> list[pc.CircuitGraph]:
+    """Every circuit with a copy of each of its `heads`, after the heads it has, in the order of the list.
+
+    Units that carry much of the flow of these heads' examples become two as well. All processes have to call, with
+    generators in the same state.
+
+    Args:
+        conditional: batch of circuits.
+        examples: all training patches with their heads; the flows are those of the patches of growing heads.
+        heads: of every circuit the heads that grow; a circuit with none stays as it is.
+        sigma: standard deviation of the factors that tell copies apart.
+        generator: on the CPU.
+    """
+    graphs = _graphs(conditional)
+    grows_GH = torch.zeros(conditional.num_circuits, conditional.num_heads, dtype=torch.bool)
+    for g, wanted in enumerate(heads):
+        grows_GH[g, wanted] = True
+    groups = CircuitGroups(conditional, examples.counts(*grows_GH.shape).mul(grows_GH).sum(1))
+    for members, part, flows in zip(groups.members, groups.circuits, _flows(groups, examples, grows_GH), strict=True):
+        wanted_here = [heads[g] for g in members.tolist()]
+        if not any(wanted_here):
+            continue
+        grown = _listed(pc.grow(part, flows, heads=wanted_here, sigma=sigma, generator=generator))
+        for g, wanted, graph in zip(members.tolist(), wanted_here, grown, strict=True):
+            if wanted:
+                graphs[g] = graph
+    return graphs
+
+
+def _flows(groups: CircuitGroups, examples: Examples, heads: Tensor | None = None) -> list[pc.Flows]:
+    """Sums of flows of every group over all patches, or those of `heads`, bool (G, H), of all processes."""
+    parts = groups.circuits
+    for part in parts:
+        part.requires_grad_(True)
+    flows = [pc.Flows(part) for part in parts]
+    limit = MAX_NUMBERS["cpu" if groups.whole.device.type == "cpu" else "cuda"] // 4  # flows take a backward pass
+    for chunk in examples.chunks(groups.whole.device, heads):
+        for members, part, found in zip(groups.members, parts, flows, strict=True):
+            local_G = torch.full((groups.whole.num_circuits,), -1, device=chunk.x.device)
+            local_G[members.to(chunk.x.device)] = torch.arange(len(members), device=chunk.x.device)
+            mine = (local_G[chunk.circuit] >= 0).nonzero()[:, 0]
+            if not len(mine):
+                continue
+            slots = max(1, limit // part.plan.num_value_rows)
+            for index_GS, filled_GS in route_in_passes(local_G[chunk.circuit[mine]], len(members), slots):
+                at_GS = mine[index_GS]
+                head_GS = torch.where(filled_GS, chunk.head[at_GS], 0)
+                found.add(chunk.x[at_GS], head=head_GS, weight=filled_GS.to(part.dtype))
+    for found in flows:
+        found.all_reduce()
+    return flows
+
+
+def _graphs(conditional: pc.Circuit) -> list[pc.CircuitGraph]:
+    return _listed(conditional.to_graph())
+
+
+def _listed(graphs: pc.CircuitGraph | list[pc.CircuitGraph]) -> list[pc.CircuitGraph]:
+    assert isinstance(graphs, list)
+    return graphs
