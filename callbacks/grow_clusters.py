@@ -1,0 +1,83 @@
+"""GrowClusters: heads that explain their patches badly get a copy, and share their patches with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from lightning.pytorch import Trainer
+from typing_extensions import override
+
+from callbacks.structure_edit import StructureEdit
+from lvd_lightning.growing import CircuitSize, grow_circuits, mean_log_probs, recluster, select_heads
+from lvd_lightning.modules.conditional import ConditionalStudent
+
+__all__ = ["GrowClusters"]
+
+
+class GrowClusters(StructureEdit):
+    """Selects heads in every circuit, grows their circuits by a copy of each, and clusters their patches again.
+
+    Of each circuit those heads grow that explain their patches worst and together hold more than `share` of them; the
+    circuit of a cluster no longer grows when it has `target` heads, or when these have too few patches.
+
+    Logs clusters, heads, edges and parameters before and after, `grown` (heads), and `log_p_patch_given_head_nats`, the
+    mean log-likelihood of a patch under its head before growth, which is no likelihood of images.
+
+    Args:
+        target: heads of a circuit.
+        share: of a circuit's training patches.
+        min_examples: training patches that a head needs to be split.
+        sigma: standard deviation of the factors that tell copies apart.
+        every_n_epochs, first_epoch, last_epoch: see `StructureEdit`.
+
+    References:
+        Liu, Liu, Van den Broeck and Liang, Understanding the distillation process from deep generative models to
+        tractable probabilistic circuits, ICML 2023.
+    """
+
+    position: ClassVar[int] = 2
+
+    def __init__(
+        self,
+        target: int,
+        share: float = 0.4,
+        min_examples: int = 200,
+        sigma: float = 0.2,
+        every_n_epochs: int = 5,
+        first_epoch: int | None = None,
+        last_epoch: int | None = None,
+    ) -> None:
+        super().__init__(every_n_epochs, first_epoch, last_epoch)
+        if target < 1:
+            raise ValueError(f"target: got {target}, expected at least 1 head per circuit")
+        if not 0 <= share < 1:
+            raise ValueError(f"share: got {share}, expected 0 <= share < 1, a part of a circuit's patches")
+        if min_examples < 1:
+            raise ValueError(f"min_examples: got {min_examples}, expected at least 1")
+        if not sigma >= 0:
+            raise ValueError(f"sigma: got {sigma}, expected 0 or more")
+        self.target, self.share, self.min_examples, self.sigma = target, share, min_examples, sigma
+
+    @override
+    def edit(self, trainer: Trainer, student: ConditionalStudent) -> Mapping[str, float]:
+        conditional, examples, num_heads = student.assembled.conditional, student.examples(), student.heads_per_circuit
+        before = CircuitSize.of(conditional)
+        mean_GH, count_GH = mean_log_probs(conditional, examples)
+        heads = select_heads(
+            mean_GH, count_GH, num_heads, target=self.target, share=self.share, min_examples=self.min_examples
+        )
+        if any(heads):
+            grown = grow_circuits(conditional, examples, heads, sigma=self.sigma, generator=student.generator("grow"))
+            heads_NP = recluster(
+                student.features(), examples, heads, num_heads, generator=student.generator("recluster")
+            )
+            student.round += 1
+            student.replace_circuits(grown, heads_NP)
+        after = CircuitSize.of(student.assembled.conditional)
+        return {
+            **before.figures("before"),
+            **after.figures("after"),
+            "grown": float(sum(map(len, heads))),
+            "log_p_patch_given_head_nats": float((mean_GH.nan_to_num() * count_GH).sum() / count_GH.sum()),
+        }

@@ -1,0 +1,47 @@
+"""Prune: edges of the conditional circuits that carry next to no flow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from lightning.pytorch import Trainer
+from typing_extensions import override
+
+from callbacks.structure_edit import StructureEdit
+from lvd_lightning.growing import CircuitSize, prune_circuits
+from lvd_lightning.modules.conditional import ConditionalStudent
+
+__all__ = ["Prune"]
+
+
+class Prune(StructureEdit):
+    """Removes edges that carry at most `threshold` of the flow of their circuit's training patches, and unused units.
+
+    Logs clusters, heads, edges and parameters before and after.
+
+    Args:
+        threshold: 0 removes only edges without any flow.
+        every_n_epochs, first_epoch, last_epoch: see `StructureEdit`.
+    """
+
+    position: ClassVar[int] = 0
+
+    def __init__(
+        self,
+        threshold: float = 1e-4,
+        every_n_epochs: int = 5,
+        first_epoch: int | None = None,
+        last_epoch: int | None = None,
+    ) -> None:
+        super().__init__(every_n_epochs, first_epoch, last_epoch)
+        if not 0 <= threshold < 1:
+            raise ValueError(f"threshold: got {threshold}, expected 0 <= threshold < 1, a share of the examples' flow")
+        self.threshold = threshold
+
+    @override
+    def edit(self, trainer: Trainer, student: ConditionalStudent) -> Mapping[str, float]:
+        before = CircuitSize.of(student.assembled.conditional)
+        student.replace_circuits(prune_circuits(student.assembled.conditional, student.examples(), self.threshold))
+        after = CircuitSize.of(student.assembled.conditional)
+        return {**before.figures("before"), **after.figures("after")}
