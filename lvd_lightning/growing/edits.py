@@ -18,7 +18,7 @@ __all__ = ["grow_circuits", "prune_circuits"]
 
 
 def prune_circuits(conditional: pc.Circuit, examples: Examples, threshold: float = 1e-4) -> list[pc.CircuitGraph]:
-    """Every circuit without the edges that carry at most `threshold` of the flow of its examples.
+    """Every circuit without the edges that carry at most `threshold` of the flow of its examples (see `pc.prune`).
 
     A circuit without examples stays as it is. All processes have to call.
 
@@ -27,14 +27,11 @@ def prune_circuits(conditional: pc.Circuit, examples: Examples, threshold: float
         examples: all training patches with their heads.
         threshold: 0 removes only edges without any flow, which never lowers the likelihood of the examples.
     """
-    graphs = _graphs(conditional)
     groups = examples.groups(conditional)
-    used_G = examples.counts(conditional.num_circuits, conditional.num_heads).sum(1) > 0
-    for members, part, flows in zip(groups.members, groups.circuits, _flows(groups, examples), strict=True):
-        for g, graph in zip(members.tolist(), _listed(pc.prune(part, flows, threshold=threshold)), strict=True):
-            if used_G[g]:
-                graphs[g] = graph
-    return graphs
+    flows = _flows(groups, examples)
+    return _joined(
+        groups, [pc.prune(part, found, threshold) for part, found in zip(groups.circuits, flows, strict=True)]
+    )
 
 
 def grow_circuits(
@@ -57,27 +54,20 @@ def grow_circuits(
         sigma: standard deviation of the factors that tell copies apart.
         generator: on the CPU.
     """
-    graphs = _graphs(conditional)
     grows_GH = torch.zeros(conditional.num_circuits, conditional.num_heads, dtype=torch.bool)
     for g, wanted in enumerate(heads):
         grows_GH[g, wanted] = True
     groups = CircuitGroups(conditional, examples.counts(*grows_GH.shape).mul(grows_GH).sum(1))
+    grown = []
     for members, part, flows in zip(groups.members, groups.circuits, _flows(groups, examples, grows_GH), strict=True):
         wanted_here = [heads[g] for g in members.tolist()]
-        if not any(wanted_here):
-            continue
-        grown = _listed(pc.grow(part, flows, heads=wanted_here, sigma=sigma, generator=generator))
-        for g, wanted, graph in zip(members.tolist(), wanted_here, grown, strict=True):
-            if wanted:
-                graphs[g] = graph
-    return graphs
+        grown.append(pc.grow(part, flows, heads=wanted_here, sigma=sigma, generator=generator))
+    return _joined(groups, grown)
 
 
 def _flows(groups: CircuitGroups, examples: Examples, heads: Tensor | None = None) -> list[pc.Flows]:
     """Sums of flows of every group over all patches, or those of `heads`, bool (G, H), of all processes."""
     parts = groups.circuits
-    for part in parts:
-        part.requires_grad_(True)
     flows = [pc.Flows(part) for part in parts]
     limit = MAX_NUMBERS["cpu" if groups.whole.device.type == "cpu" else "cuda"] // 4  # flows take a backward pass
     for chunk in examples.chunks(groups.whole.device, heads):
@@ -97,10 +87,10 @@ def _flows(groups: CircuitGroups, examples: Examples, heads: Tensor | None = Non
     return flows
 
 
-def _graphs(conditional: pc.Circuit) -> list[pc.CircuitGraph]:
-    return _listed(conditional.to_graph())
-
-
-def _listed(graphs: pc.CircuitGraph | list[pc.CircuitGraph]) -> list[pc.CircuitGraph]:
-    assert isinstance(graphs, list)
-    return graphs
+def _joined(groups: CircuitGroups, found: list[pc.CircuitGraph | list[pc.CircuitGraph]]) -> list[pc.CircuitGraph]:
+    """The graphs of all groups in the order of the circuits, on the CPU as edits give them."""
+    graphs: dict[int, pc.CircuitGraph] = {}
+    for members, part in zip(groups.members, found, strict=True):
+        assert isinstance(part, list)
+        graphs.update(zip(members.tolist(), part, strict=True))
+    return [graphs[g] for g in range(len(graphs))]
