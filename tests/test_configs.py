@@ -15,7 +15,12 @@ from lvd_lightning.cli import CONFIG_FOLDER, main, parse
 from lvd_lightning.configuration import experiment_from
 
 CONFIGS = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
-OVERLAYS = {"baseline": "folder", "pixels": "folder", "untied": "lvd_imagenet32", "wandb": "photos"}
+OVERLAYS = {
+    **{"baseline": "folder", "pixels": "folder", "small": "folder_pg", "wandb": "photos"},
+    **{"per_position": "lvd_imagenet32", "untied": "lvd_imagenet32"},
+    **dict.fromkeys(("codes", "convolutional", "mae", "paper_protocol"), "imagenet32"),
+    **dict.fromkeys(("no_growing", "patch2", "patch8"), "cifar10"),
+}
 CIFAR10_FILES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 IMAGENET_FILES = [*(f"train_data_batch_{number}" for number in range(1, 11)), "val_data"]
 
@@ -123,7 +128,7 @@ def test_config_is_parsed_and_instantiated(config: str, tmp_path: Path) -> None:
             stage.model()
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, "baseline", "pixels", "untied"])
+@pytest.mark.parametrize("config", [*CONFIGS, *(name for name in OVERLAYS if name != "wandb")])
 def test_config_runs_one_small_step_per_stage(config: str, tmp_path: Path) -> None:
     base = OVERLAYS.get(config, config)
     plain = parse(["fit", *config_arguments(config)])[1]
@@ -135,4 +140,9 @@ def test_config_runs_one_small_step_per_stage(config: str, tmp_path: Path) -> No
     assert list(summary["stages"]) == list(stages)
     assert 0 < summary["test"]["bpd"] < 20
     assert ("baseline" in summary) == ("baseline" in stages)
-    assert summary["protocol"]["region"] == ("quadrant" if config == "untied" else "whole")
+    quadrant = config in ("paper_protocol", "per_position", "untied")
+    assert summary["protocol"]["region"] == ("quadrant" if quadrant else "whole")
+    assert summary["protocol"]["lossy"] == (config == "paper_protocol")
+    assert ("teacher_elbo_bpd" in summary["test"]) == (
+        plain["stages"]["teacher"] is not None and "VQVAE" in plain["stages"]["teacher"]["model"]["class_path"]
+    )
