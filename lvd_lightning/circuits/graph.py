@@ -48,7 +48,8 @@ class CircuitGraph:
     """A probabilistic circuit as a list of vector nodes, children before parents.
 
     `root` is the node whose units are the heads. `latents` names latent variables: for an HCLT the variable's index
-    maps to the product node whose unit k stands for "the latent of this variable is k".
+    maps to the product node whose unit k stands for "the latent of this variable is k". What k means after units have
+    gone or doubled is said at `prune` and `grow`, which keep `latents` valid.
     """
 
     nodes: list[Node] = field(default_factory=list)

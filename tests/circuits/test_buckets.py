@@ -71,17 +71,17 @@ def test_tied_nodes_share_a_shape_whatever_their_levels_hold(enumerate_trees: Ca
 
 
 def test_dense_batches_are_not_padded() -> None:
-    """Heads do not join inner nodes, whose tables would need a mask for them."""
-    graphs = [pc.hclt(torch.tensor([-1, 0, 1]), 6, pc.Categorical(3), heads) for heads in (1, 2)]
+    """The heads of the flat tree lie beside inner nodes of the deep one, whose table would need a mask for them."""
+    graphs = [pc.hclt(torch.tensor(parents), 6, pc.Categorical(3)) for parents in ([-1, 0, 0], [-1, 0, 1])]
     circuit = pc.Circuit(graphs)
-    for number, group in enumerate(circuit.plan.groups):
-        assert (circuit.mask(number) is None) == (group.shape != (2, 6))
+    assert sorted(group.shape for group in circuit.plan.groups) == [(1, 6), (6, 3), (6, 6)]
+    assert all(circuit.mask(number) is None for number in range(3))
 
 
 def test_soft_evidence_keeps_its_states() -> None:
-    """Inputs with different numbers of states are refused, not padded to one."""
+    """Inputs of different widths are refused, not padded to one."""
     graph = pc.CircuitGraph()
-    leaves = [graph.add_sum([graph.add_input(v, pc.SoftEvidence(2 + v), 2 + v)], 2) for v in range(2)]
+    leaves = [graph.add_sum([graph.add_input(v, pc.SoftEvidence(3), 2 + v)], 2) for v in range(2)]
     graph.root = graph.add_sum([graph.add_product(leaves)], 1)
     with pytest.raises(ValueError, match="same number of states"):
         pc.Circuit(graph)

@@ -261,6 +261,41 @@ def test_a_sum_picks_what_it_needs_of_a_shared_child() -> None:
     assert len(twice.nodes) == len(pruned.nodes)
 
 
+def test_tied_sums_pick_the_same_columns() -> None:
+    """A state that occurs at the first step alone stays an emission there; the tied transitions all do without it."""
+    graph = pc.CircuitGraph()
+    emission = graph.add_input(3, pc.Categorical(5), 4)
+    below, transition = emission, None
+    for v in (2, 1, 0):
+        weight = torch.rand(4, 4) * torch.tensor([1.0, 1.0, 1.0, 0.0])
+        step = graph.add_sum([below], 4, weight=None if transition else weight, tied_to=transition)
+        transition = transition or step
+        below = graph.add_product([step, graph.add_input(v, pc.Categorical(5), 4, tied_to=emission)])
+    graph.root = graph.add_sum([below], 1)
+    circuit = pc.Circuit(graph)
+    x = torch.randint(0, 5, (50, 4))
+    pruned = pc.prune(circuit, count(circuit, x, torch.zeros(50, dtype=torch.int64)), threshold=0.0)
+    assert_sound(pruned)
+    assert dead_units(pruned) == []
+    assert sorted({tuple(node.weight.shape) for node in pruned.nodes if node.kind == "sum"}) == [(1, 4), (4, 3)]
+    torch.testing.assert_close(pc.Circuit(pruned).log_prob(x), circuit.log_prob(x))
+
+
+def test_states_of_soft_evidence_stay() -> None:
+    """Nothing uses the second state any more, but evidence for it still comes in."""
+    graph = pc.hclt(torch.tensor([-1, 0]), 3, pc.SoftEvidence(3))
+    for node in graph.nodes:
+        if node.weight is not None:
+            node.weight = node.weight * torch.tensor([1.0, 0.0, 1.0])
+            node.weight = node.weight / node.weight.sum(1, keepdim=True)
+    circuit = pc.Circuit(graph)
+    evidence = torch.randn(20, 2, 3)
+    pruned = pc.prune(circuit, count(circuit, evidence, torch.zeros(20, dtype=torch.int64)), threshold=0.0)
+    assert [node.num_units for node in pruned.nodes if node.kind == "input"] == [3, 3]
+    assert [node.num_units for node in pruned.nodes if node.kind == "product"] == [2, 2]
+    torch.testing.assert_close(pc.Circuit(pruned).log_prob(evidence), circuit.log_prob(evidence))
+
+
 def test_pruning_a_kronecker_product(enumerate_trees: Callable[..., Any], tmp_path: Path) -> None:
     graph = kronecker_graph()
     circuit, reference = pc.Circuit(graph), enumerate_trees(graph)
@@ -453,6 +488,41 @@ def test_what_splits_in_a_dag() -> None:
     torch.testing.assert_close(pc.Circuit(grown).log_prob(x), circuit.log_prob(x).repeat(1, 2))
 
 
+def test_a_head_that_does_not_grow_needs_nothing_twice() -> None:
+    """Its flow counts (though it should not have been given any), but its little-used pair does not become two."""
+    graph = pc.CircuitGraph()
+    first, second = graph.add_input(0, pc.Categorical(3), 1), graph.add_input(1, pc.Categorical(3), 4)
+    pairs = graph.add_product([first, second], torch.tensor([[0, k] for k in range(4)]))
+    weight = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.999, 0.001]])
+    graph.root = graph.add_sum([pairs], 2, weight=weight, mask=weight > 0)
+    circuit = pc.Circuit(uninformative(graph))
+    x = torch.randint(0, 3, (10, 2))
+    grown = pc.grow(circuit, count(circuit, x, torch.tensor([0, 1] * 5)), [0], sigma=0.0)
+    assert grown.nodes[pairs].units.tolist() == [[0, 0], [0, 1], [0, 2], [0, 3], [1, 0], [1, 1], [1, 4]]
+
+
+def test_tied_units_count_by_the_flow_of_one_of_them() -> None:
+    """A homogeneous hidden Markov model whose states have, at every step, the flows 0.5, 0.3, 0.15 and 0.05."""
+    graph = pc.CircuitGraph()
+    shares = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    emission = graph.add_input(5, pc.Categorical(3), 4)
+    below, transition = emission, None
+    for v in range(4, -1, -1):
+        step = graph.add_sum([below], 4, weight=None if transition else shares.repeat(4, 1), tied_to=transition)
+        transition = transition or step
+        below = graph.add_product([step, graph.add_input(v, pc.Categorical(3), 4, tied_to=emission)])
+    graph.root = graph.add_sum([below], 1, weight=shares[None])
+    owner = graph.nodes[emission]
+    owner.params = owner.params[:1].repeat(4, 1)
+    for node in graph.nodes:
+        node.params = owner.params if node.kind == "input" else None
+    circuit = pc.Circuit(graph)
+    x = torch.randint(0, 3, (10, 6))
+    grown = pc.grow(circuit, count(circuit, x, torch.zeros(10, dtype=torch.int64)), [0], sigma=0.0)
+    assert [node.num_units for node in grown.nodes] == [6] * (len(grown.nodes) - 1) + [2]
+    torch.testing.assert_close(pc.Circuit(grown).log_prob(x), circuit.log_prob(x).repeat(1, 2))
+
+
 def test_products_over_what_does_not_split_stay() -> None:
     """States of soft evidence cannot double, so neither do products over nothing else, however much flow they have."""
     graph = pc.hclt(torch.tensor([-1, 0, 0]), 3, pc.SoftEvidence(3))
@@ -475,6 +545,20 @@ def test_only_heads_that_grow_double(build_case: Callable[..., Any]) -> None:
     grown = pc.grow(case.circuit, count(case.circuit, *draw(case.circuit, [0, 2])), [1], sigma=0.0)
     before, after = case.circuit.log_prob(case.x), pc.Circuit(grown).log_prob(case.x)
     torch.testing.assert_close(after, before[:, [0, 1, 2, 1]])
+
+
+def test_units_with_next_to_no_flow_stay_single() -> None:
+    """Whatever the quantile is: the floor is 1e-8 per example, and the examples are those of the circuit itself."""
+    graph = pc.hclt(torch.tensor([-1, 0]), 6, pc.Categorical(3))
+    shares = torch.tensor([1.0 - 2.4e-8, 2e-8, 1e-9, 1e-9, 1e-9, 1e-9])
+    for node in uninformative(graph).nodes:
+        if node.weight is not None:
+            node.weight = shares.repeat(node.num_units, 1)
+    circuit = pc.Circuit([graph, graph])
+    x = torch.randint(0, 3, (2, 10, 2))
+    flows = count(circuit, x, torch.zeros(2, 10, dtype=torch.int64), torch.tensor([[1.0], [1000.0]]).expand(2, 10))
+    for grown in pc.grow(circuit, flows, [[0], [0]], sigma=0.0):
+        assert [node.num_units for node in grown.nodes] == [8] * (len(graph.nodes) - 1) + [2]
 
 
 def test_without_examples_only_the_heads_double(build_case: Callable[..., Any]) -> None:
@@ -665,3 +749,17 @@ def test_rounds_of_training_pruning_and_growing(rule: type, case: Any, tmp_path:
     loaded = pc.load(pc.save(circuit, tmp_path / "circuit"))
     assert_same(loaded.to_graph(), graph, rtol=0)
     assert_same(circuit.to_graph(), graph, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_decides_the_same(build_case: Callable[..., Any]) -> None:
+    cases = [build_case("ragged", "categorical", 2), build_case("tied", "categorical", 1)]
+    x = torch.stack([draw(case.circuit, [0], 20)[0] for case in cases])
+    found = []
+    for device in ("cpu", "cuda"):
+        circuit = pc.Circuit([case.graph for case in cases]).to(device)
+        flows = count(circuit, x.to(device), torch.zeros(2, 20, dtype=torch.int64))
+        grown = pc.grow(circuit, flows, [[0], [0]], generator=torch.Generator().manual_seed(0))
+        found.append([*pc.prune(circuit, flows, 0.01), *grown])
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        assert_same(on_cpu, on_gpu)
