@@ -96,6 +96,8 @@ class VQVAETeacher(StageModule):
                 patch_size=int(context.shared["patch_size"]),
                 **{name: self.hparams[name] for name in sizes},
             )
+        count = context.data.num_examples("train")
+        self.teacher.start_from(context.data.batch("train", torch.linspace(0, count - 1, min(count, 500)).long()))
         self.train_scores, self.val_scores = self._scores(context), self._scores(context)
         self._context = context
 

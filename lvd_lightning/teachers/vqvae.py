@@ -4,6 +4,7 @@ Shapes: B images, C channels, H x W pixels, P patches, p patch side, X = p p pix
 Q raw parameters of a pixel's distribution.
 """
 
+import math
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from lvd_lightning.teachers.logistics import LogisticMixture
 __all__ = ["DECODERS", "VQVAE", "CodePrior", "VQVAEOutput"]
 
 DECODERS = ("independent", "convolutional")
+
+_LOGISTIC_STD = math.pi / math.sqrt(3.0)  # of a logistic distribution of scale one
 
 
 class VQVAEOutput(NamedTuple):
@@ -137,7 +140,8 @@ class VQVAE(nn.Module):
             self.decoder = ConvolutionalDecoder(
                 num_features, channels, num_residual_blocks, image_size, patch_size, raw
             )
-        self._spread_components()
+        self.decoder.last.weight.data.mul_(0.3)  # so that training begins near what the biases say
+        self._place_components(torch.zeros(num_channels), torch.full((num_channels,), 0.5))
         self.prior = CodePrior(
             codebook_size, self.num_patches, prior_hidden_size, prior_num_layers, prior_num_heads, prior_dropout
         )
@@ -155,6 +159,16 @@ class VQVAE(nn.Module):
         through_BPE = features_BPE + (quantized_BPE - features_BPE).detach()
         log_BPX = self.likelihood(through_BPE).log_prob(self._pixels(images))
         return VQVAEOutput(log_BPX.sum((1, 2)), self.prior(codes_BP), commitment_B, features_BPE, codes_BP)
+
+    @torch.no_grad()
+    def start_from(self, images: Tensor) -> None:
+        """Give pixels about the distribution that they have in some images (B, C, H, W), whatever the codes.
+
+        For a decoder that has not been trained: it saves hundreds of steps of finding out.
+        """
+        values_CN = self._scaled(images).transpose(0, 1).flatten(1)
+        std_C, mean_C = torch.std_mean(values_CN, dim=1)
+        self._place_components(mean_C, std_C.clamp_min(1.0 / 127.5))
 
     @torch.no_grad()
     def features(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -192,27 +206,33 @@ class VQVAE(nn.Module):
         return LogisticMixture.from_raw(self.decoder(quantized).float(), self.num_components, self.image_shape[0])
 
     def _encode(self, images: Tensor) -> Tensor:
+        encoded: Tensor = self.encoder(self._scaled(images))
+        return encoded.flatten(2).transpose(1, 2)
+
+    def _scaled(self, images: Tensor) -> Tensor:
+        """uint8 images as floats in [-1, 1]."""
         if images.dtype != torch.uint8 or images.shape[1:] != self.image_shape:
             raise ValueError(
                 f"images are {images.dtype} with shape {tuple(images.shape)}, expected uint8 with shape "
                 f"(B, {', '.join(map(str, self.image_shape))})"
             )
-        encoded: Tensor = self.encoder(images.float() / 127.5 - 1.0)
-        return encoded.flatten(2).transpose(1, 2)
+        return images.float() / 127.5 - 1.0
 
     def _pixels(self, images: Tensor) -> Tensor:
         """The pixels of every patch, with shape (B, P, C, X)."""
         return patchify(images, self.patch_size).unflatten(2, (self.image_shape[0], -1))
 
     @torch.no_grad()
-    def _spread_components(self) -> None:
-        """Begin with components side by side over the range of values; equal ones would stay equal for long."""
-        bias = self.decoder.last_bias().unflatten(0, (self.num_components, -1))  # (M, Q / M, ...)
-        channels = self.image_shape[0]
+    def _place_components(self, mean: Tensor, std: Tensor) -> None:
+        """Components side by side over the first channel, each as wide as the others; mean, std: with shape (C,)."""
+        bias = self.decoder.last_bias().unflatten(0, (self.num_components, -1))  # (M, Q / M, X or 1)
+        channels = len(mean)
+        steps = torch.linspace(-1.5, 1.5, self.num_components) if self.num_components > 1 else torch.zeros(1)
         bias.zero_()
-        spread = torch.linspace(-0.8, 0.8, self.num_components) if self.num_components > 1 else torch.zeros(1)
-        bias[:, 1 : 1 + channels] = spread.view(-1, *[1] * (bias.ndim - 1))
-        bias[:, 1 + channels : 1 + 2 * channels] = -2.0
+        bias[:, 1 : 1 + channels] = mean[:, None]
+        bias[:, 1] += (steps * std[0])[:, None]
+        bias[:, 1 + channels : 1 + 2 * channels] = (std / _LOGISTIC_STD).log()[:, None]
+        bias[:, 1 + channels] -= 0.5 * math.log(self.num_components)
 
 
 class CodePrior(nn.Module):
@@ -235,6 +255,7 @@ class CodePrior(nn.Module):
             n_embd=hidden_size,
             n_layer=num_layers,
             n_head=num_heads,
+            activation_function="gelu_pytorch_tanh",  # GPT-2's own "gelu_new" in one operation
             resid_pdrop=dropout,
             embd_pdrop=dropout,
             attn_pdrop=dropout,
@@ -250,7 +271,8 @@ class CodePrior(nn.Module):
         begin_B1 = codes.new_full((len(codes), 1), self.num_codes)
         hidden_BPE = self.gpt2(torch.cat([begin_B1, codes[:, :-1]], dim=1)).last_hidden_state
         logits_BPK = linear(hidden_BPE, self.gpt2.wte.weight[: self.num_codes])
-        return -cross_entropy(logits_BPK.transpose(1, 2).float(), codes, reduction="none").sum(1)
+        nats_N = cross_entropy(logits_BPK.flatten(0, 1).float(), codes.flatten(), reduction="none")
+        return -nats_N.view(codes.shape).sum(1)
 
 
 class IndependentDecoder(nn.Module):
@@ -294,9 +316,9 @@ class ConvolutionalDecoder(nn.Module):
         return patchify(raw_BQHW, self.patch_size).unflatten(2, (raw_BQHW.shape[1], -1))
 
     def last_bias(self) -> Tensor:
-        """The bias of the raw parameters, a view with shape (Q,)."""
+        """The bias of the raw parameters, a view with shape (Q, 1)."""
         assert self.last.bias is not None
-        return self.last.bias.detach()
+        return self.last.bias.detach()[:, None]
 
 
 class _Residual(nn.Module):
