@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from lvd_lightning.circuits import layers, queries
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 from lvd_lightning.circuits.layers import TINY, InputLayer, Layer
+from lvd_lightning.circuits.native import passes
+from lvd_lightning.circuits.native.passes import FusedWorkspace, LayerIndex
 from lvd_lightning.circuits.plan import ParameterGroup, Plan, compile_plan
 from lvd_lightning.circuits.workspace import GradientSpace, LinearWorkspace, Pool, Workspace
 
 __all__ = ["Batch", "Circuit"]
 
-AnySpace = TypeVar("AnySpace", Workspace, LinearWorkspace)
+AnySpace = TypeVar("AnySpace", Workspace, LinearWorkspace, FusedWorkspace)
 
 
 @dataclass
@@ -86,6 +88,7 @@ class Circuit(nn.Module):
         self.is_linear = all(plan.distribution.is_table for plan in self.plan.inputs) and self.plan.is_slim_tree
         self.pool = Pool()
         self._careful = False
+        self._layer_index: list[LayerIndex] = []
         self.gradient_pool: dict[int, Tensor] = {}
         self.statistics: dict[int, Tensor] = {}
         self._is_evidence = self._check_evidence()
@@ -143,11 +146,10 @@ class Circuit(nn.Module):
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)
         evidence = x if self._is_evidence else None
         log_GHB = _LogProb.apply(self, batch, keep, evidence, *tables)
-        log_GBH = log_GHB.transpose(1, 2)
         if head is not None:
-            index = self.head_index(head, batch.size)
-            log_GB = log_GBH.gather(2, index[..., None])[..., 0]
+            log_GB = self._of_head(log_GHB, head)
             return log_GB if self.batched else log_GB[0]
+        log_GBH = log_GHB.transpose(1, 2)
         return log_GBH if self.batched else log_GBH[0]
 
     def forward(self, x: Tensor, head: int | Tensor | None = None, observed: Tensor | None = None) -> Tensor:
@@ -260,12 +262,23 @@ class Circuit(nn.Module):
                 )
             index = head.to(self.device, torch.int64).view(self.num_circuits, size)
         else:
-            index = torch.full((self.num_circuits, size), int(head), device=self.device)
+            return torch.full((self.num_circuits, size), self._check_head(int(head)), device=self.device)
         if index.numel():
-            low, high = (int(bound) for bound in index.aminmax())
-            if low < 0 or high >= self.num_heads:
-                raise ValueError(f"head: expected 0..{self.num_heads - 1}, got {low if low < 0 else high}")
+            for bound in index.aminmax():
+                self._check_head(int(bound))
         return index
+
+    def _check_head(self, head: int) -> int:
+        if not 0 <= head < self.num_heads:
+            raise ValueError(f"head: expected 0..{self.num_heads - 1}, got {head}")
+        return head
+
+    def _of_head(self, log_GHB: Tensor, head: int | Tensor) -> Tensor:
+        """The log-likelihoods under one head, or under that of each example, (G, B)."""
+        if not isinstance(head, Tensor):
+            return log_GHB[:, self._check_head(int(head))]
+        index_GB = self.head_index(head, log_GHB.shape[2])
+        return log_GHB.gather(1, index_GB[:, None])[:, 0]
 
     def run_forward(self, batch: Batch, tables: Sequence[Tensor], space: Workspace) -> None:
         """Fill a workspace with the values of all rows."""
@@ -348,6 +361,12 @@ class Circuit(nn.Module):
     def return_gradient_space(self, space: GradientSpace) -> None:
         """For the next backward pass."""
         self.pool.give(self._pool_key("gradient", space.inner.shape[1]), space)
+
+    def layer_index(self) -> list[LayerIndex]:
+        """What the compiled kernels need to know of every layer."""
+        if not self._layer_index:
+            self._layer_index = [LayerIndex.of(plan) for plan in self.plan.layers]
+        return self._layer_index
 
     def _inner_layers(self) -> list[Layer]:
         return [layer for layer in self.layers if isinstance(layer, Layer)]
@@ -432,15 +451,21 @@ class Lease(Generic[AnySpace]):
     def __init__(self, circuit: Circuit, kind: type[AnySpace], size: int, keep: bool) -> None:
         self.pool, self.key = circuit.pool, circuit._pool_key(kind.__name__ + ("keep" if keep else ""), size)
         found = self.pool.take(self.key)
-        if isinstance(found, kind):
-            self.space = found
-        else:
-            rows, edges = circuit.plan.num_value_rows, circuit.plan.num_edge_rows
-            self.space = kind(circuit._inner_layers(), rows, edges, size, keep, circuit._like())
+        self.space = found if isinstance(found, kind) else _new_space(circuit, kind, size, keep)
 
     def __del__(self) -> None:
         if hasattr(self, "space"):
             self.pool.give(self.key, self.space)
+
+
+def _new_space(circuit: Circuit, kind: type[AnySpace], size: int, keep: bool) -> AnySpace:
+    make: Any = kind  # their constructors differ
+    if kind is FusedWorkspace:
+        space: Any = FusedWorkspace(circuit, size, keep)
+    else:
+        rows, edges = circuit.plan.num_value_rows, circuit.plan.num_edge_rows
+        space = make(circuit._inner_layers(), rows, edges, size, keep, circuit._like())
+    return space
 
 
 class _LogProb(torch.autograd.Function):
@@ -473,12 +498,15 @@ class _LogProb(torch.autograd.Function):
             ]
             return (None, None, None, evidence_grad, *grads)
         circuit, batch, tables = ctx.circuit, ctx.batch, ctx.saved_tensors
-        gradient = circuit.gradient_space(batch.size)
-        circuit.head_rows(gradient.inner).copy_(grad_GHB)
         grads = [
             _gradient_buffer(circuit, number, table) if need else None
             for number, (table, need) in enumerate(zip(tables, needed[4:], strict=True))
         ]
+        if isinstance(ctx.lease.space, FusedWorkspace):
+            ctx.lease.space.backward(batch, tables, grads, grad_GHB)
+            return (None, None, None, None, *grads)
+        gradient = circuit.gradient_space(batch.size)
+        circuit.head_rows(gradient.inner).copy_(grad_GHB)
         circuit.run_backward(ctx.lease.space, tables, gradient, grads)
         inner_grad = gradient.inner
         evidence_grad = None
@@ -499,7 +527,12 @@ class _LogProb(torch.autograd.Function):
 
 def _evaluate(circuit: Circuit, batch: Batch, tables: Sequence[Tensor], keep: bool) -> tuple[Tensor, object]:
     """log p of all heads (G, H, B), and the lease whose workspace a backward pass needs."""
-    if circuit.is_linear:
+    if passes.applies(circuit, tables):
+        fused = Lease(circuit, FusedWorkspace, batch.size, keep)
+        log_GHB = fused.space.forward(batch, tables)
+        if log_GHB is not None:
+            return log_GHB, fused
+    elif circuit.is_linear:
         linear = Lease(circuit, LinearWorkspace, batch.size, keep)
         if circuit.run_linear(batch, tables, linear.space):
             return circuit.linear_log_prob(linear.space), linear
@@ -510,7 +543,7 @@ def _evaluate(circuit: Circuit, batch: Batch, tables: Sequence[Tensor], keep: bo
 
 def _gradient_buffer(circuit: Circuit, number: int, table: Tensor) -> Tensor:
     found = circuit.gradient_pool.pop(number, None)
-    if found is None or found.shape != table.shape or found.dtype != table.dtype or found.device != table.device:
+    if found is None or (found.shape, found.dtype, found.device) != (table.shape, table.dtype, table.device):
         found = torch.empty_like(table)
     return found.zero_() if number in circuit._zeroed else found
 

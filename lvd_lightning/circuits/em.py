@@ -16,6 +16,7 @@ from torch.nn import functional
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import Gaussian
 from lvd_lightning.circuits.layers import CACHE_SIZE
+from lvd_lightning.circuits.native.updates import update_table
 
 __all__ = ["Anemone", "CircuitEM"]
 
@@ -143,6 +144,9 @@ class CircuitEM(_CircuitOptimizer):
             if isinstance(circuit.plan.groups[number].distribution, Gaussian):
                 self._step_gaussian(circuit, number, table, step, pseudocount)
                 continue
+            floor, mask = _has_floor(circuit, number, pseudocount), circuit.mask(number)
+            if update_table(table, table.grad, mask, step=step, pseudocount=pseudocount, floor=floor):
+                continue
             for at in _chunks(table):
                 theta_PXY = table[at]
                 flow_PXY = torch.mul(theta_PXY, table.grad[at])  # negative, as the loss is
@@ -151,7 +155,7 @@ class CircuitEM(_CircuitOptimizer):
                 rate_PX1 = step * visited_PX1 / (flow_PX1 + pseudocount).clamp_min_(torch.finfo(table.dtype).tiny)
                 theta_PXY.mul_(1 - step * visited_PX1)
                 theta_PXY.add_(flow_PXY.mul_(-rate_PX1))
-                _add_pseudocount(theta_PXY, rate_PX1, circuit.mask(number), at, pseudocount)
+                _add_pseudocount(theta_PXY, rate_PX1, mask, at, pseudocount)
                 _keep_floor(circuit, number, theta_PXY, pseudocount)
 
     def _step_gaussian(self, circuit: Circuit, number: int, table: Tensor, step: float, pseudocount: float) -> None:
@@ -228,7 +232,12 @@ class Anemone(_CircuitOptimizer):
     ) -> None:
         """theta = (s F + (1 - s) N TD theta + a / |ch|) / (the sum of that): rows of theta sum to one."""
         step, pseudocount = group["lr"] / correction, group["pseudocount"]
-        flows = self.state[table]["flow"]
+        flows, mask = self.state[table]["flow"], circuit.mask(number)
+        floor = _has_floor(circuit, number, pseudocount)
+        if update_table(
+            table, None, mask, step=step, pseudocount=pseudocount, floor=floor, flow_PXY=flows, scale_PX1=scale_PX1
+        ):
+            return
         for at in _chunks(table):
             theta_PXY, flow_PXY = table[at], flows[at]
             total_PX1 = flow_PXY.sum(-1, keepdim=True)
@@ -237,7 +246,7 @@ class Anemone(_CircuitOptimizer):
             keep_PX1 = torch.lerp(torch.ones_like(visited_PX1), scale_PX1[at] / weight_PX1, visited_PX1)
             rate_PX1 = visited_PX1 / weight_PX1
             theta_PXY.mul_(keep_PX1).addcmul_(flow_PXY, step * rate_PX1)
-            _add_pseudocount(theta_PXY, rate_PX1, circuit.mask(number), at, pseudocount)
+            _add_pseudocount(theta_PXY, rate_PX1, mask, at, pseudocount)
             _keep_floor(circuit, number, theta_PXY, pseudocount)
 
     def _average(self, circuit: Circuit, number: int, table: Tensor, momentum: float) -> None:
@@ -251,6 +260,10 @@ class Anemone(_CircuitOptimizer):
         state["step"] += 1
         if gaussian:
             state["flow"].lerp_(circuit.statistics[number], 1 - momentum)
+            return
+        forgotten = FORGOTTEN if state["step"] % FORGET_EVERY == 0 else -1.0
+        averages = {"flow_PXY": state["flow"], "momentum": momentum, "forgotten": forgotten}
+        if update_table(table, table.grad, None, step=0.0, pseudocount=0.0, floor=False, **averages):
             return
         for at in _chunks(table):
             flow_PXY = state["flow"][at]
@@ -310,10 +323,14 @@ def _add_pseudocount(theta_PXY: Tensor, rate_PX1: Tensor, mask: Tensor | None, a
 
 
 def _keep_floor(circuit: Circuit, number: int, theta_PXY: Tensor, pseudocount: float) -> None:
-    """Without pseudocounts probabilities of categories fall without end."""
     distribution = circuit.plan.groups[number].distribution
-    if pseudocount < 1e-12 and distribution is not None:
+    if distribution is not None and _has_floor(circuit, number, pseudocount):
         theta_PXY.copy_(distribution.floored(theta_PXY))
+
+
+def _has_floor(circuit: Circuit, number: int, pseudocount: float) -> bool:
+    """Without pseudocounts probabilities of categories fall without end."""
+    return pseudocount < 1e-12 and circuit.plan.groups[number].distribution is not None
 
 
 def _moments(table: Tensor) -> Tensor:

@@ -244,7 +244,7 @@ class Layer(_Folded):
     def in_place_start(self, first_sum: int) -> int | None:
         """First of the input rows that inner units of a tree can overwrite, as nothing else reads them; or None."""
         start = self.inputs.start
-        if start is None or not 2 <= start or start + self.num_folds * self.inner_units > first_sum:
+        if start is None or start < 2 or start + self.num_folds * self.inner_units > first_sum:
             return None
         return start
 
@@ -319,18 +319,19 @@ class Layer(_Folded):
             torch.div(bound.pulled, forward.sums, out=bound.scaled)
             torch.bmm(weight_FHK.transpose(1, 2), bound.scaled, out=bound.grad)
             bound.grad.mul_(forward.inner)
-            if weight_grad_PHK is None:
-                continue
-            if not self.accumulate:
-                out_FHK = self.parameters_of(weight_grad_PHK, forward.low, forward.high)
-                torch.bmm(bound.scaled, forward.inner_transposed, out=out_FHK)
-            else:
-                part_FHK = torch.bmm(bound.scaled, forward.inner_transposed)
-                weight_grad_PHK.index_add_(0, self.parameter_rows[forward.low : forward.high], part_FHK)
+            if weight_grad_PHK is not None:
+                self.add_weight_grad(weight_grad_PHK, bound.scaled, forward.inner_transposed, forward.low)
         for entry in space.underflow:
             if entry.layer == self.number:
                 assert stacked is not None
                 self._backward_underflow(space, gradient.inner, stacked, weight_grad_PHK, entry.index_FHB)
+
+    def add_weight_grad(self, out_PHK: Tensor, scaled_FHB: Tensor, inner_FBK: Tensor, low: int) -> None:
+        """Add the gradient of the weights of the folds from `low` on to `out_PHK`, or write it to rows of their own."""
+        if self.accumulate:
+            self.add_rows(out_PHK, torch.bmm(scaled_FHB, inner_FBK), low)
+        else:
+            torch.bmm(scaled_FHB, inner_FBK, out=self.parameters_of(out_PHK, low, low + len(scaled_FHB)))
 
     def _backward_underflow(
         self, space: Workspace, inner_grad: Tensor, stacked: Tensor, weight_grad: Tensor | None, index_FHB: Tensor

@@ -155,7 +155,9 @@ class LinearWorkspace:
         chunks = {layer.number: list(layer.chunks(layer.width * size, like.device)) for layer in layers}
         apart = [layer for layer in layers if layer.in_place_start(self.first_sum) is None]
         if not keep:
-            num_edges = max(((b - a) * layer.inner_units for layer in apart for a, b in chunks[layer.number]), default=0)
+            num_edges = max(
+                ((b - a) * layer.inner_units for layer in apart for a, b in chunks[layer.number]), default=0
+            )
         self.inner = like.new_empty(num_edges if apart else 0, size)
         self.scratch = like.new_empty(max((layer.inputs.largest_part() for layer in layers), default=0) * size)
         self.underflow: list[Underflow] = []

@@ -1,0 +1,66 @@
+"""Fused kernels in C for circuits on the CPU, compiled at first use; without a compiler PyTorch does the work.
+
+`LVD_LIGHTNING_NATIVE=0` in the environment turns them off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lvd_lightning.circuits.native.compiler import build
+
+__all__ = ["library", "suits"]
+
+logger = logging.getLogger(__name__)
+
+REALS = {torch.float32: "float", torch.float64: "double"}
+
+
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernels for tensors of this type, or None where there are none and PyTorch has to do."""
+    if os.environ.get("LVD_LIGHTNING_NATIVE", "1") == "0" or dtype not in REALS:
+        return None
+    return _load(REALS[dtype])
+
+
+def suits(tensors: Sequence[Tensor]) -> bool:
+    """Whether the kernels can work on the memory of all these tensors."""
+    return all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
+
+
+@functools.cache
+def _load(real: str) -> ctypes.CDLL | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        found = build(real)
+    except (OSError, RuntimeError, ValueError) as error:  # no home directory is a RuntimeError
+        logger.debug("circuits run without compiled kernels: %s", error)
+        return None
+    _share_threads(found)
+    pointer, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    found.forward.argtypes = found.update_table.argtypes = (pointer, threads)
+    found.backward.argtypes = (pointer, pointer, threads)
+    found.finish.argtypes, found.finish.restype = (pointer, pointer, pointer, pointer), ctypes.c_double
+    found.collect_ties.argtypes = (pointer, number, pointer, pointer, number, pointer, threads)
+    for function in (found.forward, found.backward, found.collect_ties, found.update_table):
+        function.restype = None
+    return found
+
+
+def _share_threads(found: ctypes.CDLL) -> None:
+    """Let the kernels run on PyTorch's own threads: a second pool would wait for processors that the first one holds.
+
+    PyTorch makes its OpenMP runtime visible to the whole process; GNU's and LLVM's have this entry point. Without it
+    the kernels run on the calling thread.
+    """
+    start = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    found.set_parallel(None if start is None else ctypes.cast(start, ctypes.c_void_p))

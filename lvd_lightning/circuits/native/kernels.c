@@ -1,0 +1,534 @@
+/* Fused passes over the units of a circuit: what PyTorch does in many operations on large arrays, fold by fold.
+
+   Compiled once for -DREAL=float -DBITS=uint32_t and once for -DREAL=double -DBITS=uint64_t. Shapes: F folded nodes, H outer units, K inner units,
+   B batch, S categories, P parameter rows, Y alternatives of a row. The structs are mirrored in passes.py and
+   updates.py.
+
+   Examples come in blocks of WIDTH columns; the last block is filled up with examples of value 1. Units are rows: the
+   numbers of a block are contiguous, unit after unit, so that those of a fold fit the first caches.
+   Work is cut into items that write to different places and are computed in one fixed order each: results do not depend
+   on the number of threads. */
+
+#include <stdint.h>
+#include <string.h>
+
+typedef REAL real;
+typedef BITS Bits; /* an unsigned integer of equal size */
+
+enum { GRAIN = 32768, WIDTH = 64, BLOCKS_AT_ONCE = 4 };
+enum { FRACTION = sizeof(real) == 4 ? 23 : 52, BIAS = sizeof(real) == 4 ? 127 : 1023 }; /* of IEEE numbers */
+static const real SMALLEST = (real)1e-30; /* of distributions.py */
+
+/* ---- threads: the pool of the OpenMP runtime that PyTorch has loaded ---- */
+
+typedef void (*Parallel)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+static Parallel parallel = 0;
+
+void set_parallel(void *found) { parallel = (Parallel)found; }
+
+typedef void (*Run)(const void *job, int64_t item, real *scratch);
+
+typedef struct {
+    Run run;
+    const void *job;
+    int64_t count, next, workers, scratch_size;
+    real *scratch; /* scratch_size numbers for every thread */
+} Items;
+
+static void take_items(void *data) {
+    Items *items = data;
+    real *scratch = items->scratch + __atomic_fetch_add(&items->workers, 1, __ATOMIC_RELAXED) * items->scratch_size;
+    for (;;) {
+        const int64_t item = __atomic_fetch_add(&items->next, 1, __ATOMIC_RELAXED);
+        if (item >= items->count) return;
+        items->run(items->job, item, scratch);
+    }
+}
+
+/* `size`: numbers that all items touch together; less than GRAIN is not worth waking threads. */
+static void run_items(Run run, const void *job, int64_t count, int64_t size, int threads, real *scratch,
+                      int64_t scratch_size) {
+    Items items = {run, job, count, 0, 0, scratch_size, scratch};
+    if (threads > count) threads = (int)count;
+    if (threads > 1 && size >= GRAIN && parallel)
+        parallel(take_items, &items, (unsigned)threads, 0);
+    else
+        take_items(&items);
+}
+
+/* ---- products of small matrices ---- */
+
+#if defined(__AVX512F__)
+enum { BYTES = 64, TILE = 8 };
+#elif defined(__AVX__)
+enum { BYTES = 32, TILE = 4 };
+#else
+enum { BYTES = 16, TILE = 4 };
+#endif
+enum { LANES = BYTES / sizeof(real), STRIP = 2 * LANES };
+typedef real vec __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
+
+/* rows x STRIP numbers of A B, with A (rows, depth) at any strides and B (depth, STRIP): written to `out`, or added to
+   its first `columns` columns. */
+static inline __attribute__((always_inline)) void tile(int rows, const real *a, int64_t a_row, int64_t a_step,
+                                                       const real *b, int64_t b_step, int64_t depth, real *out,
+                                                       int64_t out_row, int add, int64_t columns) {
+    vec sum[TILE][2];
+    for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (vec){0};
+    for (int64_t k = 0; k < depth; k++) {
+        const vec left = *(const vec *)(b + k * b_step), right = *(const vec *)(b + k * b_step + LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            const real factor = a[r * a_row + k * a_step];
+            sum[r][0] += factor * left;
+            sum[r][1] += factor * right;
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        real *place = out + r * out_row;
+        if (!add) {
+            *(vec *)place = sum[r][0];
+            *(vec *)(place + LANES) = sum[r][1];
+        } else if (columns >= STRIP) {
+            *(vec *)place += sum[r][0];
+            *(vec *)(place + LANES) += sum[r][1];
+        } else {
+            for (int64_t c = 0; c < columns; c++) place[c] += sum[r][c / LANES][c % LANES];
+        }
+    }
+}
+
+/* out = A B or, with `add`, out += A B: A (m, depth), B (depth, n); without `add`, n is a multiple of STRIP. */
+static void multiply(int64_t m, int64_t n, int64_t depth, const real *a, int64_t a_row, int64_t a_step, const real *b,
+                     int64_t b_step, real *out, int64_t out_row, int add) {
+    for (int64_t c = 0; c < n; c += STRIP) {
+        int64_t r = 0;
+        for (; r + TILE <= m; r += TILE)
+            tile(TILE, a + r * a_row, a_row, a_step, b + c, b_step, depth, out + r * out_row + c, out_row, add, n - c);
+        for (; r + 2 <= m; r += 2)
+            tile(2, a + r * a_row, a_row, a_step, b + c, b_step, depth, out + r * out_row + c, out_row, add, n - c);
+        for (; r < m; r++)
+            tile(1, a + r * a_row, a_row, a_step, b + c, b_step, depth, out + r * out_row + c, out_row, add, n - c);
+    }
+}
+
+typedef real four __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real)), may_alias));
+#if defined(__clang__)
+#define PICK(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef int32_t four_int32 __attribute__((vector_size(16)));
+typedef int64_t four_int64 __attribute__((vector_size(32)));
+#define PICK(a, b, i, j, k, l) \
+    __builtin_shuffle(a, b, __builtin_choose_expr(sizeof(real) == 4, (four_int32){i, j, k, l}, (four_int64){i, j, k, l}))
+#endif
+
+/* `in` (rows, WIDTH) to `out` (WIDTH, padded), filled up with 0. */
+static void transpose(const real *restrict in, int64_t rows, real *restrict out, int64_t padded) {
+    const int64_t whole = rows / 4 * 4;
+    for (int64_t c = 0; c < WIDTH; c += 4) {
+        for (int64_t r = 0; r < whole; r += 4) {
+            const real *place = in + r * WIDTH + c;
+            const four a = *(const four *)place, b = *(const four *)(place + WIDTH);
+            const four x = *(const four *)(place + 2 * WIDTH), y = *(const four *)(place + 3 * WIDTH);
+            const four ab = PICK(a, b, 0, 4, 1, 5), xy = PICK(x, y, 0, 4, 1, 5);
+            const four ab2 = PICK(a, b, 2, 6, 3, 7), xy2 = PICK(x, y, 2, 6, 3, 7);
+            real *to = out + c * padded + r;
+            *(four *)to = PICK(ab, xy, 0, 1, 4, 5);
+            *(four *)(to + padded) = PICK(ab, xy, 2, 3, 6, 7);
+            *(four *)(to + 2 * padded) = PICK(ab2, xy2, 0, 1, 4, 5);
+            *(four *)(to + 3 * padded) = PICK(ab2, xy2, 2, 3, 6, 7);
+        }
+    }
+    for (int64_t r = whole; r < padded; r++)
+        for (int64_t c = 0; c < WIDTH; c++) out[c * padded + r] = r < rows ? in[r * WIDTH + c] : 0;
+}
+
+/* ---- forward and backward pass ---- */
+
+typedef struct { /* input nodes over a table of probabilities */
+    int64_t start, units, size; /* first value row, K, S */
+    const int32_t *fold, *table_row; /* of every unit, (F * K): its fold; its row of the table as (P * K, S) */
+    const real *table; /* (P, K, S) */
+    const int64_t *x; /* (F, B) */
+    const uint8_t *observed; /* (F, B), or null: all */
+    real *table_grad; /* (P, K, S); null: not wanted, or nodes are tied */
+    real *rows_grad; /* (F * K, B), for tied nodes */
+} Leaf;
+
+typedef struct { /* sum nodes of one shape and level; value rows are those of plan.py */
+    int64_t folds, outer, units; /* F, H, K */
+    int64_t first_edge, first_row, first_node; /* places of fold 0 in `inner`, in `sums` and `scaled`, in `peaks` */
+    const int64_t *parameter_rows, *grad_rows; /* (F) */
+    const real *weight; /* (P, H, K) */
+    real *weight_grad; /* (., H, K), or null */
+    const int32_t *factor_start, *factor; /* value rows that inner row n is the product of; none: it is 0 */
+    const int32_t *target_start; /* (F + 1): value rows that fold f reads, and the inner rows that read each of them */
+    const int32_t *target, *source_start, *source;
+} Layer;
+
+typedef struct {
+    int64_t batch, blocks, first_sum, num_sums, num_edges, num_nodes, num_leaves, num_layers, scratch_size;
+    int64_t num_circuits, num_heads;
+    const Leaf *leaves;
+    const Layer *layers;
+    const int64_t *circuit_of_node;
+    const int64_t *head_rows; /* (num_circuits * num_heads), value rows; below first_sum: the circuit has fewer heads */
+    real *sums, *scaled; /* (blocks, num_sums, WIDTH): values; their gradients divided by the values */
+    real *inner; /* (blocks, num_edges, WIDTH), products divided by the largest of each node; null: no backward pass */
+    real *peaks; /* (blocks, num_nodes, WIDTH): what they were divided by */
+    real *lowest; /* (blocks, num_nodes, WIDTH): the smallest sum among factors */
+    real *scratch; /* scratch_size numbers for every thread */
+} Space;
+
+typedef struct {
+    const Space *space;
+    const Layer *layer;
+} Pass;
+
+static const Leaf *leaf_of(const Space *space, int64_t row) {
+    const Leaf *leaf = space->leaves + space->num_leaves - 1;
+    while (row < leaf->start) leaf--;
+    return leaf;
+}
+
+static int64_t columns_of(const Space *space, int64_t block) {
+    const int64_t left = space->batch - block * WIDTH;
+    return left < WIDTH ? left : WIDTH;
+}
+
+/* p(x | unit) of a block of examples. */
+static void look_up(const Space *space, int64_t row, int64_t block, real *restrict out) {
+    const Leaf *leaf = leaf_of(space, row);
+    const real *restrict table = leaf->table + leaf->table_row[row - leaf->start] * leaf->size;
+    const int64_t n = columns_of(space, block), place = leaf->fold[row - leaf->start] * space->batch + block * WIDTH;
+    const int64_t *restrict x = leaf->x + place;
+    for (int64_t c = 0; c < n; c++) {
+        int64_t i = x[c];
+        __asm__("" : "+r"(i)); /* one by one: gather instructions are slower */
+        out[c] = table[i];
+    }
+    if (leaf->observed)
+        for (int64_t c = 0; c < n; c++) out[c] = leaf->observed[place + c] ? out[c] : 1;
+    for (int64_t c = n; c < WIDTH; c++) out[c] = 1;
+}
+
+/* The product of the rows that an inner unit reads; `lowest` follows the smallest sum among them. */
+static void multiply_factors(const Space *space, const Layer *layer, int64_t unit, int64_t block, real *restrict out,
+                             real *restrict lowest) {
+    const real *sums = space->sums + (block * space->num_sums - space->first_sum) * WIDTH;
+    const int32_t start = layer->factor_start[unit], stop = layer->factor_start[unit + 1];
+    real looked_up[WIDTH];
+    if (start == stop) memset(out, 0, WIDTH * sizeof(real));
+    for (int32_t i = start; i < stop; i++) {
+        const int64_t row = layer->factor[i];
+        if (row >= space->first_sum) {
+            const real *restrict sum = sums + row * WIDTH;
+            for (int c = 0; c < WIDTH; c++) lowest[c] = sum[c] < lowest[c] ? sum[c] : lowest[c];
+            if (i == start)
+                memcpy(out, sum, WIDTH * sizeof(real));
+            else
+                for (int c = 0; c < WIDTH; c++) out[c] *= sum[c];
+        } else if (i == start) {
+            look_up(space, row, block, out);
+        } else {
+            look_up(space, row, block, looked_up);
+            for (int c = 0; c < WIDTH; c++) out[c] *= looked_up[c];
+        }
+    }
+}
+
+/* One fold and one block: inner units, which are products divided by the largest of them, and their weighted sums. */
+static void forward_item(const void *job, int64_t item, real *scratch) {
+    const Space *space = ((const Pass *)job)->space;
+    const Layer *layer = ((const Pass *)job)->layer;
+    const int64_t fold = item / space->blocks, block = item % space->blocks, units = layer->units;
+    const int64_t edge = block * space->num_edges + layer->first_edge + fold * units;
+    const int64_t node = block * space->num_nodes + layer->first_node + fold;
+    real *restrict inner = space->inner ? space->inner + edge * WIDTH : scratch;
+    real *restrict peak = space->peaks + node * WIDTH, *restrict lowest = space->lowest + node * WIDTH;
+    real inverse[WIDTH];
+    for (int c = 0; c < WIDTH; c++) peak[c] = 0;
+    for (int c = 0; c < WIDTH; c++) lowest[c] = (real)__builtin_inff();
+    for (int64_t k = 0; k < units; k++) {
+        real *restrict out = inner + k * WIDTH;
+        multiply_factors(space, layer, fold * units + k, block, out, lowest);
+        for (int c = 0; c < WIDTH; c++) peak[c] = out[c] > peak[c] ? out[c] : peak[c];
+    }
+    for (int c = 0; c < WIDTH; c++) inverse[c] = 1 / peak[c];
+    for (int64_t k = 0; k < units; k++)
+        for (int c = 0; c < WIDTH; c++) inner[k * WIDTH + c] *= inverse[c];
+    const real *weight = layer->weight + layer->parameter_rows[fold] * layer->outer * units;
+    real *out = space->sums + (block * space->num_sums + layer->first_row + fold * layer->outer) * WIDTH;
+    multiply(layer->outer, WIDTH, units, weight, units, 1, inner, WIDTH, out, WIDTH, 0);
+}
+
+void forward(const Space *space, int threads) {
+    for (const Layer *layer = space->layers; layer < space->layers + space->num_layers; layer++) {
+        const Pass pass = {space, layer};
+        run_items(forward_item, &pass, layer->folds * space->blocks, layer->folds * layer->units * space->batch,
+                  threads, space->scratch, space->scratch_size);
+    }
+}
+
+/* Multiply x 2^exponent by `factor` and keep x within 1..2; correct for normal numbers only. */
+static void multiply_apart(const real *restrict factor, real *restrict x, int32_t *restrict exponent) {
+    for (int c = 0; c < WIDTH; c++) {
+        Bits bits;
+        const real product = x[c] * factor[c];
+        memcpy(&bits, &product, sizeof bits);
+        exponent[c] += (int32_t)(bits >> FRACTION) - BIAS;
+        bits = (bits & (((Bits)1 << FRACTION) - 1)) | (Bits)BIAS << FRACTION;
+        memcpy(&x[c], &bits, sizeof bits);
+    }
+}
+
+static real least(const real *restrict value, int64_t n, real lowest) {
+#pragma omp simd reduction(min : lowest)
+    for (int64_t i = 0; i < n; i++) lowest = value[i] < lowest ? value[i] : lowest;
+    return lowest;
+}
+
+/* The product of all peaks of each circuit, as `fraction` in 1..2 and `exponent`, both (num_circuits, blocks, WIDTH),
+   and the values of all heads, (num_circuits, num_heads, B). Returns the least peak times the least sum. */
+double finish(const Space *space, real *fraction, int32_t *exponent, real *heads) {
+    const int64_t size = space->blocks * WIDTH;
+    const real *lowest = space->lowest;
+    real peak = (real)__builtin_inff(), sum = peak;
+    for (int64_t i = 0; i < space->num_circuits * size; i++) fraction[i] = 1;
+    memset(exponent, 0, space->num_circuits * size * sizeof(int32_t));
+    for (int64_t block = 0; block < space->blocks; block++) {
+        const real *peaks = space->peaks + block * space->num_nodes * WIDTH;
+        for (int64_t node = 0; node < space->num_nodes; node++) {
+            const int64_t place = space->circuit_of_node[node] * size + block * WIDTH;
+            multiply_apart(peaks + node * WIDTH, fraction + place, exponent + place);
+        }
+        for (int64_t h = 0; h < space->num_circuits * space->num_heads; h++) {
+            const int64_t row = space->head_rows[h] - space->first_sum, n = columns_of(space, block);
+            real *out = heads + h * space->batch + block * WIDTH;
+            if (row < 0) {
+                memset(out, 0, n * sizeof(real));
+                continue;
+            }
+            memcpy(out, space->sums + (block * space->num_sums + row) * WIDTH, n * sizeof(real));
+            sum = least(out, n, sum);
+        }
+    }
+    peak = least(space->peaks, space->blocks * space->num_nodes * WIDTH, peak);
+    sum = least(lowest, space->blocks * space->num_nodes * WIDTH, sum);
+    return (double)peak * (double)sum;
+}
+
+static void scatter(const int64_t *restrict x, const real *restrict value, int64_t n, real *restrict out) {
+    for (int64_t c = 0; c < n; c++) out[x[c]] += value[c];
+}
+
+/* Flow / parameter; where the parameter is 0 the flow is 0 as well, and so is this gradient by convention. */
+static void divide_by(const real *restrict table, int64_t n, real *restrict out) {
+    for (int64_t s = 0; s < n; s++) out[s] /= table[s] < SMALLEST ? SMALLEST : table[s];
+}
+
+/* Hand the gradient for the log-value of a row on: to the sum below, or to a table. */
+static void pass_down(const Space *space, int64_t row, int64_t block, real *restrict grad) {
+    if (row >= space->first_sum) {
+        const int64_t place = (block * space->num_sums + row - space->first_sum) * WIDTH;
+        const real *restrict sum = space->sums + place;
+        real *restrict scaled = space->scaled + place;
+        for (int c = 0; c < WIDTH; c++) scaled[c] = grad[c] / sum[c];
+        return;
+    }
+    const Leaf *leaf = leaf_of(space, row);
+    const int64_t unit = row - leaf->start, n = columns_of(space, block);
+    const int64_t place = leaf->fold[unit] * space->batch + block * WIDTH;
+    if (leaf->observed)
+        for (int64_t c = 0; c < n; c++) grad[c] = leaf->observed[place + c] ? grad[c] : 0;
+    if (leaf->table_grad)
+        scatter(leaf->x + place, grad, n, leaf->table_grad + leaf->table_row[unit] * leaf->size);
+    else if (leaf->rows_grad)
+        memcpy(leaf->rows_grad + unit * space->batch + block * WIDTH, grad, n * sizeof(real));
+}
+
+/* Gradients for all rows that a fold reads, from examples of blocks low..high. `raw` has those of its inner units,
+   divided by them, for these blocks only. */
+static void pass_all_down(const Space *space, const Layer *layer, int64_t fold, int64_t low, int64_t high,
+                          const real *restrict raw) {
+    real grad[WIDTH];
+    for (int32_t t = layer->target_start[fold]; t < layer->target_start[fold + 1]; t++) {
+        const int64_t row = layer->target[t];
+        const Leaf *leaf = row < space->first_sum ? leaf_of(space, row) : 0;
+        const int64_t place = leaf ? leaf->table_row[row - leaf->start] * leaf->size : 0;
+        if (low == 0 && leaf && leaf->table_grad)
+            memset(leaf->table_grad + place, 0, leaf->size * sizeof(real));
+        for (int64_t block = low; block < high; block++) {
+            const real *restrict inner = space->inner + (block * space->num_edges + layer->first_edge) * WIDTH;
+            const real *restrict raw_block = raw + ((block - low) * layer->units - fold * layer->units) * WIDTH;
+            for (int c = 0; c < WIDTH; c++) grad[c] = 0;
+            for (int32_t i = layer->source_start[t]; i < layer->source_start[t + 1]; i++) {
+                const int64_t unit = layer->source[i];
+                for (int c = 0; c < WIDTH; c++) grad[c] += inner[unit * WIDTH + c] * raw_block[unit * WIDTH + c];
+            }
+            pass_down(space, row, block, grad);
+        }
+        if (leaf && leaf->table_grad && high == space->blocks)
+            divide_by(leaf->table + place, leaf->size, leaf->table_grad + place);
+    }
+}
+
+/* One fold: gradients of its weights and of all rows that it reads. */
+static void backward_item(const void *job, int64_t fold, real *scratch) {
+    const Space *space = ((const Pass *)job)->space;
+    const Layer *layer = ((const Pass *)job)->layer;
+    const int64_t units = layer->units, outer = layer->outer, padded = (units + STRIP - 1) / STRIP * STRIP;
+    const real *weight = layer->weight + layer->parameter_rows[fold] * outer * units;
+    real *weight_grad = layer->weight_grad ? layer->weight_grad + layer->grad_rows[fold] * outer * units : 0;
+    real *raw = scratch, *transposed = scratch + BLOCKS_AT_ONCE * units * WIDTH;
+    if (weight_grad) memset(weight_grad, 0, outer * units * sizeof(real));
+    for (int64_t low = 0; low < space->blocks; low += BLOCKS_AT_ONCE) {
+        const int64_t high = low + BLOCKS_AT_ONCE < space->blocks ? low + BLOCKS_AT_ONCE : space->blocks;
+        for (int64_t block = low; block < high; block++) {
+            const real *inner = space->inner + (block * space->num_edges + layer->first_edge + fold * units) * WIDTH;
+            const real *scaled = space->scaled + (block * space->num_sums + layer->first_row + fold * outer) * WIDTH;
+            multiply(units, WIDTH, outer, weight, 1, units, scaled, WIDTH, raw + (block - low) * units * WIDTH, WIDTH, 0);
+            if (!weight_grad) continue;
+            transpose(inner, units, transposed, padded);
+            multiply(outer, units, WIDTH, scaled, WIDTH, 1, transposed, padded, weight_grad, units, 1);
+        }
+        pass_all_down(space, layer, fold, low, high, raw);
+    }
+}
+
+/* From the gradient of all heads, (num_circuits, num_heads, B). */
+void backward(const Space *space, const real *grad, int threads) {
+    for (int64_t h = 0; h < space->num_circuits * space->num_heads; h++) {
+        const int64_t row = space->head_rows[h] - space->first_sum;
+        for (int64_t block = 0; row >= 0 && block < space->blocks; block++) {
+            const int64_t place = (block * space->num_sums + row) * WIDTH, n = columns_of(space, block);
+            const real *from = grad + h * space->batch + block * WIDTH;
+            for (int64_t c = 0; c < WIDTH; c++)
+                space->scaled[place + c] = c < n ? from[c] / space->sums[place + c] : 0;
+        }
+    }
+    for (const Layer *layer = space->layers + space->num_layers - 1; layer >= space->layers; layer--) {
+        const Pass pass = {space, layer};
+        run_items(backward_item, &pass, layer->folds, layer->folds * layer->units * space->batch, threads,
+                  space->scratch, space->scratch_size);
+    }
+}
+
+/* Tied inputs: a parameter row collects from all folds that own it, in their order. */
+typedef struct {
+    const Leaf *leaf;
+    const int64_t *fold_start, *fold; /* the folds of each parameter row */
+    real *out; /* (P, K, S) */
+    int64_t batch;
+} Ties;
+
+static void tied_item(const void *job, int64_t item, real *scratch) {
+    const Ties *ties = job;
+    const Leaf *leaf = ties->leaf;
+    const int64_t row = item / leaf->units, unit = item % leaf->units, batch = ties->batch;
+    real *out = ties->out + item * leaf->size;
+    (void)scratch;
+    memset(out, 0, leaf->size * sizeof(real));
+    for (int64_t i = ties->fold_start[row]; i < ties->fold_start[row + 1]; i++) {
+        const int64_t fold = ties->fold[i];
+        scatter(leaf->x + fold * batch, leaf->rows_grad + (fold * leaf->units + unit) * batch, batch, out);
+    }
+    divide_by(leaf->table + item * leaf->size, leaf->size, out);
+}
+
+void collect_ties(const Leaf *leaf, int64_t rows, const int64_t *fold_start, const int64_t *fold, int64_t batch,
+                  real *out, int threads) {
+    const Ties ties = {leaf, fold_start, fold, out, batch};
+    const int64_t size = leaf->units * (rows * leaf->size + fold_start[rows] * batch);
+    run_items(tied_item, &ties, rows * leaf->units, size, threads, 0, 0);
+}
+
+/* ---- EM updates: rows of a table, (rows, Y) ---- */
+
+typedef struct {
+    int64_t rows, width, rows_per_item;
+    real *theta;
+    const real *grad; /* of the loss: minus flow / parameter; null: no new flows */
+    const uint8_t *live; /* (rows, Y), or null: all */
+    int64_t floor; /* whether positive probabilities stay at SMALLEST or above */
+    double step, pseudocount;
+    /* Anemone: */
+    real *flow; /* moving average */
+    const real *scale; /* (rows): (1 - s) N TD; null: average only */
+    double momentum, forgotten; /* flows up to `forgotten` become 0; below 0: none do */
+} Update;
+
+/* Add `added` in equal parts to the live alternatives, and keep the floor. */
+static void settle(const Update *update, real *restrict theta, const uint8_t *restrict live, real added) {
+    const int64_t n = update->width;
+    if (added != 0 && live) {
+        int64_t count = 0;
+        for (int64_t i = 0; i < n; i++) count += live[i];
+        const real part = count ? added / (real)count : 0;
+        for (int64_t i = 0; i < n; i++) theta[i] += live[i] ? part : 0;
+    } else if (added != 0) {
+        const real part = added / (real)n;
+        for (int64_t i = 0; i < n; i++) theta[i] += part;
+    }
+    if (update->floor)
+        for (int64_t i = 0; i < n; i++) theta[i] = theta[i] > 0 && theta[i] < SMALLEST ? SMALLEST : theta[i];
+}
+
+static real positive(real value) {
+    const real tiny = sizeof(real) == 4 ? (real)1.17549435e-38 : (real)2.2250738585072014e-308;
+    return value < tiny ? tiny : value;
+}
+
+/* (1 - s) theta + s (F + a / |ch|) / (sum F + a). Rows without flow stay; NaN spreads. */
+static void em_row(const Update *update, real *restrict theta, const real *restrict grad, const uint8_t *live) {
+    const int64_t n = update->width;
+    const real step = (real)update->step, pseudocount = (real)update->pseudocount;
+    real total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < n; i++) total += -theta[i] * grad[i];
+    if (total <= 0) return;
+    const real rate = step / positive(total + pseudocount), keep = 1 - step;
+    for (int64_t i = 0; i < n; i++) theta[i] = theta[i] * keep - theta[i] * grad[i] * rate;
+    settle(update, theta, live, rate * pseudocount);
+}
+
+/* (s F + TD theta + a / |ch|) / (the sum of that), with F the moving average and TD scaled. Rows without flow stay. */
+static void anemone_row(const Update *update, real *restrict theta, const real *restrict grad, const uint8_t *live,
+                        real *restrict flow, const real *scale) {
+    const int64_t n = update->width;
+    const real momentum = (real)update->momentum, fresh = (real)(1 - update->momentum), forgotten = (real)update->forgotten;
+    if (grad)
+        for (int64_t i = 0; i < n; i++) flow[i] = flow[i] * momentum - fresh * theta[i] * grad[i];
+    if (grad && forgotten >= 0)
+        for (int64_t i = 0; i < n; i++) flow[i] = flow[i] <= forgotten ? 0 : flow[i];
+    if (!scale) return;
+    real total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < n; i++) total += flow[i];
+    if (total <= 0) return;
+    const real step = (real)update->step, pseudocount = (real)update->pseudocount;
+    const real weight = positive(step * total + *scale + pseudocount), keep = *scale / weight, rate = step / weight;
+    for (int64_t i = 0; i < n; i++) theta[i] = theta[i] * keep + flow[i] * rate;
+    settle(update, theta, live, pseudocount / weight);
+}
+
+static void update_item(const void *job, int64_t item, real *scratch) {
+    const Update *update = job;
+    (void)scratch;
+    const int64_t low = item * update->rows_per_item, stop = low + update->rows_per_item;
+    for (int64_t row = low; row < stop && row < update->rows; row++) {
+        const int64_t place = row * update->width;
+        const real *grad = update->grad ? update->grad + place : 0;
+        const uint8_t *live = update->live ? update->live + place : 0;
+        if (update->flow)
+            anemone_row(update, update->theta + place, grad, live, update->flow + place,
+                        update->scale ? update->scale + row : 0);
+        else
+            em_row(update, update->theta + place, grad, live);
+    }
+}
+
+void update_table(const Update *update, int threads) {
+    const int64_t items = (update->rows + update->rows_per_item - 1) / update->rows_per_item;
+    run_items(update_item, update, items, update->rows * update->width, threads, 0, 0);
+}
