@@ -17,7 +17,8 @@ from lvd_lightning.circuits.graph import CircuitGraph, Node
 from lvd_lightning.circuits.layers import TINY, InputLayer, Layer
 from lvd_lightning.circuits.native import passes
 from lvd_lightning.circuits.native.passes import FusedWorkspace, LayerIndex
-from lvd_lightning.circuits.plan import ParameterGroup, Plan, compile_plan
+from lvd_lightning.circuits.plan import LOG_ZERO, ParameterGroup, Plan, compile_plan
+from lvd_lightning.circuits.precision import ErrorBound
 from lvd_lightning.circuits.workspace import GradientSpace, LinearWorkspace, Pool, Workspace
 
 __all__ = ["Batch", "Circuit"]
@@ -32,6 +33,14 @@ class Batch:
     values: list[Tensor]
     observed: list[Tensor] | None
     size: int
+
+    def take(self, columns: list[Tensor]) -> Batch:
+        """Other examples for every fold: columns of its values, one (F, S) for each input layer of tables."""
+        values = [found.gather(1, at) for found, at in zip(self.values, columns, strict=True)]
+        observed = None
+        if self.observed is not None:
+            observed = [found.gather(1, at) for found, at in zip(self.observed, columns, strict=True)]
+        return Batch(values, observed, columns[0].shape[1])
 
 
 class Circuit(nn.Module):
@@ -89,6 +98,7 @@ class Circuit(nn.Module):
         self.pool = Pool()
         self._careful = False
         self._layer_index: list[LayerIndex] = []
+        self._error_bound: ErrorBound | None = None
         self.gradient_pool: dict[int, Tensor] = {}
         self.statistics: dict[int, Tensor] = {}
         self._is_evidence = self._check_evidence()
@@ -290,20 +300,43 @@ class Circuit(nn.Module):
             self._careful = True  # this circuit's sums underflow: from now on, look at every layer as it is computed
             self._run_layers(tables, space, True)
 
-    def run_linear(self, batch: Batch, tables: Sequence[Tensor], space: LinearWorkspace) -> bool:
-        """Fill a linear workspace; False if numbers got too small, and then only `run_forward` will do."""
+    def run_linear(self, batch: Batch, tables: Sequence[Tensor], space: LinearWorkspace | FusedWorkspace) -> Tensor:
+        """log p of all heads in nats, (G, H, B), by linear values; see `inexact` for where it holds."""
+        if isinstance(space, FusedWorkspace):
+            return space.forward(batch, tables)
         for number, leaf in enumerate(self._leaf_layers()):
             observed = None if batch.observed is None else batch.observed[number]
             leaf.forward_linear(space.values, tables[leaf.group], batch.values[number], observed)
         for layer in self._inner_layers():
             layer.forward_linear(space, tables[layer.group])
-        return space.is_exact(TINY[self.dtype])
-
-    def linear_log_prob(self, space: LinearWorkspace) -> Tensor:
-        """log p of all heads in nats, (G, H, B), from a linear workspace."""
         log_GB = space.peaks.new_zeros(self.num_circuits, space.peaks.shape[1])
         log_GB.index_add_(0, self.circuit_of_node, space.peaks.log2())
         return (space.values[self.roots].log2() + log_GB[:, None]) / layers.BITS_PER_NAT
+
+    def inexact(self, batch: Batch, tables: Sequence[Tensor], space: LinearWorkspace | FusedWorkspace) -> Tensor | None:
+        """Where numbers got too small for `run_linear`, and only `run_forward` will do: bool (G, B); None: nowhere."""
+        if space.is_large(TINY[self.dtype]):
+            return None
+        least_GB = space.heads(self.roots).masked_fill((self.roots == LOG_ZERO)[..., None], torch.inf).amin(1)
+        inputs_LB = self.largest_inputs(batch, tables)
+        bad_GB = self.error_bound().exceeds(space.peaks_of_nodes(), space.largest(), inputs_LB, least_GB)
+        return bad_GB if bool(bad_GB.any()) else None
+
+    def error_bound(self) -> ErrorBound:
+        """What decides whether linear values will do; made once."""
+        if self._error_bound is None or self._error_bound.roots.device != self.device:
+            self._error_bound = ErrorBound(self.plan, self.structures, self.device)
+        return self._error_bound
+
+    def largest_inputs(self, batch: Batch, tables: Sequence[Tensor]) -> Tensor:
+        """The largest likelihood among the units of every input node, (L, B)."""
+        found = []
+        for number, leaf in enumerate(self._leaf_layers()):
+            table_FC = tables[leaf.group].amax(1)[leaf.parameter_rows]
+            largest_FB = table_FC.gather(1, batch.values[number])
+            observed = None if batch.observed is None else batch.observed[number]
+            found.append(largest_FB if observed is None else largest_FB.masked_fill(~observed, 1.0))
+        return torch.cat(found)
 
     def _run_layers(self, tables: Sequence[Tensor], space: Workspace, careful: bool) -> None:
         for layer in self._inner_layers():
@@ -527,18 +560,31 @@ class _LogProb(torch.autograd.Function):
 
 def _evaluate(circuit: Circuit, batch: Batch, tables: Sequence[Tensor], keep: bool) -> tuple[Tensor, object]:
     """log p of all heads (G, H, B), and the lease whose workspace a backward pass needs."""
-    if passes.applies(circuit, tables):
-        fused = Lease(circuit, FusedWorkspace, batch.size, keep)
-        log_GHB = fused.space.forward(batch, tables)
-        if log_GHB is not None:
-            return log_GHB, fused
-    elif circuit.is_linear:
-        linear = Lease(circuit, LinearWorkspace, batch.size, keep)
-        if circuit.run_linear(batch, tables, linear.space):
-            return circuit.linear_log_prob(linear.space), linear
+    if circuit.is_linear:
+        kind = FusedWorkspace if passes.applies(circuit, tables) else LinearWorkspace
+        linear: Lease[Any] = Lease(circuit, kind, batch.size, keep)
+        log_GHB = circuit.run_linear(batch, tables, linear.space)
+        bad_GB = circuit.inexact(batch, tables, linear.space)
+        if bad_GB is None:
+            return log_GHB, linear
+        if not keep and 2 * int(bad_GB.sum(1).max()) < batch.size:
+            _mend(circuit, batch, tables, bad_GB, log_GHB)
+            return log_GHB, linear
     lease = circuit.lease(batch.size, keep)
     circuit.run_forward(batch, tables, lease.space)
     return lease.space.values[circuit.roots] / layers.BITS_PER_NAT, lease
+
+
+def _mend(circuit: Circuit, batch: Batch, tables: Sequence[Tensor], bad_GB: Tensor, log_GHB: Tensor) -> None:
+    """Compute log p of the heads for some pairs of a circuit and an example again, by the general pass."""
+    count_G = bad_GB.sum(1)
+    index_GS = bad_GB.byte().argsort(dim=1, descending=True, stable=True)[:, : int(count_G.max())]
+    few = batch.take([index_GS[leaf.circuits] for leaf in circuit._leaf_layers()])
+    lease = circuit.lease(few.size, keep=False)
+    circuit.run_forward(few, tables, lease.space)
+    g, place = (torch.arange(few.size, device=bad_GB.device) < count_G[:, None]).nonzero(as_tuple=True)
+    log_GSH = lease.space.values[circuit.roots].transpose(1, 2)
+    log_GHB.transpose(1, 2)[g, index_GS[g, place]] = log_GSH[g, place] / layers.BITS_PER_NAT
 
 
 def _gradient_buffer(circuit: Circuit, number: int, table: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ class InputLayer(_Folded):
 
     variables: Tensor
     columns: Tensor
+    circuits: Tensor
 
     def __init__(self, plan: InputPlan, num_variables: int) -> None:
         super().__init__(plan.group, plan.parameter_rows, len(plan.nodes))
@@ -92,6 +93,7 @@ class InputLayer(_Folded):
         columns = plan.circuits * num_variables + plan.variables
         self.register_buffer("variables", torch.from_numpy(plan.variables), persistent=False)
         self.register_buffer("columns", torch.from_numpy(columns), persistent=False)
+        self.register_buffer("circuits", torch.from_numpy(plan.circuits), persistent=False)
 
     def select(self, x_VB: Tensor, shared: bool) -> Tensor:
         """The rows of `x_VB` (variables, or circuits x variables, by batch) that the folds look at."""

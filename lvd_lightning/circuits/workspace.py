@@ -167,12 +167,28 @@ class LinearWorkspace:
             self.bound[layer.number] = [layer.bind_linear(self, a, b, start) for a, b in chunks[layer.number]]
             start += layer.num_folds
 
-    def is_exact(self, tiny: float) -> bool:
-        """Whether no number got so small that it, or what was lost below it, matters."""
-        if float(self.peaks.amin()) * float(self.sums.amin()) >= tiny:
-            return True
-        pairs = (bound for chunk in self.bound.values() for bound in chunk)
-        return all(float((bound.sums.amin(1, keepdim=True) * bound.scale).amin()) >= tiny for bound in pairs)
+    def is_large(self, tiny: float) -> bool:
+        """Whether no number got so small that it, or what was lost below it, could matter."""
+        return float(self.peaks.amin()) * float(self.sums.amin()) >= tiny
+
+    def heads(self, roots: Tensor) -> Tensor:
+        """Values of the heads, (G, H, B)."""
+        return self.values[roots]
+
+    def peaks_of_nodes(self) -> Tensor:
+        """What the inner units of every sum node were divided by, (N, B)."""
+        return self.peaks
+
+    def largest(self) -> Tensor:
+        """The largest unit of every sum node, (N, B); units of 0 become positive, so that gradients can be divided."""
+        self.sums.clamp_min_(torch.finfo(self.sums.dtype).tiny)
+        out_NB = torch.empty_like(self.peaks)
+        low = 0
+        for chunks in self.bound.values():
+            for bound in chunks:
+                torch.amax(bound.sums, 1, out=out_NB[low : low + bound.high - bound.low])
+                low += bound.high - bound.low
+        return out_NB
 
 
 class GradientSpace:

@@ -56,7 +56,9 @@ def route(
     order, rank = _ranks(circuit, counts)
     kept = rank < slots
     at, rank = order[kept], rank[kept]
-    index_GS = torch.zeros(num_circuits, slots, dtype=torch.int64, device=circuit.device)
+    # Empty slots hold an example of their circuit, if there is one: others may be extremely unlikely under it.
+    first_G = (counts.cumsum(0) - counts).clamp_max(max(0, len(circuit) - 1))
+    index_GS = order[first_G][:, None].repeat(1, slots) if len(circuit) else counts.new_zeros(num_circuits, slots)
     weight_GS = torch.zeros(num_circuits, slots, dtype=weights.dtype, device=circuit.device)
     index_GS[circuit[at], rank] = at
     weight_GS[circuit[at], rank] = weights[at]

@@ -41,9 +41,40 @@ def test_numbers_that_are_too_small_are_found(rare: float, is_enough: bool) -> N
     x = torch.tensor([[0, 1, 1, 0]])
     with torch.no_grad():
         space = Lease(circuit, LinearWorkspace, 1, keep=True).space
-        assert circuit.run_linear(circuit.prepare(x, None), circuit.probabilities(), space) is is_enough
+        batch, tables = circuit.prepare(x, None), circuit.probabilities()
+        circuit.run_linear(batch, tables, space)
+        assert (circuit.inexact(batch, tables, space) is None) is is_enough
         expected = pc.Circuit(graph).double().log_prob(x)
         torch.testing.assert_close(circuit.log_prob(x).double(), expected, rtol=1e-4, atol=0)
+
+
+def test_only_what_is_too_small_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three circuits, each with contradictions of its own: the general pass sees these pairs alone."""
+    torch.set_default_dtype(torch.float32)
+    graphs, sizes = [], []
+    for seed in range(3):
+        graph = pc.hclt(torch.tensor([-1, 0, 0, 0, 0]), 2, pc.Categorical(2), num_heads=2)
+        for index, node in enumerate(graph.nodes):
+            if node.kind == "input":
+                rare = 1e-20 if node.variable != seed else 0.4
+                node.params = torch.tensor([[1 - rare, rare], [rare, 1 - rare]])
+            elif node.kind == "sum" and index != graph.root:
+                node.weight = torch.eye(2)
+        graphs.append(graph)
+    circuit = pc.Circuit(graphs)
+    x = torch.cartesian_prod(*[torch.arange(2)] * 5)
+    observed = torch.ones_like(x, dtype=torch.bool)
+    observed[5, 1] = False
+    run_forward = circuit.run_forward
+    monkeypatch.setattr(
+        circuit, "run_forward", lambda batch, *rest: (sizes.append(batch.size), run_forward(batch, *rest))
+    )
+    with torch.no_grad():
+        expected = pc.Circuit(graphs).double().log_prob(x, observed=observed)
+        found = circuit.log_prob(x, observed=observed)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    assert len(sizes) == 1
+    assert 0 < sizes[0] < len(x) / 2
 
 
 def test_only_trees_over_tables_are_linear() -> None:

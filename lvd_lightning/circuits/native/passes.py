@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from lvd_lightning.circuits.layers import BITS_PER_NAT, TINY
+from lvd_lightning.circuits.layers import BITS_PER_NAT
 from lvd_lightning.circuits.native import library, suits
 from lvd_lightning.circuits.plan import LOG_ZERO, LayerPlan
 
@@ -107,6 +107,7 @@ class FusedWorkspace:
         self.layers, self.leaves = circuit._inner_layers(), circuit._leaf_layers()
         self.index = circuit.layer_index()
         self.size = size
+        self.least = 0.0  # of all peaks and sums, multiplied
         self.blocks = -(-size // WIDTH)
         self.circuit_of_node = circuit.circuit_of_node
         like = circuit._like()
@@ -167,17 +168,15 @@ class FusedWorkspace:
         if self.scaled_JVC.numel():
             self.space.scaled, self.space.inner = self.scaled_JVC.data_ptr(), self.inner_JEC.data_ptr()
 
-    def forward(self, batch: Batch, tables: Sequence[Tensor]) -> Tensor | None:
-        """log p of all heads in nats, (G, H, B); None if numbers got too small (see `LinearWorkspace.is_exact`)."""
+    def forward(self, batch: Batch, tables: Sequence[Tensor]) -> Tensor:
+        """log p of all heads in nats, (G, H, B)."""
         self._point(batch, tables, [None] * len(tables), [None] * len(self.layers))
         self.library.forward(ctypes.byref(self.space), self._threads())
         value_GHB = self.sums_JVC.new_empty(*self.head_rows_GH.shape, self.size)
         fraction_GB = self.sums_JVC.new_empty(len(self.head_rows_GH), self.blocks * WIDTH)
         exponent_GB = torch.empty(fraction_GB.shape, dtype=torch.int32)
         pointers = (fraction_GB.data_ptr(), exponent_GB.data_ptr(), value_GHB.data_ptr())
-        least = self.library.finish(ctypes.byref(self.space), *pointers)
-        if not (least >= TINY[value_GHB.dtype] or self._is_exact(TINY[value_GHB.dtype])):
-            return None
+        self.least = self.library.finish(ctypes.byref(self.space), *pointers)
         log_GB = fraction_GB.log2_().add_(exponent_GB)[:, : self.size]
         return value_GHB.log2_().add_(log_GB[:, None]).div_(BITS_PER_NAT)
 
@@ -237,16 +236,29 @@ class FusedWorkspace:
             self.space.scratch = self.scratch.data_ptr()
         return threads
 
-    def _is_exact(self, tiny: float) -> bool:
-        """The same check, node by node; inner units that overflowed in the division have a tiny peak."""
-        if not float(self.peaks_JNC.amin()) >= tiny:
-            return False
+    def is_large(self, tiny: float) -> bool:
+        """See `LinearWorkspace`, as are the next three."""
+        return bool(self.least >= tiny)
+
+    def heads(self, roots: Tensor) -> Tensor:
+        first = self.space.first_sum
+        rows = roots.clamp_min(first) - first  # what a circuit has not is looked up somewhere
+        return self._columns(self.sums_JVC[:, rows.flatten()]).view(*roots.shape, self.size)
+
+    def peaks_of_nodes(self) -> Tensor:
+        return self._columns(self.peaks_JNC)
+
+    def largest(self) -> Tensor:
+        self.sums_JVC.clamp_min_(torch.finfo(self.sums_JVC.dtype).tiny)
+        found = []
         for struct in self.layer_structs:
-            size, rows = struct.folds * struct.outer, slice(struct.first_node, struct.first_node + struct.folds)
-            sums_JFHC = self.sums_JVC.narrow(1, struct.first_row, size).unflatten(1, (struct.folds, struct.outer))
-            if not float((sums_JFHC.amin(2) * self.peaks_JNC[:, rows]).amin()) >= tiny:
-                return False
-        return True
+            rows_JVC = self.sums_JVC.narrow(1, struct.first_row, struct.folds * struct.outer)
+            found.append(rows_JVC.unflatten(1, (struct.folds, struct.outer)).amax(2))
+        return self._columns(torch.cat(found, 1))
+
+    def _columns(self, blocks_JRC: Tensor) -> Tensor:
+        """Rows by blocks of columns to (rows, B)."""
+        return blocks_JRC.transpose(0, 1).flatten(1)[:, : self.size]
 
     def _collect_ties(self, grads: Sequence[Tensor | None], threads: int) -> None:
         """Sum what tied inputs contribute to their rows."""
