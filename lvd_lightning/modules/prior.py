@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lvd_lightning import circuits as pc
+from lvd_lightning.circuits.io import pack_structure, unpack_structure
 from lvd_lightning.latents.processes import Processes
 from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.modules.assembled import AssembledCircuit
@@ -43,6 +45,8 @@ class PriorStudent(EMStudent):
         max_cache_gb: disk space for the evidence of training images, in gigabytes; what does not fit is computed again
             in every epoch, here and in finetuning.
         counts_pseudocount: examples that smooth the counts of a parent's state.
+        prune_threshold: at the beginning of the last epoch, remove edges with at most this share of the training
+            images' flow; null removes none. With K states a tree over P patches has P K^2 edges, most of them idle.
         optimizer, lr, final_lr, momentum, pseudocount, val_images: see `EMStudent`.
     """
 
@@ -53,6 +57,7 @@ class PriorStudent(EMStudent):
         candidates: int | None = 16,
         max_cache_gb: float = 20.0,
         counts_pseudocount: float = 1.0,
+        prune_threshold: float | None = None,
         optimizer: Rule = "anemone",
         lr: float = 0.2,
         final_lr: float = 0.02,
@@ -69,6 +74,8 @@ class PriorStudent(EMStudent):
             )
         if not counts_pseudocount > 0:
             raise ValueError(f"counts_pseudocount: got {counts_pseudocount}, expected a positive number of examples")
+        if prune_threshold is not None and not 0 <= prune_threshold < 1:
+            raise ValueError(f"prune_threshold: got {prune_threshold}, expected 0 <= threshold < 1, or null")
 
     @override
     def begin_stage(self, context: StageContext) -> None:
@@ -95,6 +102,38 @@ class PriorStudent(EMStudent):
     @override
     def trained(self) -> nn.Module:
         return self.assembled.prior
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        """Prune, so that the last epoch trains, and validation judges, what was pruned."""
+        threshold = self.hparams["prune_threshold"]
+        if threshold is not None and self.current_epoch + 1 == self.trainer.max_epochs:
+            self.replace_prior(pc.prune(self.assembled.prior, self.flows(), threshold))
+            self.renew_optimizer()
+
+    def flows(self) -> pc.Flows:
+        """Flows of the prior over all training images, summed over all processes, which all have to call."""
+        flows, data = pc.Flows(self.assembled.prior), self._context.data
+        for index in torch.arange(self.global_rank, len(self.z_NP["train"]), self.trainer.world_size).split(256):
+            images = data.batch("train", index).to(self.device)
+            flows.add(self.train_evidence.evidence(images, index.to(self.device)))
+        flows.all_reduce()
+        return flows
+
+    def replace_prior(self, graph: pc.CircuitGraph | list[pc.CircuitGraph]) -> None:
+        """Go on with another prior over the same latents."""
+        self.assembled.prior = pc.Circuit(graph[0] if isinstance(graph, list) else graph).to(self.device)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The structure of the prior: which edges are left."""
+        text, tensors = pack_structure(self.assembled.prior.structures)
+        checkpoint["prior"] = {"structure": text, "tensors": tensors}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build the prior of a checkpoint, whose parameters are loaded next."""
+        self.replace_prior(unpack_structure(checkpoint["prior"]["structure"], checkpoint["prior"]["tensors"]))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, index = batch

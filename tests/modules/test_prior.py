@@ -134,6 +134,39 @@ def test_what_does_not_fit_on_disk_is_computed_again(conditional: Any, candidate
     assert torch.equal(again.train_evidence.evidence(x, index), part.train_evidence.evidence(x, index))
 
 
+@pytest.mark.parametrize("candidates", [None, 2])
+def test_a_pruned_prior_is_trained_and_handed_on(conditional: Any, candidates: int | None) -> None:
+    dense = conditional.complete("prior", PriorStudent(candidates=candidates), 3)
+    shutil.rmtree(conditional.folder / "prior")
+    module = PriorStudent(candidates=candidates, prune_threshold=0.05)
+    results = conditional.complete("prior", module, 3)
+    assert results["num_parameters"] < dense["num_parameters"]
+    loaded = AssembledCircuit.load(conditional.folder / "prior")
+    images = conditional.data.splits["val"]
+    assert torch.equal(loaded.log_prob(images), module.assembled.log_prob(images))
+    assert module.assembled.log_prob(images).isfinite().all()
+    assert any(node.mask is not None and not node.mask.all() for node in loaded.prior.to_graph().nodes)
+
+
+def test_flows_of_the_prior_are_those_of_all_images(conditional: Any) -> None:
+    module = conditional.begin("prior", PriorStudent(candidates=None))
+    conditional.trainer("prior", 1).fit(module, datamodule=conditional.data)
+    flows = module.flows()
+    assert flows.num_examples.tolist() == [len(conditional.data.splits["train"])]
+    module.assembled.prior.zero_grad()
+    index = torch.arange(len(conditional.data.splits["train"]))
+    evidence = module.train_evidence.evidence(conditional.data.splits["train"], index)
+    (-module.assembled.prior.log_prob(evidence).sum()).backward()
+    for table, found in zip(module.assembled.prior.tables, flows.tables, strict=True):
+        torch.testing.assert_close((-table * table.grad).double(), found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.0])
+def test_thresholds_are_shares(threshold: float) -> None:
+    with pytest.raises(ValueError, match=f"prune_threshold: got {threshold}"):
+        PriorStudent(prune_threshold=threshold)
+
+
 def test_the_seed_decides(conditional: Any) -> None:
     weights = []
     for seed in (0, 0, 1):
