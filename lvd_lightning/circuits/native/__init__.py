@@ -59,8 +59,10 @@ def _load(real: str) -> ctypes.CDLL | None:
 def _share_threads(found: ctypes.CDLL) -> None:
     """Let the kernels run on PyTorch's own threads: a second pool would wait for processors that the first one holds.
 
-    PyTorch makes its OpenMP runtime visible to the whole process; GNU's and LLVM's have this entry point. Without it
-    the kernels run on the calling thread.
+    PyTorch makes its OpenMP runtime visible to the whole process; GNU's and LLVM's have these entry points. Without
+    them the kernels run on the calling thread.
     """
-    start = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
-    found.set_parallel(None if start is None else ctypes.cast(start, ctypes.c_void_p))
+    process = ctypes.CDLL(None)
+    names = ("GOMP_parallel", "omp_get_thread_num")
+    if all(hasattr(process, name) for name in names):
+        found.set_parallel(*(ctypes.cast(getattr(process, name), ctypes.c_void_p) for name in names))

@@ -23,34 +23,56 @@ static const real SMALLEST = (real)1e-30; /* of distributions.py */
 
 typedef void (*Parallel)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
 static Parallel parallel = 0;
+static int (*thread_number)(void) = 0;
 
-void set_parallel(void *found) { parallel = (Parallel)found; }
+void set_parallel(void *start, void *number) {
+    parallel = (Parallel)start;
+    thread_number = (int (*)(void))number;
+}
 
 typedef void (*Run)(const void *job, int64_t item, real *scratch);
+
+enum { MAX_THREADS = 256 };
 
 typedef struct {
     Run run;
     const void *job;
-    int64_t count, next, workers, scratch_size;
+    int64_t count, threads, scratch_size;
     real *scratch; /* scratch_size numbers for every thread */
+    struct {
+        int64_t next, stop, apart[6];
+    } share[MAX_THREADS];
 } Items;
 
+/* A thread takes the items of its own share, the same in every pass, so that it finds their numbers in its caches; then
+   what others have left. */
 static void take_items(void *data) {
     Items *items = data;
-    real *scratch = items->scratch + __atomic_fetch_add(&items->workers, 1, __ATOMIC_RELAXED) * items->scratch_size;
-    for (;;) {
-        const int64_t item = __atomic_fetch_add(&items->next, 1, __ATOMIC_RELAXED);
-        if (item >= items->count) return;
-        items->run(items->job, item, scratch);
+    const int64_t own = items->threads > 1 ? thread_number() : 0;
+    for (int64_t i = 0; i < items->threads; i++) {
+        const int64_t other = (own + i) % items->threads;
+        for (;;) {
+            const int64_t item = __atomic_fetch_add(&items->share[other].next, 1, __ATOMIC_RELAXED);
+            if (item >= items->share[other].stop) break;
+            items->run(items->job, item, items->scratch + own * items->scratch_size);
+        }
     }
 }
 
 /* `size`: numbers that all items touch together; less than GRAIN is not worth waking threads. */
 static void run_items(Run run, const void *job, int64_t count, int64_t size, int threads, real *scratch,
                       int64_t scratch_size) {
-    Items items = {run, job, count, 0, 0, scratch_size, scratch};
+    Items items;
     if (threads > count) threads = (int)count;
-    if (threads > 1 && size >= GRAIN && parallel)
+    if (threads > MAX_THREADS) threads = MAX_THREADS;
+    if (threads < 1 || size < GRAIN || !parallel || !thread_number) threads = 1;
+    items.run = run, items.job = job, items.count = count, items.threads = threads;
+    items.scratch = scratch, items.scratch_size = scratch_size;
+    for (int64_t t = 0; t < threads; t++) {
+        items.share[t].next = t * count / threads;
+        items.share[t].stop = (t + 1) * count / threads;
+    }
+    if (threads > 1)
         parallel(take_items, &items, (unsigned)threads, 0);
     else
         take_items(&items);
