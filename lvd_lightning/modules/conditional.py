@@ -18,6 +18,7 @@ from lvd_lightning.growing.clustering import first_heads
 from lvd_lightning.growing.examples import Examples
 from lvd_lightning.growing.features import PatchFeatures
 from lvd_lightning.growing.likelihood import best_heads
+from lvd_lightning.latents import load_latents_info
 from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.modules.assembled import AssembledCircuit
 from lvd_lightning.modules.assignments import read_clusters, write_assignments
@@ -90,6 +91,7 @@ class ConditionalStudent(EMStudent):
     def begin_stage(self, context: StageContext) -> None:
         super().begin_stage(context)
         self.clusters_NP, num_clusters = read_clusters(context)
+        self._check_ties(context)
         self._tree = latent_tree(self.clusters_NP["train"], num_clusters)
         self.round = 0
         circuit_NP, num_circuits = self.clusters_NP["train"], num_clusters
@@ -122,6 +124,15 @@ class ConditionalStudent(EMStudent):
     @override
     def trained(self) -> nn.Module:
         return self.assembled.conditional
+
+    def _check_ties(self, context: StageContext) -> None:
+        folder = context.previous("latents")
+        assert folder is not None
+        if self.hparams["tied"] and not load_latents_info(folder)["pooled"]:
+            raise ValueError(
+                "tied: is true, but every position has clusters of its own, so that a value means something else at "
+                "each: set tied: false, or latents.pooled: true"
+            )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, index = batch

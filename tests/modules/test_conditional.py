@@ -1,5 +1,6 @@
 """The stage of the conditionals: it learns, at a cost that does not depend on K, and hands on what it learned."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ def test_the_objective_falls(run: Any, optimizer: str, tied: bool, init: str) ->
     assert objective(module, run) < before - 0.2
     assert not torch.equal(weights[0], tables(module)[0])
     assert float(trainer.callback_metrics["train/lvd_objective_bpd"]) < before
+
+
+def test_clusters_of_single_positions_are_not_tied(run: Any) -> None:
+    path = run.folder / "latents" / "latents.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pooled": False}))
+    with pytest.raises(ValueError, match="tied: is true, but every position has clusters of its own"):
+        run.begin("conditional", ConditionalStudent(2))
+    run.begin("conditional", ConditionalStudent(2, tied=False))
 
 
 def test_metrics_are_those_of_the_assembled_circuit(run: Any) -> None:
