@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from callbacks.pictures import PictureCallback
 from lvd_lightning.modules.conditional import ConditionalStudent
 from lvd_lightning.modules.stage import derive_seed
 from lvd_lightning.pictures import growth_picture, patches_picture
@@ -16,7 +16,7 @@ from lvd_lightning.pictures import growth_picture, patches_picture
 __all__ = ["LogGrowth"]
 
 
-class LogGrowth(Callback):
+class LogGrowth(PictureCallback):
     """Draws what a `ConditionalStudent` has grown to at the end of every n-th epoch; other modules are left alone.
 
     Writes `pictures/clusters_epoch_<epoch>.png` (training patches of the heads of four circuits, a head per row) and
@@ -30,31 +30,20 @@ class LogGrowth(Callback):
     """
 
     def __init__(self, every_n_epochs: int = 5, seed: int = 0) -> None:
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs: got {every_n_epochs}, expected at least 1")
-        self.every_n_epochs = every_n_epochs
-        self.seed = seed
-
-    def should_draw(self, epoch: int) -> bool:
-        """Whether to draw at the end of this epoch (counted from 0)."""
-        return (epoch + 1) % self.every_n_epochs == 0
+        super().__init__(every_n_epochs, seed)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = trainer.current_epoch
         if not (isinstance(pl_module, ConditionalStudent) and trainer.is_global_zero and self.should_draw(epoch)):
             return
-        stage = Path(trainer.default_root_dir)
-        (stage / "pictures").mkdir(parents=True, exist_ok=True)
-        clusters, growth = stage / "pictures" / f"clusters_epoch_{epoch:03d}.png", stage / "pictures" / "growth.png"
+        folder = self.folder(trainer)
+        clusters, growth = folder / f"clusters_epoch_{epoch:03d}.png", folder / "growth.png"
         self.draw_clusters(clusters, pl_module)
         drawn = {"clusters": clusters}
-        if growth_picture(growth, stage / "metrics.csv", pl_module.context.data):
+        if growth_picture(growth, folder.parent / "metrics.csv", pl_module.context.data):
             drawn["growth"] = growth
-        for logger in trainer.loggers:
-            for name, path in drawn.items():
-                if isinstance(logger, WandbLogger):
-                    logger.log_image(key=name, images=[str(path)])
+        self.log_pictures(trainer, drawn)
 
     def draw_clusters(self, path: Path, student: ConditionalStudent, num_circuits: int = 4) -> None:
         """Write patches of all heads of the circuits with the most patches."""

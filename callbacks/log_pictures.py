@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from callbacks.pictures import PictureCallback
 from lvd_lightning.modules.assembled import AssembledCircuit
 from lvd_lightning.modules.stage import derive_seed
 from lvd_lightning.pictures import sample_picture
@@ -14,7 +14,7 @@ from lvd_lightning.pictures import sample_picture
 __all__ = ["LogSamples"]
 
 
-class LogSamples(Callback):
+class LogSamples(PictureCallback):
     """Draws 64 samples of a stage's circuit over images after the validation of every n-th epoch.
 
     Writes `pictures/samples_epoch_<epoch>.png` into the Trainer's default_root_dir, the stage's folder, and logs the
@@ -28,29 +28,17 @@ class LogSamples(Callback):
     """
 
     def __init__(self, every_n_epochs: int = 1, seed: int = 0) -> None:
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs: got {every_n_epochs}, expected at least 1")
-        self.every_n_epochs = every_n_epochs
-        self.seed = seed
-
-    def should_draw(self, epoch: int) -> bool:
-        """Whether to draw after the validation of this epoch (counted from 0)."""
-        return (epoch + 1) % self.every_n_epochs == 0
+        super().__init__(every_n_epochs, seed)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         circuit = getattr(pl_module, "assembled", None)
         wanted = not trainer.sanity_checking and self.should_draw(trainer.current_epoch)
         if trainer.is_global_zero and wanted and isinstance(circuit, AssembledCircuit):
-            folder = Path(trainer.default_root_dir) / "pictures"
-            path = folder / f"samples_epoch_{trainer.current_epoch:03d}.png"
-            folder.mkdir(parents=True, exist_ok=True)
-            self.draw(path, circuit, trainer)
+            self.draw(self.folder(trainer) / f"samples_epoch_{trainer.current_epoch:03d}.png", circuit, trainer)
 
     def draw(self, path: Path, circuit: AssembledCircuit, trainer: Trainer) -> None:
         """Write the picture of an epoch, and log it."""
         generator = torch.Generator(circuit.prior.device).manual_seed(derive_seed(self.seed, "samples"))
         sample_picture(path, circuit, trainer.datamodule, generator)  # type: ignore[attr-defined]
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image(key="samples", images=[str(path)])
+        self.log_pictures(trainer, {"samples": path})

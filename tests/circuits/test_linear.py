@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lvd_lightning.circuits as pc
-from lvd_lightning.circuits.circuit import Lease
+from lvd_lightning.circuits.log_prob import Lease
 from lvd_lightning.circuits.workspace import LinearWorkspace
 
 

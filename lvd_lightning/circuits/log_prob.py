@@ -1,0 +1,170 @@
+"""log p of a compiled circuit as an autograd function: which forward pass it takes, and the backward pass after it.
+
+Shapes: G circuits, H heads, B batch, F folded nodes, S columns that are computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from lvd_lightning.circuits import layers
+from lvd_lightning.circuits.layers import InputLayer
+from lvd_lightning.circuits.native import passes
+from lvd_lightning.circuits.native.passes import FusedWorkspace
+from lvd_lightning.circuits.workspace import LinearWorkspace, Workspace
+
+if TYPE_CHECKING:
+    from lvd_lightning.circuits.circuit import Batch, Circuit
+
+__all__ = ["Lease", "LogProb"]
+
+AnySpace = TypeVar("AnySpace", Workspace, LinearWorkspace, FusedWorkspace)
+
+
+class Lease(Generic[AnySpace]):
+    """A workspace from the circuit's pool; it goes back when nothing refers to the lease any more."""
+
+    space: AnySpace
+
+    def __init__(self, circuit: Circuit, kind: type[AnySpace], size: int, keep: bool) -> None:
+        self.pool, self.key = circuit.pool, circuit._pool_key(kind.__name__ + ("keep" if keep else ""), size)
+        found = self.pool.take(self.key)
+        self.space = found if isinstance(found, kind) else _new_space(circuit, kind, size, keep)
+
+    def __del__(self) -> None:
+        if hasattr(self, "space"):
+            self.pool.give(self.key, self.space)
+
+
+def _new_space(circuit: Circuit, kind: type[AnySpace], size: int, keep: bool) -> AnySpace:
+    make: Any = kind  # their constructors differ
+    if kind is FusedWorkspace:
+        space: Any = FusedWorkspace(circuit, size, keep)
+    else:
+        rows, edges = circuit.plan.num_value_rows, circuit.plan.num_edge_rows
+        space = make(circuit._inner_layers(), rows, edges, size, keep, circuit._like())
+    return space
+
+
+class LogProb(torch.autograd.Function):
+    """log p of all heads, shape (G, H, B), with its closed-form backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, circuit: Circuit, batch: Batch, keep: bool, evidence: Tensor | None, *tables: Tensor
+    ) -> Tensor:
+        if batch.size == 0:
+            ctx.lease = None
+            ctx.shapes = (None if evidence is None else evidence.shape, [table.shape for table in tables])
+            return tables[0].new_empty(*circuit.roots.shape, 0)
+        log_GHB, lease = _evaluate(circuit, batch, tables, keep)
+        if keep:
+            ctx.lease, ctx.circuit, ctx.batch = lease, circuit, batch
+            ctx.evidence_shape = None if evidence is None else evidence.shape
+            ctx.save_for_backward(*tables)
+        return log_GHB
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_GHB: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
+        if ctx.lease is None:
+            evidence_shape, shapes = ctx.shapes
+            evidence_grad = grad_GHB.new_zeros(evidence_shape) if needed[3] else None
+            grads = [
+                grad_GHB.new_zeros(shape) if need else None for shape, need in zip(shapes, needed[4:], strict=True)
+            ]
+            return (None, None, None, evidence_grad, *grads)
+        circuit, batch, tables = ctx.circuit, ctx.batch, ctx.saved_tensors
+        grads = [
+            _gradient_buffer(circuit, number, table) if need else None
+            for number, (table, need) in enumerate(zip(tables, needed[4:], strict=True))
+        ]
+        if isinstance(ctx.lease.space, FusedWorkspace):
+            ctx.lease.space.backward(batch, tables, grads, grad_GHB)
+            return (None, None, None, None, *grads)
+        gradient = circuit.gradient_space(batch.size)
+        circuit.head_rows(gradient.inner).copy_(grad_GHB)
+        circuit.run_backward(ctx.lease.space, tables, gradient, grads)
+        inner_grad = gradient.inner
+        evidence_grad = None
+        for number, layer in enumerate(circuit._leaf_layers()):
+            if layer.group < 0:
+                if needed[3]:
+                    evidence_grad = _evidence_gradient(circuit, layer, inner_grad, batch, ctx.evidence_shape)
+            else:
+                found = grads[layer.group]
+                if found is None:
+                    continue
+                observed = None if batch.observed is None else batch.observed[number]
+                statistics = _statistics(circuit, layer, tables[layer.group])
+                layer.backward(inner_grad, tables[layer.group], batch.values[number], observed, found, statistics)
+        circuit.return_gradient_space(gradient)
+        return (None, None, None, evidence_grad, *grads)
+
+
+def _evaluate(circuit: Circuit, batch: Batch, tables: Sequence[Tensor], keep: bool) -> tuple[Tensor, object]:
+    """log p of all heads (G, H, B), and the lease whose workspace a backward pass needs."""
+    if circuit.is_linear:
+        kind = FusedWorkspace if passes.applies(circuit, tables) else LinearWorkspace
+        linear: Lease[Any] = Lease(circuit, kind, batch.size, keep)
+        log_GHB = circuit.run_linear(batch, tables, linear.space)
+        bad_GB = circuit.inexact(batch, tables, linear.space)
+        if bad_GB is None:
+            return log_GHB, linear
+        if not keep and 2 * int(bad_GB.sum(1).max()) < batch.size:
+            _mend(circuit, batch, tables, bad_GB, log_GHB)
+            return log_GHB, linear
+    lease = circuit.lease(batch.size, keep)
+    circuit.run_forward(batch, tables, lease.space)
+    return lease.space.values[circuit.roots] / layers.BITS_PER_NAT, lease
+
+
+def _mend(circuit: Circuit, batch: Batch, tables: Sequence[Tensor], bad_GB: Tensor, log_GHB: Tensor) -> None:
+    """Compute log p of the heads for some pairs of a circuit and an example again, by the general pass."""
+    count_G = bad_GB.sum(1)
+    index_GS = bad_GB.byte().argsort(dim=1, descending=True, stable=True)[:, : int(count_G.max())]
+    few = batch.take([index_GS[leaf.circuits] for leaf in circuit._leaf_layers()])
+    lease = circuit.lease(few.size, keep=False)
+    circuit.run_forward(few, tables, lease.space)
+    g, place = (torch.arange(few.size, device=bad_GB.device) < count_G[:, None]).nonzero(as_tuple=True)
+    log_GSH = lease.space.values[circuit.roots].transpose(1, 2)
+    log_GHB.transpose(1, 2)[g, index_GS[g, place]] = log_GSH[g, place] / layers.BITS_PER_NAT
+
+
+def _gradient_buffer(circuit: Circuit, number: int, table: Tensor) -> Tensor:
+    found = circuit.gradient_pool.pop(number, None)
+    if found is None or (found.shape, found.dtype, found.device) != (table.shape, table.dtype, table.device):
+        found = torch.empty_like(table)
+    return found.zero_() if number in circuit._zeroed else found
+
+
+def _statistics(circuit: Circuit, layer: InputLayer, table: Tensor) -> Tensor | None:
+    if not layer.distribution.has_statistics:
+        return None
+    found = circuit.statistics.get(layer.group)
+    if found is None or found.device != table.device or found.dtype != table.dtype:
+        found = table.new_zeros(*table.shape[:2], 3)
+        circuit.statistics[layer.group] = found
+    return found
+
+
+def _evidence_gradient(
+    circuit: Circuit, layer: InputLayer, inner_grad: Tensor, batch: Batch, shape: torch.Size
+) -> Tensor:
+    """Gradient for the evidence: several folds may look at one variable."""
+    grad_FKB = layer.gradient_of(inner_grad, 0, layer.num_folds)
+    if batch.observed is not None:
+        grad_FKB = grad_FKB.masked_fill(~batch.observed[0][:, None, :], 0.0)
+    shared = len(shape) == 3
+    index = layer.variables if shared else layer.columns
+    rows = circuit.num_variables * (1 if shared else circuit.num_circuits)
+    out_VBK = grad_FKB.new_zeros(rows, shape[-3], shape[-1])
+    out_VBK.index_add_(0, index, grad_FKB.transpose(1, 2))
+    if shared:
+        return out_VBK.transpose(0, 1)
+    return out_VBK.view(circuit.num_circuits, circuit.num_variables, *out_VBK.shape[1:]).transpose(1, 2)
