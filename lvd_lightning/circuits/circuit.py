@@ -132,7 +132,13 @@ class Circuit(nn.Module):
                     total += int(node.mask.sum()) - node.num_units
         return total
 
-    def log_prob(self, x: Tensor, head: int | Tensor | None = None, observed: Tensor | None = None) -> Tensor:
+    def log_prob(
+        self,
+        x: Tensor,
+        head: int | Tensor | None = None,
+        observed: Tensor | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """Log-likelihood in nats.
 
         Args:
@@ -140,6 +146,8 @@ class Circuit(nn.Module):
                 dimension, the states.
             head: None for all heads; an int, or a tensor (B,) ((G, B) for a batch of circuits), for one per example.
             observed: bool, the shape of x without states; False marginalises the variable.
+            wanted: bool, the shape of the result. Where it is False the result is 0 and passes no gradient on, which
+                saves the effort that an unlikely example can take.
 
         Returns:
             (B, H) or, with `head`, (B,); for a batch of circuits (G, B, H) or (G, B). Heads that a circuit of the
@@ -150,15 +158,16 @@ class Circuit(nn.Module):
         """
         batch = self.prepare(x, observed)
         tables = self.probabilities()
-        wanted = [*tables, x] if self._is_evidence else tables
-        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)
+        parts = [*tables, x] if self._is_evidence else tables
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in parts)
         evidence = x if self._is_evidence else None
-        log_GHB = LogProb.apply(self, batch, keep, evidence, *tables)
-        if head is not None:
-            log_GB = self._of_head(log_GHB, head)
-            return log_GB if self.batched else log_GB[0]
-        log_GBH = log_GHB.transpose(1, 2)
-        return log_GBH if self.batched else log_GBH[0]
+        head_GB = None if head is None else self.head_index(head, batch.size)
+        shape = (self.num_circuits, batch.size) if head is not None else (self.num_circuits, batch.size, self.num_heads)
+        log_GHB = LogProb.apply(self, batch, keep, self._wanted(wanted, head_GB, shape), evidence, *tables)
+        found = log_GHB.transpose(1, 2) if head_GB is None else log_GHB.gather(1, head_GB[:, None])[:, 0]
+        if wanted is not None:
+            found = found.masked_fill(~wanted.view(shape), 0.0)
+        return found if self.batched else found[0]
 
     def forward(self, x: Tensor, head: int | Tensor | None = None, observed: Tensor | None = None) -> Tensor:
         """Same as `log_prob`."""
@@ -281,12 +290,19 @@ class Circuit(nn.Module):
             raise ValueError(f"head: expected 0..{self.num_heads - 1}, got {head}")
         return head
 
-    def _of_head(self, log_GHB: Tensor, head: int | Tensor) -> Tensor:
-        """The log-likelihoods under one head, or under that of each example, (G, B)."""
-        if not isinstance(head, Tensor):
-            return log_GHB[:, self._check_head(int(head))]
-        index_GB = self.head_index(head, log_GHB.shape[2])
-        return log_GHB.gather(1, index_GB[:, None])[:, 0]
+    def _wanted(self, wanted: Tensor | None, head_GB: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+        """Which heads matter for which examples, bool (G, H, B); None: all of them."""
+        expected = shape if self.batched else shape[1:]
+        if wanted is not None and (wanted.dtype != torch.bool or wanted.shape != expected):
+            raise ValueError(
+                f"wanted: expected a bool tensor of shape {expected}, got {_describe(wanted)} {wanted.dtype}"
+            )
+        if not self.is_linear:
+            return None
+        if head_GB is None:
+            return None if wanted is None else wanted.view(shape).transpose(1, 2)
+        out_GHB = head_GB.new_zeros(len(head_GB), self.num_heads, head_GB.shape[1], dtype=torch.bool)
+        return out_GHB.scatter_(1, head_GB[:, None], True if wanted is None else wanted.view(shape)[:, None])
 
     def run_forward(self, batch: Batch, tables: Sequence[Tensor], space: Workspace) -> None:
         """Fill a workspace with the values of all rows."""
@@ -311,13 +327,27 @@ class Circuit(nn.Module):
         log_GB.index_add_(0, self.circuit_of_node, space.peaks.log2())
         return (space.values[self.roots].log2() + log_GB[:, None]) / layers.BITS_PER_NAT
 
-    def inexact(self, batch: Batch, tables: Sequence[Tensor], space: LinearWorkspace | FusedWorkspace) -> Tensor | None:
-        """Where numbers got too small for `run_linear`, and only `run_forward` will do: bool (G, B); None: nowhere."""
+    def inexact(
+        self,
+        batch: Batch,
+        tables: Sequence[Tensor],
+        space: LinearWorkspace | FusedWorkspace,
+        wanted_GHB: Tensor | None = None,
+    ) -> Tensor | None:
+        """Where numbers got too small for `run_linear`, and only `run_forward` will do: bool (G, B); None: nowhere.
+
+        A backward pass may follow all the same, with gradients of 0 for these pairs and for heads that are not wanted.
+        """
         if space.is_large(TINY[self.dtype]):
             return None
-        least_GB = space.heads(self.roots).masked_fill((self.roots == LOG_ZERO)[..., None], torch.inf).amin(1)
-        inputs_LB = self.largest_inputs(batch, tables)
-        bad_GB = self.error_bound().exceeds(space.peaks_of_nodes(), space.largest(), inputs_LB, least_GB)
+        matters_GHB = (self.roots != LOG_ZERO)[..., None]
+        if wanted_GHB is not None:
+            matters_GHB = matters_GHB & wanted_GHB
+        least_GB = space.heads(self.roots).masked_fill(~matters_GHB, torch.inf).amin(1)
+        peaks_NB, inputs_LB = space.peaks_of_nodes(), self.largest_inputs(batch, tables)
+        bad_GB = self.error_bound().exceeds(peaks_NB, space.largest(), inputs_LB, least_GB) & matters_GHB.any(1)
+        if space.keep and not float(peaks_NB.amin()) >= TINY[self.dtype]:
+            space.make_finite()
         return bad_GB if bool(bad_GB.any()) else None
 
     def error_bound(self) -> ErrorBound:

@@ -1,11 +1,15 @@
 """log p of a compiled circuit as an autograd function: which forward pass it takes, and the backward pass after it.
 
-Shapes: G circuits, H heads, B batch, F folded nodes, S columns that are computed again.
+Values stay linear between layers where a circuit allows it. What got too small for that - pairs of a circuit and an
+example - goes through the general pass besides, and its gradients are added.
+
+Shapes: G circuits, H heads, B batch, F folded nodes, N pairs that are computed again, in S columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -15,7 +19,7 @@ from lvd_lightning.circuits import layers
 from lvd_lightning.circuits.layers import InputLayer
 from lvd_lightning.circuits.native import passes
 from lvd_lightning.circuits.native.passes import FusedWorkspace
-from lvd_lightning.circuits.workspace import LinearWorkspace, Workspace
+from lvd_lightning.circuits.workspace import LinearWorkspace, Workspace, few_sizes
 
 if TYPE_CHECKING:
     from lvd_lightning.circuits.circuit import Batch, Circuit
@@ -51,19 +55,28 @@ def _new_space(circuit: Circuit, kind: type[AnySpace], size: int, keep: bool) ->
 
 
 class LogProb(torch.autograd.Function):
-    """log p of all heads, shape (G, H, B), with its closed-form backward pass."""
+    """log p of all heads, shape (G, H, B), with its closed-form backward pass.
+
+    Where `wanted` (bool, as the result) is False, anything may be returned, and the gradient has to be 0.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, circuit: Circuit, batch: Batch, keep: bool, evidence: Tensor | None, *tables: Tensor
+        ctx: Any,
+        circuit: Circuit,
+        batch: Batch,
+        keep: bool,
+        wanted: Tensor | None,
+        evidence: Tensor | None,
+        *tables: Tensor,
     ) -> Tensor:
         if batch.size == 0:
             ctx.lease = None
             ctx.shapes = (None if evidence is None else evidence.shape, [table.shape for table in tables])
             return tables[0].new_empty(*circuit.roots.shape, 0)
-        log_GHB, lease = _evaluate(circuit, batch, tables, keep)
+        log_GHB, lease, again = _evaluate(circuit, batch, tables, keep, wanted)
         if keep:
-            ctx.lease, ctx.circuit, ctx.batch = lease, circuit, batch
+            ctx.lease, ctx.again, ctx.circuit, ctx.batch = lease, again, circuit, batch
             ctx.evidence_shape = None if evidence is None else evidence.shape
             ctx.save_for_backward(*tables)
         return log_GHB
@@ -71,69 +84,116 @@ class LogProb(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_GHB: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad
+        _, _, _, _, for_evidence, *for_tables = ctx.needs_input_grad
         if ctx.lease is None:
             evidence_shape, shapes = ctx.shapes
-            evidence_grad = grad_GHB.new_zeros(evidence_shape) if needed[3] else None
-            grads = [
-                grad_GHB.new_zeros(shape) if need else None for shape, need in zip(shapes, needed[4:], strict=True)
-            ]
-            return (None, None, None, evidence_grad, *grads)
-        circuit, batch, tables = ctx.circuit, ctx.batch, ctx.saved_tensors
+            evidence_grad = grad_GHB.new_zeros(evidence_shape) if for_evidence else None
+            grads = [grad_GHB.new_zeros(shape) if need else None for shape, need in zip(shapes, for_tables)]
+            return (None, None, None, None, evidence_grad, *grads)
+        circuit, batch, tables, again = ctx.circuit, ctx.batch, ctx.saved_tensors, ctx.again
         grads = [
             _gradient_buffer(circuit, number, table) if need else None
-            for number, (table, need) in enumerate(zip(tables, needed[4:], strict=True))
+            for number, (table, need) in enumerate(zip(tables, for_tables))
         ]
-        if isinstance(ctx.lease.space, FusedWorkspace):
-            ctx.lease.space.backward(batch, tables, grads, grad_GHB)
-            return (None, None, None, None, *grads)
-        gradient = circuit.gradient_space(batch.size)
-        circuit.head_rows(gradient.inner).copy_(grad_GHB)
-        circuit.run_backward(ctx.lease.space, tables, gradient, grads)
-        inner_grad = gradient.inner
-        evidence_grad = None
-        for number, layer in enumerate(circuit._leaf_layers()):
-            if layer.group < 0:
-                if needed[3]:
-                    evidence_grad = _evidence_gradient(circuit, layer, inner_grad, batch, ctx.evidence_shape)
-            else:
-                found = grads[layer.group]
-                if found is None:
-                    continue
-                observed = None if batch.observed is None else batch.observed[number]
-                statistics = _statistics(circuit, layer, tables[layer.group])
-                layer.backward(inner_grad, tables[layer.group], batch.values[number], observed, found, statistics)
-        circuit.return_gradient_space(gradient)
-        return (None, None, None, evidence_grad, *grads)
+        if again is not None:
+            again_GHS, grad_GHB = again.split(grad_GHB)
+        evidence_shape = ctx.evidence_shape if for_evidence else None
+        evidence_grad = _backward(circuit, batch, ctx.lease.space, tables, grads, grad_GHB, evidence_shape)
+        if again is not None:
+            more = [None if grad is None else torch.zeros_like(grad) for grad in grads]
+            _backward(circuit, again.batch, again.lease.space, tables, more, again_GHS, None)
+            for grad, added in zip(grads, more):
+                if grad is not None and added is not None:
+                    grad.add_(added)
+        return (None, None, None, None, evidence_grad, *grads)
 
 
-def _evaluate(circuit: Circuit, batch: Batch, tables: Sequence[Tensor], keep: bool) -> tuple[Tensor, object]:
-    """log p of all heads (G, H, B), and the lease whose workspace a backward pass needs."""
+@dataclass
+class _Again:
+    """Pairs of a circuit and an example in a batch for the general pass: (circuit, column), once there and once here.
+
+    Circuits with fewer pairs than others have some other example in the columns that they do not need.
+    """
+
+    batch: Batch
+    lease: Lease[Workspace]
+    circuit: Tensor  # (N,)
+    column: Tensor  # (N,), in the whole batch
+    place: Tensor  # (N,), in this one
+
+    def split(self, grad_GHB: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of these pairs, (G, H, S), and that of the rest, with 0 for these, (G, H, B)."""
+        again_GSH = grad_GHB.new_zeros(len(grad_GHB), self.batch.size, grad_GHB.shape[1])
+        rest_GBH = grad_GHB.transpose(1, 2).clone()
+        again_GSH[self.circuit, self.place] = rest_GBH[self.circuit, self.column]
+        rest_GBH[self.circuit, self.column] = 0.0
+        return again_GSH.transpose(1, 2), rest_GBH.transpose(1, 2)
+
+
+def _evaluate(
+    circuit: Circuit, batch: Batch, tables: Sequence[Tensor], keep: bool, wanted: Tensor | None
+) -> tuple[Tensor, object, _Again | None]:
+    """log p of all heads (G, H, B), the lease whose workspace a backward pass needs, and what it needs besides."""
     if circuit.is_linear:
         kind = FusedWorkspace if passes.applies(circuit, tables) else LinearWorkspace
         linear: Lease[Any] = Lease(circuit, kind, batch.size, keep)
         log_GHB = circuit.run_linear(batch, tables, linear.space)
-        bad_GB = circuit.inexact(batch, tables, linear.space)
+        bad_GB = circuit.inexact(batch, tables, linear.space, wanted)
         if bad_GB is None:
-            return log_GHB, linear
-        if not keep and 2 * int(bad_GB.sum(1).max()) < batch.size:
-            _mend(circuit, batch, tables, bad_GB, log_GHB)
-            return log_GHB, linear
+            return log_GHB, linear, None
+        if 2 * int(bad_GB.sum(1).max()) < batch.size:
+            return log_GHB, linear, _compute_again(circuit, batch, tables, bad_GB, log_GHB, keep)
     lease = circuit.lease(batch.size, keep)
     circuit.run_forward(batch, tables, lease.space)
-    return lease.space.values[circuit.roots] / layers.BITS_PER_NAT, lease
+    return lease.space.values[circuit.roots] / layers.BITS_PER_NAT, lease, None
 
 
-def _mend(circuit: Circuit, batch: Batch, tables: Sequence[Tensor], bad_GB: Tensor, log_GHB: Tensor) -> None:
-    """Compute log p of the heads for some pairs of a circuit and an example again, by the general pass."""
+def _compute_again(
+    circuit: Circuit, batch: Batch, tables: Sequence[Tensor], bad_GB: Tensor, log_GHB: Tensor, keep: bool
+) -> _Again:
+    """Compute log p of the heads for some pairs of a circuit and an example by the general pass, into `log_GHB`."""
     count_G = bad_GB.sum(1)
-    index_GS = bad_GB.byte().argsort(dim=1, descending=True, stable=True)[:, : int(count_G.max())]
+    size = min(few_sizes(int(count_G.max())), batch.size)
+    index_GS = bad_GB.byte().argsort(dim=1, descending=True, stable=True)[:, :size]
     few = batch.take([index_GS[leaf.circuits] for leaf in circuit._leaf_layers()])
-    lease = circuit.lease(few.size, keep=False)
+    lease = circuit.lease(size, keep)
     circuit.run_forward(few, tables, lease.space)
-    g, place = (torch.arange(few.size, device=bad_GB.device) < count_G[:, None]).nonzero(as_tuple=True)
+    g, place = (torch.arange(size, device=bad_GB.device) < count_G[:, None]).nonzero(as_tuple=True)
+    column = index_GS[g, place]
     log_GSH = lease.space.values[circuit.roots].transpose(1, 2)
-    log_GHB.transpose(1, 2)[g, index_GS[g, place]] = log_GSH[g, place] / layers.BITS_PER_NAT
+    log_GHB.transpose(1, 2)[g, column] = log_GSH[g, place] / layers.BITS_PER_NAT
+    return _Again(few, lease, g, column, place)
+
+
+def _backward(
+    circuit: Circuit,
+    batch: Batch,
+    space: Any,
+    tables: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    grad_GHB: Tensor,
+    evidence_shape: torch.Size | None,
+) -> Tensor | None:
+    """Gradients for parameters, into `grads`, and that for the evidence, if its shape is given."""
+    if isinstance(space, FusedWorkspace):
+        space.backward(batch, tables, grads, grad_GHB)
+        return None
+    gradient = circuit.gradient_space(batch.size)
+    circuit.head_rows(gradient.inner).copy_(grad_GHB)
+    circuit.run_backward(space, tables, gradient, grads)
+    evidence_grad = None
+    for number, layer in enumerate(circuit._leaf_layers()):
+        if layer.group < 0:
+            if evidence_shape is not None:
+                evidence_grad = _evidence_gradient(circuit, layer, gradient.inner, batch, evidence_shape)
+            continue
+        found = grads[layer.group]
+        if found is not None:
+            observed = None if batch.observed is None else batch.observed[number]
+            statistics = _statistics(circuit, layer, tables[layer.group])
+            layer.backward(gradient.inner, tables[layer.group], batch.values[number], observed, found, statistics)
+    circuit.return_gradient_space(gradient)
+    return evidence_grad
 
 
 def _gradient_buffer(circuit: Circuit, number: int, table: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ __all__ = [
     "Pool",
     "Underflow",
     "Workspace",
+    "few_sizes",
     "initialise_constants",
 ]
 
@@ -41,11 +42,11 @@ class Underflow:
 class Pool:
     """Workspaces that are free again: fresh memory costs as much as the arithmetic on it. Copies start with none.
 
-    A training step uses three or four (two forward passes may be alive, a backward pass, a top-down pass); the least
-    recently used beyond `limit` go.
+    A training step uses three to six (two forward passes may be alive, a backward pass, a top-down pass, and both for
+    what is computed again); the least recently used beyond `limit` go.
     """
 
-    def __init__(self, limit: int = 6) -> None:
+    def __init__(self, limit: int = 8) -> None:
         self.limit = limit
         self.free: list[tuple[object, object]] = []
 
@@ -190,6 +191,12 @@ class LinearWorkspace:
                 low += bound.high - bound.low
         return out_NB
 
+    def make_finite(self) -> None:
+        """Let examples without support have inner units of 0, so that a gradient of 0 stays 0."""
+        for buffer in (self.values, self.inner):
+            buffer.nan_to_num_(nan=0.0, posinf=0.0)
+        self.sums.clamp_min_(torch.finfo(self.sums.dtype).tiny)
+
 
 class GradientSpace:
     """Buffers of one backward pass: `inner` (E rows, B), and the layers bound to it."""
@@ -204,6 +211,12 @@ class GradientSpace:
         self.bound = {
             layer.number: [layer.bind_backward(self, a, b) for a, b in chunks[layer.number]] for layer in layers
         }
+
+
+def few_sizes(size: int) -> int:
+    """`size` or at most a quarter more, one of few numbers: circuits reuse their buffers for batches of equal size."""
+    step = 1 << max(0, size.bit_length() - 3)
+    return max(1, -(-size // step) * step)
 
 
 def initialise_constants(values: Tensor) -> None:

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lvd_lightning import circuits as pc
 from lvd_lightning.circuits.io import pack_structure, unpack_structure
+from lvd_lightning.circuits.workspace import few_sizes
 from lvd_lightning.growing.agreement import check_agreement, from_first
 from lvd_lightning.growing.clustering import first_heads
 from lvd_lightning.growing.examples import Examples
@@ -24,7 +25,7 @@ from lvd_lightning.modules.assembled import AssembledCircuit
 from lvd_lightning.modules.assignments import read_clusters, write_assignments
 from lvd_lightning.modules.first_circuits import first_circuits
 from lvd_lightning.modules.priors import chow_liu_prior, latent_tree
-from lvd_lightning.modules.routing import few_sizes, route
+from lvd_lightning.modules.routing import route
 from lvd_lightning.modules.stage import StageContext
 from lvd_lightning.modules.training import EMStudent, Rule, check_at_least
 
@@ -142,8 +143,9 @@ class ConditionalStudent(EMStudent):
         slots = few_sizes(round(self.hparams["slots"] * len(circuit_N) / conditional.num_circuits))
         routed = route(circuit_N, conditional.num_circuits, slots=slots, generator=self.step_generator(batch_idx))
         patches_ND = self.assembled.patches(images).flatten(0, 1)
-        head_GS = torch.where(routed.weight > 0, head_N[routed.index], 0)
-        log_GS = conditional.log_prob(patches_ND[routed.index], head=head_GS)
+        is_filled = routed.weight > 0
+        head_GS = torch.where(is_filled, head_N[routed.index], 0)
+        log_GS = conditional.log_prob(patches_ND[routed.index], head=head_GS, wanted=is_filled)
         total = (routed.weight * log_GS).sum()
         self.em_step(-total)
         with torch.no_grad():

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lvd_lightning.circuits.workspace import few_sizes
 from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.modules.assembled import AssembledCircuit
 from lvd_lightning.modules.assignments import read_assignments
 from lvd_lightning.modules.evidence import Candidates, CircuitGroups, EvidenceCache
 from lvd_lightning.modules.evidence_source import EvidenceSource, load_candidate_table
-from lvd_lightning.modules.routing import few_sizes, route
+from lvd_lightning.modules.routing import route
 from lvd_lightning.modules.stage import StageContext
 from lvd_lightning.modules.training import EMStudent, Rule
 
@@ -164,10 +165,10 @@ class JointStudent(EMStudent):
             circuit, conditional.num_circuits, slots=slots, weight=weight_U, generator=self.step_generator(batch_idx)
         )
         patches_ND = self.assembled.patches(images).flatten(0, 1)
-        log_GSH = conditional.log_prob(patches_ND[item[routed.index]])
         share_GSH = weight_UH[routed.index] / weight_U[routed.index][..., None]
         weight_GSH = routed.weight[..., None] * share_GSH
-        return -(weight_GSH * torch.where(weight_GSH > 0, log_GSH, 0.0)).sum()
+        log_GSH = conditional.log_prob(patches_ND[item[routed.index]], wanted=weight_GSH > 0)
+        return -(weight_GSH * log_GSH).sum()
 
     def _circuits(self, position: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Circuit and head of pairs of a position and a latent value."""

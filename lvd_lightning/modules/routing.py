@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Routed", "few_sizes", "route", "route_in_passes"]
+from lvd_lightning.circuits.workspace import few_sizes
+
+__all__ = ["Routed", "route", "route_in_passes"]
 
 #: Weights are summed as integers, in units of their total over this: sums that do not depend on their order.
 _RESOLUTION = 1 << 40
@@ -66,12 +68,6 @@ def route(
         full_F = (counts > slots).nonzero()[:, 0]
         index_GS[full_F], weight_GS[full_F] = _sample(circuit, counts, full_F, weights, slots, generator)
     return Routed(index_GS, weight_GS)
-
-
-def few_sizes(size: int) -> int:
-    """`size` or at most a quarter more, one of few numbers: circuits reuse their buffers for batches of equal size."""
-    step = 1 << max(0, size.bit_length() - 3)
-    return max(1, -(-size // step) * step)
 
 
 def route_in_passes(circuit: Tensor, num_circuits: int, slots: int) -> Iterator[tuple[Tensor, Tensor]]:

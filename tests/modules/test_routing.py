@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lvd_lightning.modules.routing import Routed, few_sizes, route, route_in_passes
+from lvd_lightning.circuits.workspace import few_sizes
+from lvd_lightning.modules.routing import Routed, route, route_in_passes
 
 
 def weight_of_examples(routed: Routed, count: int) -> Tensor:

@@ -106,7 +106,7 @@ class FusedWorkspace:
     def __init__(self, circuit: Circuit, size: int, keep: bool) -> None:
         self.layers, self.leaves = circuit._inner_layers(), circuit._leaf_layers()
         self.index = circuit.layer_index()
-        self.size = size
+        self.size, self.keep = size, keep
         self.least = 0.0  # of all peaks and sums, multiplied
         self.blocks = -(-size // WIDTH)
         self.circuit_of_node = circuit.circuit_of_node
@@ -237,7 +237,7 @@ class FusedWorkspace:
         return threads
 
     def is_large(self, tiny: float) -> bool:
-        """See `LinearWorkspace`, as are the next three."""
+        """See `LinearWorkspace`, as are the next four."""
         return bool(self.least >= tiny)
 
     def heads(self, roots: Tensor) -> Tensor:
@@ -255,6 +255,11 @@ class FusedWorkspace:
             rows_JVC = self.sums_JVC.narrow(1, struct.first_row, struct.folds * struct.outer)
             found.append(rows_JVC.unflatten(1, (struct.folds, struct.outer)).amax(2))
         return self._columns(torch.cat(found, 1))
+
+    def make_finite(self) -> None:
+        for buffer in (self.sums_JVC, self.inner_JEC):
+            buffer.nan_to_num_(nan=0.0, posinf=0.0)
+        self.sums_JVC.clamp_min_(torch.finfo(self.sums_JVC.dtype).tiny)
 
     def _columns(self, blocks_JRC: Tensor) -> Tensor:
         """Rows by blocks of columns to (rows, B)."""
