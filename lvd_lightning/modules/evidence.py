@@ -92,7 +92,8 @@ class CircuitGroups:
             slots = max(1, MAX_NUMBERS["cpu" if part.device.type == "cpu" else "cuda"] // part.plan.num_value_rows)
             for index_GS, filled_GS in route_in_passes(local_G[circuit[mine]], len(members), slots):
                 at_GS = mine[index_GS]
-                log_GSH = part.log_prob(x_ND[item[at_GS]])
+                wanted_GSH = filled_GS[..., None].expand(-1, -1, part.num_heads)
+                log_GSH = part.log_prob(x_ND[item[at_GS]], wanted=wanted_GSH)
                 out_MH[at_GS[filled_GS], : part.num_heads] = log_GSH[filled_GS]
         return out_MH
 
