@@ -62,7 +62,9 @@ class TestGroups:
         given: list[int] = []
         for part in groups.circuits:
             log_prob = part.log_prob
-            monkeypatch.setattr(part, "log_prob", lambda x, log_prob=log_prob: given.append(x.shape[1]) or log_prob(x))
+            monkeypatch.setattr(
+                part, "log_prob", lambda x, log_prob=log_prob, **more: given.append(x.shape[1]) or log_prob(x, **more)
+            )
         rows = max(part.plan.num_value_rows for part in groups.circuits)
         monkeypatch.setitem(limits.MAX_NUMBERS, "cpu", 8 * rows)
         self.check(whole, groups)
@@ -77,7 +79,9 @@ class TestGroups:
         for part in groups.circuits:
             log_prob = part.log_prob
             monkeypatch.setattr(
-                part, "log_prob", lambda x, log_prob=log_prob: given.append(x.shape[:2].numel()) or log_prob(x)
+                part,
+                "log_prob",
+                lambda x, log_prob=log_prob, **more: given.append(x.shape[:2].numel()) or log_prob(x, **more),
             )
         x = torch.randint(4, (20, DIMS), generator=torch.Generator().manual_seed(1))
         item, head = torch.cartesian_prod(torch.arange(4), torch.arange(3)).unbind(1)
