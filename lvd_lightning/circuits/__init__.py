@@ -3,8 +3,10 @@
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import Bernoulli, Categorical, Distribution, Gaussian, SoftEvidence
 from lvd_lightning.circuits.em import Anemone, CircuitEM
+from lvd_lightning.circuits.expectation import expectation
 from lvd_lightning.circuits.flows import Flows
 from lvd_lightning.circuits.graph import CircuitGraph, Node
+from lvd_lightning.circuits.information import entropy, kl
 from lvd_lightning.circuits.io import load, save
 from lvd_lightning.circuits.structures import chow_liu_tree, hclt, hclt_from_data
 from lvd_lightning.circuits.transforms import grow, prune
@@ -22,9 +24,12 @@ __all__ = [
     "Node",
     "SoftEvidence",
     "chow_liu_tree",
+    "entropy",
+    "expectation",
     "grow",
     "hclt",
     "hclt_from_data",
+    "kl",
     "load",
     "prune",
     "save",

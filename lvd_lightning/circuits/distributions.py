@@ -42,6 +42,11 @@ class Distribution:
         """Free parameters per unit."""
         return self.size
 
+    @property
+    def num_values(self) -> int | None:
+        """How many values there are, which are 0, 1, ... then; None: they are no such list."""
+        return None
+
     def initial(self, num_units: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Random parameters, shape (num_units, size)."""
         raise TypeError(f"{type(self).__name__} is abstract")
@@ -59,6 +64,15 @@ class Distribution:
     def statistics(self, x_FB: Tensor, grad_FKB: Tensor) -> Tensor:
         """Flow-weighted sums that EM needs beyond the gradient, shape (F, K, 3)."""
         raise TypeError(f"{type(self).__name__} has none")
+
+    def probabilities(self, params_FKS: Tensor) -> Tensor:
+        """p(value | unit) of all `num_values` values, shape (F, K, values)."""
+        if self.num_values is None:
+            raise TypeError(f"{type(self).__name__} has no list of values")
+        values_FB = torch.arange(self.num_values, device=params_FKS.device).expand(len(params_FKS), -1)
+        out_FKB = params_FKS.new_empty(*params_FKS.shape[:2], self.num_values)
+        self.forward(params_FKS, values_FB, out_FKB)
+        return out_FKB.exp2_()
 
     def forward(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
         """Write log2 p(x | unit) to `out_FKB`."""
@@ -107,6 +121,13 @@ class Categorical(Distribution):
     @property
     def num_free(self) -> int:
         return self.num_categories - 1
+
+    @property
+    def num_values(self) -> int:
+        return self.num_categories
+
+    def probabilities(self, params_FKS: Tensor) -> Tensor:
+        return params_FKS
 
     def initial(self, num_units: int, *, generator: torch.Generator | None = None) -> Tensor:
         probs = torch.rand(num_units, self.num_categories, generator=generator) + 0.05

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from lvd_lightning.circuits.layers import BITS_PER_NAT, InputLayer, Layer
-from lvd_lightning.circuits.workspace import initialise_constants
+from lvd_lightning.circuits.workspace import GradientSpace, initialise_constants
 
 if TYPE_CHECKING:
     from lvd_lightning.circuits.circuit import Batch, Circuit
 
-__all__ = ["mpe", "posterior", "sample"]
+__all__ = ["mpe", "nothing_observed", "posterior", "sample", "unit_posteriors"]
 
 #: Numbers that a chunk of folds may hold while units are chosen.
 CHUNK_SIZE = 1 << 22
@@ -38,7 +38,7 @@ def sample(
     if x is None:
         if n is None or n < 0 or observed is not None:
             raise ValueError(f"sample: expected n >= 0 and no `observed` without x, got n={n}")
-        x, observed = _nothing_observed(circuit, n)
+        x, observed = nothing_observed(circuit, n)
     elif observed is None and not circuit.plan.inputs[0].distribution.is_evidence:
         raise ValueError("sample: x needs `observed`, which says what of it is given (False: to be sampled)")
     batch = circuit.prepare(x, observed)
@@ -100,21 +100,34 @@ def posterior(
     """p(latent of `node` = k, node reached | x); see `Circuit.posterior`."""
     rows = [_latent_rows(circuit, g, node) for g in range(circuit.num_circuits)]
     batch = circuit.prepare(x, observed)
-    index_GB = circuit.head_index(head, batch.size)
+    space = unit_posteriors(circuit, batch, circuit.head_index(head, batch.size))
+    width = max(len(found) for found in rows)
+    out_GBK = space.inner.new_zeros(circuit.num_circuits, batch.size, width)
+    for g, found in enumerate(rows):
+        out_GBK[g, :, : len(found)] = space.inner[found].T
+    circuit.return_gradient_space(space)
+    return out_GBK if circuit.batched else out_GBK[0]
+
+
+def unit_posteriors(circuit: Circuit, batch: Batch, index_GB: Tensor) -> GradientSpace:
+    """p(unit is reached | x) of every inner unit, in `inner` of a space that the caller gives back."""
     tables = circuit.probabilities()
     lease = circuit.lease(batch.size, keep=True)
     circuit.run_forward(batch, tables, lease.space)
     _check_possible(circuit, lease.space.values, index_GB)
-    gradient = circuit.gradient_space(batch.size)
-    circuit.head_rows(gradient.inner).zero_().scatter_(1, index_GB[:, None], 1.0)
-    circuit.run_backward(lease.space, tables, gradient, [None] * len(tables))
-    flow = gradient.inner
-    width = max(len(found) for found in rows)
-    out_GBK = flow.new_zeros(circuit.num_circuits, batch.size, width)
-    for g, found in enumerate(rows):
-        out_GBK[g, :, : len(found)] = flow[found].T
-    circuit.return_gradient_space(gradient)
-    return out_GBK if circuit.batched else out_GBK[0]
+    space = circuit.gradient_space(batch.size)
+    circuit.head_rows(space.inner).zero_().scatter_(1, index_GB[:, None], 1.0)
+    circuit.run_backward(lease.space, tables, space, [None] * len(tables))
+    return space
+
+
+def nothing_observed(circuit: Circuit, n: int) -> tuple[Tensor, Tensor]:
+    """`n` rows of x without information, and the mask that says so."""
+    shape = (circuit.num_circuits, n, circuit.num_variables) if circuit.batched else (n, circuit.num_variables)
+    observed = torch.zeros(shape, dtype=torch.bool, device=circuit.device)
+    first = circuit.plan.inputs[0]
+    states = (first.num_units,) if first.distribution.is_evidence else ()
+    return torch.zeros(*shape, *states, dtype=circuit.dtype, device=circuit.device), observed
 
 
 def _latent_rows(circuit: Circuit, g: int, node: int) -> Tensor:
@@ -125,14 +138,6 @@ def _latent_rows(circuit: Circuit, g: int, node: int) -> Tensor:
         known = sorted(structure.latents) if structure.latents else "the ids of product nodes"
         raise ValueError(f"node: {node} names no latent of the circuit; known are {str(known)[:200]}")
     return torch.from_numpy(rows).to(circuit.device)
-
-
-def _nothing_observed(circuit: Circuit, n: int) -> tuple[Tensor, Tensor]:
-    shape = (circuit.num_circuits, n, circuit.num_variables) if circuit.batched else (n, circuit.num_variables)
-    observed = torch.zeros(shape, dtype=torch.bool, device=circuit.device)
-    first = circuit.plan.inputs[0]
-    states = (first.num_units,) if first.distribution.is_evidence else ()
-    return torch.zeros(*shape, *states, dtype=circuit.dtype, device=circuit.device), observed
 
 
 def _output(circuit: Circuit, x: Tensor) -> Tensor:
