@@ -170,7 +170,11 @@ def _check_trainer(stage: str, trainer: Mapping[str, Any], top: Mapping[str, Any
             raise ValueError(
                 f"trainer.{key} can only be given as a whole on the command line: --trainer.{key} '{{...}}'"
             )
-    _parsed(_trainer_parser(), {"trainer": _without_loggers(trainer)}, f"stages.{stage}: ")
+    parsed = _parsed(_trainer_parser(), {"trainer": _without_loggers(trainer)}, f"stages.{stage}: ")
+    try:
+        _trainer_parser().instantiate(parsed)  # the callbacks
+    except ValueError as error:
+        raise ValueError(f"stages.{stage}.trainer: {error}") from error
     for logger in _logger_configs(trainer):
         _parsed(_subclass_parser(Logger), {"object": logger}, f"stages.{stage}: trainer.logger: ")
 

@@ -61,6 +61,8 @@ class Pipeline:
         changed: what to do when the run directory was begun with another configuration, see `adopt_run_directory`.
         """
         stages = self.experiment.stages if only is None else (self.experiment.stage(only),)
+        for stage in stages:
+            self._check(stage)
         self.ranks.on_first(partial(adopt_run_directory, self.experiment, changed))
         for stage in stages:
             try:
@@ -98,6 +100,15 @@ class Pipeline:
     def say(self, text: str) -> None:
         if self.ranks.is_first:
             print(text, flush=True)
+
+    def _check(self, stage: Stage) -> None:
+        """Make a stage's module before any stage runs: what is wrong with it is said at once, not after hours."""
+        if stage.model is not None and not (self.experiment.run_dir / stage.name / DONE_MARKER).is_file():
+            with torch.random.fork_rng(devices=[]):
+                try:
+                    stage.model()
+                except ValueError as error:
+                    raise ValueError(f"stages.{stage.name}: {error}") from error
 
     def _run_stage(self, stage: Stage) -> None:
         folder = self.experiment.run_dir / stage.name

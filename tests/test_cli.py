@@ -191,6 +191,31 @@ def test_mistakes_are_one_line(
     assert message in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "model: {class_path: lvd_lightning.modules.ConditionalStudent, init_args: {num_latents: 0}}",
+            "num_latents: got 0",
+        ),
+        (
+            "model: {class_path: lvd_lightning.modules.ConditionalStudent}\n"
+            "    trainer: {callbacks: [{class_path: callbacks.Prune, init_args: {every_n_epochs: 0}}]}",
+            "every_n_epochs: got 0",
+        ),
+    ],
+)
+def test_mistakes_of_later_stages_come_before_the_first_one_runs(
+    base: str, capsys: pytest.CaptureFixture[str], setting: str, message: str
+) -> None:
+    Path("more.yaml").write_text(f"stages:\n  conditional:\n    {setting}\n")
+    assert main(["fit", "--config", base, "--config", "more.yaml"]) == 2
+    assert "error: stages.conditional" in (printed := capsys.readouterr()).err
+    assert message in printed.err
+    assert "starts" not in printed.out
+    assert not Path("runs/base/teacher").exists()
+
+
 def test_mistakes_without_a_config(base: str, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (
         [],
