@@ -242,7 +242,7 @@ class CircuitBaseline(StageModule):
         path = context.dir / "plan.json"
         if not path.is_file():
             plan: dict[str, Any] = {
-                "parents": pc.chow_liu_tree(sample_ND, max_examples=None).tolist(),
+                "parents": pc.chow_liu_tree(sample_ND, 256, max_examples=None).tolist(),
                 "num_latents": self._num_latents(context, sample_ND.shape[1]),
                 "seconds": self._time_limit(context),
             }

@@ -42,7 +42,7 @@ def first_circuits(
     sets, heads = _examples(context, circuit, head, num_circuits, max_examples)
     heads_G = torch.zeros(num_circuits, dtype=torch.int64)
     heads_G.scatter_reduce_(0, circuit.reshape(-1), head.reshape(-1).long(), "amax")
-    trees = chow_liu_trees(sets, max_examples=None)
+    trees = chow_liu_trees(sets, 256, max_examples=None)
     leaf, generator = pc.Categorical(256), context.generator("parameters")
     if not from_data:
         return [

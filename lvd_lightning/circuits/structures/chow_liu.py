@@ -16,7 +16,7 @@ _CHUNK_EXAMPLES = 4095  # examples per matrix product: a one-hot block takes 64 
 
 def chow_liu_tree(
     x: Tensor,
-    num_categories: int = 256,
+    num_categories: int | None = None,
     num_bins: int = 16,
     max_examples: int | None = 5000,
     *,
@@ -26,8 +26,9 @@ def chow_liu_tree(
     """The tree over the variables that keeps the most mutual information, rooted at its centre.
 
     Args:
-        x: integers in 0..num_categories-1, with shape (N, D).
-        num_categories: the number of values a variable can take.
+        x: integers from 0, with shape (N, D).
+        num_categories: the number of values a variable can take; one more than the largest in the data by default.
+            Pixels are better given their 256, so that bins do not move with the brightest one.
         num_bins: variables with more categories than this are binned to as many equal-width bins.
         max_examples: at most this many rows, drawn with `seed`, enter the statistics; None takes all.
         weights: non-negative weight of each row, with shape (N,).
@@ -49,7 +50,7 @@ def chow_liu_tree(
 
 def chow_liu_trees(
     x_list: Sequence[Tensor] | Tensor,
-    num_categories: int = 256,
+    num_categories: int | None = None,
     num_bins: int = 16,
     max_examples: int | None = 5000,
     *,
@@ -69,6 +70,8 @@ def chow_liu_trees(
         raise ValueError("x_list holds no data set: pass at least one tensor of shape (N, D)")
     if weights is not None and len(weights) != len(x_list):
         raise ValueError(f"weights holds {len(weights)} tensors, expected one per data set ({len(x_list)})")
+    if num_categories is None:
+        num_categories = 1 + max(int(x.max()) if x.numel() else 0 for x in x_list)
     mi_list = []
     for g, x_ND in enumerate(x_list):
         w_N = None if weights is None else weights[g]

@@ -148,18 +148,25 @@ def test_weights_follow_their_rows_through_the_subsample() -> None:
     assert edges(parents) == edges(chow_liu_tree(chain, 4))
 
 
+def test_few_categories_are_not_binned_away() -> None:
+    """Without `num_categories` the data say how many there are: binary variables keep both of their values."""
+    x = (correlated_data(2000, 10, 9) > 4).long()
+    torch.testing.assert_close(chow_liu_tree(x), chow_liu_tree(x, 2))
+    assert edges(chow_liu_tree(x)) != edges(chow_liu_tree(torch.zeros_like(x)))
+
+
 def test_many_data_sets_equal_one_by_one() -> None:
     sets = [correlated_data(num, 8, 256, seed=num) for num in (40, 200, 90)]
     weights = [torch.rand(len(x), generator=torch.Generator().manual_seed(1)) for x in sets]
-    together = chow_liu_trees(sets, weights=weights, max_examples=100)
-    alone = [chow_liu_tree(x, weights=w, max_examples=100) for x, w in zip(sets, weights, strict=True)]
+    together = chow_liu_trees(sets, 256, weights=weights, max_examples=100)
+    alone = [chow_liu_tree(x, 256, weights=w, max_examples=100) for x, w in zip(sets, weights, strict=True)]
     torch.testing.assert_close(together, torch.stack(alone))
 
 
 @pytest.mark.parametrize(
     ("x", "settings", "message"),
     [
-        (torch.tensor([[0, 256]]), {}, "0..256.*0..255"),
+        (torch.tensor([[0, 256]]), {"num_categories": 256}, "0..256.*0..255"),
         (torch.tensor([[0, 7]], dtype=torch.uint8), {"num_categories": 4}, "0..3"),
         (torch.tensor([[-1, 0]]), {}, "-1"),
         (torch.zeros(0, 3, dtype=torch.int64), {}, "at least one example"),
