@@ -212,12 +212,12 @@ class CircuitGraph:
         """Raise a ValueError that names the nodes if the graph is not a smooth, decomposable circuit with a root."""
         if not 0 <= self.root < len(self.nodes):
             raise ValueError(f"graph: root is {self.root}, expected the id of one of the {len(self.nodes)} nodes")
+        for index, node in enumerate(self.nodes):
+            self._check_node(index, node)
         used = {child for node in self.nodes for child in node.children} | {self.root}
         dangling = [index for index in range(len(self.nodes)) if index not in used]
         if dangling:
             raise ValueError(f"graph: nodes {dangling[:8]} are used by no other node and are not the root")
-        for index, node in enumerate(self.nodes):
-            self._check_node(index, node)
         masks = self._scope_bits()
         for index, node in enumerate(self.nodes):
             if node.kind == "sum":

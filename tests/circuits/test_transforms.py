@@ -396,9 +396,8 @@ def test_growth_without_noise_changes_no_likelihood(growing: Any, zeros: bool) -
     before, after = circuit.log_prob(growing.x), pc.Circuit(grown).log_prob(growing.x)
     assert after.shape[1] == num_heads + len(heads)
     torch.testing.assert_close(after, before[:, [*range(num_heads), *heads]], rtol=1e-10, atol=1e-10)
-    assert sum(node.num_units for node in grown.nodes) > sum(node.num_units for node in growing.graph.nodes) + len(
-        heads
-    )
+    old_units, new_units = (sum(node.num_units for node in graph.nodes) for graph in (growing.graph, grown))
+    assert new_units > old_units + len(heads)
     assert (grown.latents, len(grown.nodes)) == (growing.graph.latents, len(growing.graph.nodes))
     assert dead_units(grown) == dead_units(growing.graph)
 
