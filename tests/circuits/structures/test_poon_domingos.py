@@ -101,6 +101,13 @@ def test_of_several_steps_the_first_that_cuts_decides() -> None:
     assert rectangle(6, 0, 0, 3, 6) not in found
 
 
+def test_every_grid_starts_at_the_corner_of_the_image() -> None:
+    """Steps of 4 and then of 3: rows 4 to 8 are cut at 6, not at 7."""
+    found = cuts(build((8, 1, 1), delta=[4, 3]))
+    assert found[rectangle(1, 4, 0, 8, 1)] == {frozenset({rectangle(1, 4, 0, 6, 1), rectangle(1, 6, 0, 8, 1)})}
+    assert found[rectangle(1, 0, 0, 4, 1)] == {frozenset({rectangle(1, 0, 0, 3, 1), rectangle(1, 3, 0, 4, 1)})}
+
+
 @pytest.mark.parametrize(("product", "pair"), [("hadamard", 3), ("kronecker", 9)])
 def test_widths(product: Any, pair: int) -> None:
     """Four pixels, four pairs of them, and the whole with two cuts."""
