@@ -43,7 +43,9 @@ def load(folder: Path, name: str) -> dict[str, Tensor]:
     for split in SPLITS:
         path = folder / name / f"{name}.{split}.data"
         if not path.is_file():
-            raise ValueError(f"--data: there is no {path}; expected a folder with {name}/{name}.{{train,valid,test}}.data")
+            raise ValueError(
+                f"--data: there is no {path}; expected a folder with {name}/{name}.{{train,valid,test}}.data"
+            )
         found[split] = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.int64))
     return found
 

@@ -8,7 +8,15 @@ from lvd_lightning.circuits.flows import Flows
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 from lvd_lightning.circuits.information import entropy, kl
 from lvd_lightning.circuits.io import load, save
-from lvd_lightning.circuits.structures import chow_liu_tree, hclt, hclt_from_data
+from lvd_lightning.circuits.structures import (
+    chow_liu_tree,
+    hclt,
+    hclt_from_data,
+    hmm,
+    mixture,
+    poon_domingos,
+    rat_spn,
+)
 from lvd_lightning.circuits.transforms import grow, prune
 
 __all__ = [
@@ -29,8 +37,12 @@ __all__ = [
     "grow",
     "hclt",
     "hclt_from_data",
+    "hmm",
     "kl",
     "load",
+    "mixture",
+    "poon_domingos",
     "prune",
+    "rat_spn",
     "save",
 ]

@@ -166,6 +166,38 @@ class CircuitGraph:
             weight = _normalised_rows(weight, mask, shape, generator)
         return self._append(Node("sum", num_units, children, weight=weight, mask=mask, tied_to=tied_to))
 
+    def embed(
+        self, other: CircuitGraph, variables: Sequence[int] | Tensor | None = None, *, latents: int | None = None
+    ) -> int:
+        """Copy all nodes of another graph into this one; returns the id of the copy of its root.
+
+        So any structure can be a part of a larger one: the components of a mixture, the factors of a product over
+        disjoint variables, a leaf circuit with a head for every state of a latent. Units, masks, ties and parameters
+        are kept. The copy shares nothing with `other`: embedded twice, its parameters are there twice.
+
+        variables: the index here of every variable of `other`, all different; the same ones if not given.
+        latents: the latent called v by `other` is called `latents + v` here; if not given, latents keep no name.
+        """
+        size = other.num_variables
+        places = list(range(size)) if variables is None else [int(found) for found in variables]
+        if len(places) != size or len(set(places)) < size or min(places, default=0) < 0:
+            raise ValueError(
+                f"embed: variables must be {size} different indices, 0 or larger, one for each variable of the graph; "
+                f"got {str(places)[:200]}"
+            )
+        if not 0 <= other.root < len(other.nodes):
+            raise ValueError(f"embed: the root of the graph is {other.root}; it has {len(other.nodes)} nodes")
+        start = len(self.nodes)
+        found = {} if latents is None else {latents + name: start + node for name, node in other.latents.items()}
+        taken = sorted(set(found) & set(self.latents))
+        if taken:
+            raise ValueError(f"embed: latents {taken[:8]} have their names already; latents={latents} is too small")
+        for node in list(other.nodes):
+            self.nodes.append(self._copied(node, start, places))
+        self.latents.update(found)
+        self.root = start + other.root
+        return self.root
+
     def scopes(self) -> list[frozenset[int]]:
         """The set of variables below every node."""
         scopes: list[frozenset[int]] = []
@@ -180,6 +212,8 @@ class CircuitGraph:
         """Raise a ValueError that names the nodes if the graph is not a smooth, decomposable circuit with a root."""
         if not 0 <= self.root < len(self.nodes):
             raise ValueError(f"graph: root is {self.root}, expected the id of one of the {len(self.nodes)} nodes")
+        for index, node in enumerate(self.nodes):
+            self._check_node(index, node)
         used = {child for node in self.nodes for child in node.children} | {self.root}
         dangling = [index for index in range(len(self.nodes)) if index not in used]
         if dangling:
@@ -209,10 +243,49 @@ class CircuitGraph:
         nodes = [dataclasses.replace(node, params=None, weight=None) for node in self.nodes]
         return CircuitGraph(nodes, self.root, dict(self.latents))
 
+    def _check_node(self, index: int, node: Node) -> None:
+        """Raise a ValueError if a node's children or shapes are none that the graph's own methods could have made."""
+        late = [child for child in node.children if not 0 <= child < index]
+        if late:
+            raise ValueError(f"graph: {node.kind} node {index} has the children {late}; children come before parents")
+        sizes = [self.nodes[child].num_units for child in node.children]
+        if node.kind == "product":
+            if node.units is None and any(size != node.num_units for size in sizes):
+                raise ValueError(
+                    f"graph: product node {index} has {node.num_units} units and no `units`, so its children need as "
+                    f"many; children {list(node.children)} have {sizes}"
+                )
+            expected = {"units": (node.num_units, len(sizes))}
+        elif node.kind == "sum":
+            expected = dict.fromkeys(("weight", "mask"), (node.num_units, sum(sizes)))
+        else:
+            expected = {"params": (node.num_units, node.distribution.size if node.distribution else 0)}
+        for name, shape in expected.items():
+            tensor = getattr(node, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"graph: {name} of {node.kind} node {index} must have shape {shape}, got {[*tensor.shape]}"
+                )
+
     def _append(self, node: Node) -> int:
         self.nodes.append(node)
         self.root = len(self.nodes) - 1
         return self.root
+
+    def _copied(self, node: Node, start: int, places: list[int]) -> Node:
+        """A node of another graph whose nodes come to lie from `start` on, its variables at `places`."""
+        out = dataclasses.replace(node, children=tuple(start + child for child in node.children))
+        if node.kind == "input":
+            out.variable = places[node.variable]
+        if node.tied_to is not None:
+            out.tied_to = start + node.tied_to
+            owner = self.nodes[out.tied_to]
+            out.params, out.weight, out.mask = owner.params, owner.weight, owner.mask
+            return out
+        for name in ("params", "units", "weight", "mask"):
+            tensor = getattr(node, name)
+            setattr(out, name, None if tensor is None else tensor.detach().clone())
+        return out
 
     def _owner(self, index: int, kind: str, num_units: int) -> Node:
         node = self.nodes[index] if 0 <= index < len(self.nodes) else None

@@ -24,6 +24,7 @@ import lvd_lightning.circuits as pc
 
 Array = NDArray[Any]
 Flows = dict[int, Array]
+Builder = Callable[[pc.Distribution, int], pc.CircuitGraph]
 
 
 class Reference:
@@ -229,7 +230,7 @@ class AnemoneReference:
 CHAIN, STAR, BUSH = [-1, 0, 1, 2], [1, -1, 1, 1], [2, 2, -1, 2, 0]
 
 
-def _hclt(parents: list[int], num_latents: int) -> Callable[[pc.Distribution, int], pc.CircuitGraph]:
+def _hclt(parents: list[int], num_latents: int) -> Builder:
     return lambda leaf, heads: pc.hclt(torch.tensor(parents), num_latents=num_latents, leaf=leaf, num_heads=heads)
 
 
@@ -303,7 +304,63 @@ def _ragged(leaf: pc.Distribution, heads: int) -> pc.CircuitGraph:
     return graph
 
 
-STRUCTURES: dict[str, Callable[[pc.Distribution, int], pc.CircuitGraph]] = {
+def _rat_spn(num_vars: int, **settings: Any) -> Builder:
+    return lambda leaf, heads: pc.rat_spn(num_vars, leaf=leaf, num_heads=heads, **settings)
+
+
+def _poon_domingos(shape: tuple[int, int, int], **settings: Any) -> Builder:
+    return lambda leaf, heads: pc.poon_domingos(shape, leaf=leaf, num_heads=heads, **settings)
+
+
+def _hmm(length: int, num_states: int, homogeneous: bool) -> Builder:
+    return lambda leaf, heads: pc.hmm(length, num_states, leaf=leaf, homogeneous=homogeneous, num_heads=heads)
+
+
+def _trees(leaf: pc.Distribution, heads: int) -> pc.CircuitGraph:
+    """Two hidden Chow-Liu trees of different shapes, one of them with two heads."""
+    parts = [_hclt(CHAIN, 2)(leaf, 2), _hclt(STAR, 2)(leaf, 1)]
+    return pc.mixture(parts, num_heads=heads)
+
+
+def _mixed(leaf: pc.Distribution, heads: int) -> pc.CircuitGraph:
+    """A mixture of a homogeneous hidden Markov model and a RAT-SPN, which share nothing but the variables."""
+    parts = [
+        _hmm(4, 2, homogeneous=True)(leaf, 1),
+        _rat_spn(4, depth=1, num_repetitions=2, num_sums=2, num_leaves=2)(leaf, 1),
+    ]
+    return pc.mixture(parts, num_heads=heads)
+
+
+def _leaf_circuits(leaf: pc.Distribution, heads: int) -> pc.CircuitGraph:
+    """A tree over two latents, each with a RAT-SPN below: of three and of two variables, a head for every state."""
+    graph = pc.CircuitGraph()
+    wide = pc.rat_spn(3, depth=2, num_repetitions=2, num_sums=2, num_leaves=2, leaf=leaf, num_heads=2)
+    small = pc.rat_spn(
+        2, depth=1, num_repetitions=1, num_sums=2, num_leaves=2, leaf=leaf, num_heads=3, product="kronecker"
+    )
+    first, second = graph.embed(wide, [4, 0, 2]), graph.embed(small, [1, 3])
+    graph.latents = {1: graph.add_product([second])}
+    graph.latents[0] = graph.add_product([first, graph.add_sum([graph.latents[1]], 2)])
+    graph.root = graph.add_sum([graph.latents[0]], heads)
+    return graph
+
+
+def _embedded(leaf: pc.Distribution, heads: int) -> pc.CircuitGraph:
+    """Two products over one embedded circuit, whose heads they share, and different circuits over the rest."""
+    graph = pc.CircuitGraph()
+    shared = graph.embed(_hclt([-1, 0], 2)(leaf, 2), [2, 0], latents=0)
+    model = graph.embed(_hmm(2, 2, homogeneous=True)(leaf, 2), [1, 3], latents=2)
+    apart = graph.add_product([graph.add_input(v, leaf, 3) for v in (3, 1)])
+    tops = [
+        graph.add_product([shared, model]),
+        graph.add_product([shared, apart], torch.tensor([[0, 1], [1, 2], [1, 0]])),
+    ]
+    graph.latents.update({4: tops[0], 5: tops[1]})
+    graph.root = graph.add_sum(tops, heads)
+    return graph
+
+
+STRUCTURES: dict[str, Builder] = {
     "chain": _hclt(CHAIN, 3),
     "star": _hclt(STAR, 3),
     "bush": _hclt(BUSH, 2),
@@ -314,6 +371,24 @@ STRUCTURES: dict[str, Callable[[pc.Distribution, int], pc.CircuitGraph]] = {
     "tied": _tied_chain,
     "ragged": _ragged,
 }
+RAT, PD, WIDTHS = {"num_repetitions": 2, "num_sums": 2}, {"delta": 1}, {"num_sums": 2, "num_leaves": 3}
+#: With one discrete leaf each, and a density where one is named: what these add is structure.
+COMPOSED: dict[str, tuple[Builder, tuple[str, ...]]] = {
+    "rat": (_rat_spn(4, depth=2, num_leaves=2, **RAT), ("categorical", "gaussian")),
+    "rat-widths": (_rat_spn(5, depth=1, num_repetitions=3, **WIDTHS), ("bernoulli",)),
+    "rat-kronecker": (_rat_spn(4, depth=2, num_leaves=2, **RAT, product="kronecker"), ("bernoulli", "gaussian")),
+    "rectangles": (_poon_domingos((2, 2, 1), num_units=2, **PD), ("categorical",)),
+    "rectangles-kronecker": (_poon_domingos((1, 3, 1), num_units=2, **PD, product="kronecker"), ("categorical",)),
+    "hmm": (_hmm(4, 2, homogeneous=False), ("categorical",)),
+    "homogeneous": (_hmm(5, 2, homogeneous=True), ("bernoulli", "gaussian")),
+    "trees": (_trees, ("categorical",)),
+    "mixed": (_mixed, ("bernoulli",)),
+    "leaf-circuits": (_leaf_circuits, ("bernoulli",)),
+    "embedded": (_embedded, ("categorical", "gaussian")),
+}
+ALL = STRUCTURES | {name: build for name, (build, _) in COMPOSED.items()}
+#: Growth is not defined for these.
+KRONECKER = frozenset({"rat-kronecker", "rectangles-kronecker", "leaf-circuits"})
 # A floor that EM reaches, yet wide enough for the reference's linear densities.
 LEAVES = {"categorical": pc.Categorical(3), "bernoulli": pc.Bernoulli(), "gaussian": pc.Gaussian(min_std=0.3)}
 
@@ -333,7 +408,7 @@ def make_case(structure: str, leaf: str, num_heads: int, seed: int = 0) -> Case:
     """Build a case; masks hold a row with nothing and one with everything observed."""
     torch.manual_seed(seed)
     distribution = LEAVES[leaf]
-    graph = STRUCTURES[structure](distribution, num_heads)
+    graph = ALL[structure](distribution, num_heads)
     num_vars = graph.num_variables
     if isinstance(distribution, pc.Categorical):
         values = torch.arange(distribution.num_categories)
@@ -348,11 +423,13 @@ def make_case(structure: str, leaf: str, num_heads: int, seed: int = 0) -> Case:
     return Case(graph, pc.Circuit(graph), Reference(graph), x, observed)
 
 
-def _cases(leaves: tuple[str, ...]) -> list[Any]:
+def _cases(leaves: tuple[str, ...], skip: frozenset[str] = frozenset()) -> list[Any]:
     """Every pair of structure and leaf; one, two and three heads in turn."""
     names = itertools.product(enumerate(STRUCTURES), enumerate(leaves))
     cases = [(structure, leaf, 1 + (i + j) % 3) for (i, structure), (j, leaf) in names]
-    return [pytest.param(found, id="{}-{}-{}heads".format(*found)) for found in cases]
+    for i, (structure, (_, some)) in enumerate(COMPOSED.items()):
+        cases += [(structure, leaf, 1 + (i + j) % 3) for j, leaf in enumerate(some) if leaf in leaves]
+    return [pytest.param(found, id="{}-{}-{}heads".format(*found)) for found in cases if found[0] not in skip]
 
 
 @pytest.fixture(autouse=True)
@@ -366,8 +443,20 @@ def double_precision() -> Iterator[None]:
 
 @pytest.fixture(params=_cases(("categorical", "bernoulli", "gaussian")))
 def case(request: pytest.FixtureRequest, double_precision: None) -> Case:
-    """Every structure with every leaf."""
+    """Every structure with every leaf, or those that are listed with it."""
     return make_case(*request.param)
+
+
+@pytest.fixture(params=_cases(("categorical", "bernoulli", "gaussian"), skip=KRONECKER))
+def growing(request: pytest.FixtureRequest, double_precision: None) -> Case:
+    """As `case`, without Kronecker products."""
+    return make_case(*request.param)
+
+
+@pytest.fixture(params=sorted(KRONECKER))
+def kronecker(request: pytest.FixtureRequest, double_precision: None) -> Case:
+    """Structures with Kronecker products, two heads."""
+    return make_case(request.param, "bernoulli", 2)
 
 
 @pytest.fixture(params=_cases(("categorical", "bernoulli")))

@@ -275,7 +275,11 @@ def test_gradient_of_logits(build_case: Callable[..., Any]) -> None:
 @pytest.fixture
 def folded(build_case: Callable[..., Any]) -> tuple[pc.Circuit, list[Any]]:
     """Different structures, widths and numbers of heads, over four variables."""
-    names = (("chain", 1), ("star", 3), ("sparse", 2), ("shared", 1), ("tied", 2), ("ragged", 4))
+    names = (
+        *(("chain", 1), ("star", 3), ("sparse", 2), ("shared", 1), ("tied", 2)),
+        *(("rat", 2), ("rat-kronecker", 1), ("rectangles", 3), ("hmm", 1), ("mixed", 2), ("embedded", 1)),
+        ("ragged", 4),
+    )
     cases = [build_case(name, "categorical", heads, seed) for seed, (name, heads) in enumerate(names)]
     return pc.Circuit([case.graph for case in cases]), cases
 
@@ -355,12 +359,30 @@ def test_a_list_of_one_graph_is_still_a_batch(build_case: Callable[..., Any]) ->
 # Soft evidence.
 
 
-@pytest.mark.parametrize("num_latents", [3, 2], ids=["direct", "emission"])
+def evidence_tree(num_latents: int, num_heads: int) -> pc.CircuitGraph:
+    return pc.hclt(torch.tensor([-1, 0, 0, 2]), num_latents, pc.SoftEvidence(3), num_heads)
+
+
+def evidence_rat(num_leaves: int, num_heads: int, **settings: Any) -> pc.CircuitGraph:
+    return pc.rat_spn(
+        4, depth=2, num_repetitions=2, num_leaves=num_leaves, leaf=pc.SoftEvidence(3), num_heads=num_heads, **settings
+    )
+
+
+OVER_EVIDENCE: dict[str, Callable[[int], pc.CircuitGraph]] = {
+    "direct": lambda heads: evidence_tree(3, heads),
+    "emission": lambda heads: evidence_tree(2, heads),
+    "rat-direct": lambda heads: evidence_rat(3, heads, num_sums=2, product="kronecker"),
+    "rat-emission": lambda heads: evidence_rat(2, heads, num_sums=2),
+    "homogeneous-direct": lambda heads: pc.hmm(4, 3, leaf=pc.SoftEvidence(3), homogeneous=True, num_heads=heads),
+    "homogeneous-emission": lambda heads: pc.hmm(4, 2, leaf=pc.SoftEvidence(3), homogeneous=True, num_heads=heads),
+}
+
+
+@pytest.mark.parametrize("structure", OVER_EVIDENCE)
 @pytest.mark.parametrize("num_heads", [1, 2])
-def test_soft_evidence(
-    num_latents: int, num_heads: int, build_case: Callable[..., Any], enumerate_trees: Callable[..., Any]
-) -> None:
-    graph = pc.hclt(torch.tensor([-1, 0, 0, 2]), num_latents, pc.SoftEvidence(3), num_heads)
+def test_soft_evidence(structure: str, num_heads: int, enumerate_trees: Callable[..., Any]) -> None:
+    graph = OVER_EVIDENCE[structure](num_heads)
     circuit, reference = pc.Circuit(graph), enumerate_trees(graph)
     evidence = (2 * torch.randn(6, 4, 3)).requires_grad_()
     observed = torch.rand(6, 4) < 0.7
@@ -494,6 +516,33 @@ def test_single_precision_survives_leaves_that_disagree(
         assert single.grad.isfinite().all()
         flow, wanted = single.detach() * single.grad, reference.detach() * reference.grad
         # Log-likelihoods reach 1e5 nats, where a float32 resolves 0.01: flows, their exponentials, are as uncertain.
+        torch.testing.assert_close(flow.double(), wanted, rtol=1e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("product", ["hadamard", "kronecker"])
+@pytest.mark.parametrize("structure", ["rat", "rectangles"])
+def test_single_precision_survives_disagreement_in_region_graphs(structure: str, product: Any) -> None:
+    """768 variables whose halves contradict each other, below wide sums with many ways to split them."""
+    torch.set_default_dtype(torch.float32)
+    leaf, shape = pc.Categorical(4), (16, 16, 3)
+    if structure == "rat":
+        graph = pc.rat_spn(
+            768, depth=6, num_repetitions=3, num_sums=4, num_leaves=4, leaf=leaf, num_heads=2, product=product
+        )
+    else:
+        graph = pc.poon_domingos(shape, delta=4, num_units=4, leaf=leaf, num_heads=2, product=product)
+    near_one_hot(graph)
+    circuit = pc.Circuit(graph)
+    double = copy.deepcopy(circuit).double()
+    v = torch.arange(768)
+    x = torch.stack([v % 4, (v % 256 >= 128).long(), torch.zeros_like(v), v * 7 % 11 % 4])
+    found, expected = circuit.log_prob(x), double.log_prob(x)
+    assert bool((expected.amin(0) < -2000).all())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+    found[:, 0].sum().backward()
+    expected[:, 0].sum().backward()
+    for single, reference in zip(circuit.parameters(), double.parameters(), strict=True):
+        flow, wanted = single.detach() * single.grad, reference.detach() * reference.grad
         torch.testing.assert_close(flow.double(), wanted, rtol=1e-3, atol=2e-2)
 
 

@@ -70,7 +70,10 @@ def test_anemone(case: Any, anemone_reference: Callable[..., Any], pseudocount: 
 @pytest.mark.parametrize("rule", ["em", "anemone"])
 def test_batch_of_circuits(rule: str, build_case: Callable[..., Any], anemone_reference: Callable[..., Any]) -> None:
     """Each circuit has its own examples and weights; Anemone's N is that of the whole batch."""
-    names = (("chain", 2), ("star", 1), ("sparse", 3), ("tied", 1), ("shared", 2), ("ragged", 1))
+    names = (
+        *(("chain", 2), ("star", 1), ("sparse", 3), ("tied", 1), ("shared", 2), ("ragged", 1)),
+        *(("rat", 2), ("rectangles", 1), ("mixed", 2)),
+    )
     cases = [build_case(name, "categorical", heads, seed) for seed, (name, heads) in enumerate(names)]
     circuit, references = pc.Circuit([case.graph for case in cases]), [case.reference for case in cases]
     if rule == "em":

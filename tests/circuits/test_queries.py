@@ -166,10 +166,16 @@ def test_heads_per_row(case: Any) -> None:
 # Soft evidence: queries return states.
 
 
-@pytest.fixture(params=[3, 2], ids=["direct", "emission"])
+@pytest.fixture(params=["direct", "emission", "rat-direct", "rat-emission"])
 def soft(request: pytest.FixtureRequest, enumerate_trees: Callable[..., Any]) -> Any:
     """A prior over three states, soft evidence, and p(z, e) of all worlds by enumeration of the same graph's trees."""
-    graph = pc.hclt(torch.tensor([-1, 0, 0]), request.param, pc.SoftEvidence(3), 2)
+    size = 3 if request.param.endswith("direct") else 2
+    if request.param.startswith("rat"):
+        graph = pc.rat_spn(
+            3, depth=2, num_repetitions=3, num_sums=size, num_leaves=size, leaf=pc.SoftEvidence(3), num_heads=2
+        )
+    else:
+        graph = pc.hclt(torch.tensor([-1, 0, 0]), size, pc.SoftEvidence(3), 2)
     evidence = torch.randn(4, 3, 3)
     worlds = torch.cartesian_prod(*[torch.arange(3)] * 3)
     with np.errstate(divide="ignore"):

@@ -387,18 +387,19 @@ def test_bad_thresholds_are_named(threshold: float, build_case: Callable[..., An
 
 
 @pytest.mark.parametrize("zeros", [False, True], ids=["positive", "zeros"])
-def test_growth_without_noise_changes_no_likelihood(case: Any, zeros: bool) -> None:
-    circuit = pc.Circuit(put_zeros(case.graph) if zeros else case.graph)
-    num_heads = case.graph.num_heads
+def test_growth_without_noise_changes_no_likelihood(growing: Any, zeros: bool) -> None:
+    circuit = pc.Circuit(put_zeros(growing.graph) if zeros else growing.graph)
+    num_heads = growing.graph.num_heads
     heads = [num_heads - 1, 0] if num_heads > 1 else [0]
     grown = pc.grow(circuit, count(circuit, *draw(circuit, heads)), heads, sigma=0.0)
     assert_sound(grown)
-    before, after = circuit.log_prob(case.x), pc.Circuit(grown).log_prob(case.x)
+    before, after = circuit.log_prob(growing.x), pc.Circuit(grown).log_prob(growing.x)
     assert after.shape[1] == num_heads + len(heads)
     torch.testing.assert_close(after, before[:, [*range(num_heads), *heads]], rtol=1e-10, atol=1e-10)
-    assert sum(node.num_units for node in grown.nodes) > sum(node.num_units for node in case.graph.nodes) + len(heads)
-    assert (grown.latents, len(grown.nodes)) == (case.graph.latents, len(case.graph.nodes))
-    assert dead_units(grown) == dead_units(case.graph)
+    old_units, new_units = (sum(node.num_units for node in graph.nodes) for graph in (growing.graph, grown))
+    assert new_units > old_units + len(heads)
+    assert (grown.latents, len(grown.nodes)) == (growing.graph.latents, len(growing.graph.nodes))
+    assert dead_units(grown) == dead_units(growing.graph)
 
 
 @pytest.mark.parametrize("structure", HCLTS)
@@ -622,16 +623,16 @@ def test_noise_on_gaussians_is_relative_to_their_width(build_case: Callable[...,
     assert moved > 0
 
 
-def test_a_generator_decides(case: Any) -> None:
-    flows = count(case.circuit, *draw(case.circuit, [0]))
+def test_a_generator_decides(growing: Any) -> None:
+    flows = count(growing.circuit, *draw(growing.circuit, [0]))
     first, again, other = (
-        pc.grow(case.circuit, flows, [0], generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)
+        pc.grow(growing.circuit, flows, [0], generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)
     )
     assert_same(first, again, rtol=0)
     with pytest.raises(AssertionError):
         assert_same(first, other)
     old_state = torch.get_rng_state()
-    pc.grow(case.circuit, flows, [0], generator=torch.Generator().manual_seed(5))
+    pc.grow(growing.circuit, flows, [0], generator=torch.Generator().manual_seed(5))
     assert torch.equal(old_state, torch.get_rng_state())
 
 
@@ -688,6 +689,20 @@ def test_kronecker_products_do_not_grow() -> None:
     assert_same(pc.grow(many, pc.Flows(many), [[], []])[0], many.to_graph()[0], rtol=0)
 
 
+def test_structures_of_kronecker_products_are_pruned_but_do_not_grow(kronecker: Any) -> None:
+    circuit = kronecker.circuit
+    x, head = draw(circuit, [0, 1])
+    with pytest.raises(ValueError, match=r"grow: node \d+ of circuit 0 is a Kronecker product"):
+        pc.grow(circuit, count(circuit, x, head), [0])
+    pruned = pc.prune(circuit, count(circuit, x, head), 0.08)
+    assert_sound(pruned)
+    assert sum(node.num_units for node in pruned.nodes) < sum(node.num_units for node in kronecker.graph.nodes)
+    again = pc.Circuit(pruned)
+    torch.testing.assert_close(again.log_prob(kronecker.x).logsumexp(0), torch.zeros(2), rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="Kronecker"):
+        pc.grow(again, count(again, x, head), [0])
+
+
 def test_a_grid_that_grew_is_no_kronecker_product() -> None:
     """Two rounds double first one child, then the other: all combinations, yet free to grow on."""
     graph = pc.CircuitGraph()
@@ -720,8 +735,8 @@ def test_tied_nodes_that_cannot_grow_alike_are_named() -> None:
 
 
 @pytest.mark.parametrize("rule", [pc.Anemone, pc.CircuitEM])
-def test_rounds_of_training_pruning_and_growing(rule: type, case: Any, tmp_path: Path) -> None:
-    graph = put_zeros(case.graph)
+def test_rounds_of_training_pruning_and_growing(rule: type, growing: Any, tmp_path: Path) -> None:
+    graph = put_zeros(growing.graph)
     x = draw(pc.Circuit(graph), [0], 40)[0]
     for number in range(3):
         circuit = pc.Circuit(graph)
@@ -744,7 +759,7 @@ def test_rounds_of_training_pruning_and_growing(rule: type, case: Any, tmp_path:
     assert bool((circuit.log_prob(x).amax(1) > -torch.inf).all())
     if not isinstance(graph.nodes[0].distribution, pc.Gaussian):
         torch.testing.assert_close(
-            circuit.log_prob(case.x).logsumexp(0), torch.zeros(graph.num_heads), rtol=0, atol=1e-9
+            circuit.log_prob(growing.x).logsumexp(0), torch.zeros(graph.num_heads), rtol=0, atol=1e-9
         )
     loaded = pc.load(pc.save(circuit, tmp_path / "circuit"))
     assert_same(loaded.to_graph(), graph, rtol=0)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.graph import CircuitGraph, Node
+from lvd_lightning.circuits.structures.drawing import random_rows
 
 __all__ = ["hclt"]
 
@@ -47,8 +48,8 @@ def hclt(
     leaves = _leaf_parameters(leaf, size, num_latents, generator, dtype)
     emission = leaf.is_evidence and getattr(leaf, "num_states", num_latents) != num_latents
     states = leaf.num_states if emission else num_latents  # type: ignore[attr-defined]
-    weights = _random_rows((size, num_latents, num_latents), generator, dtype)
-    emissions = _random_rows((size, num_latents, states), generator, dtype) if emission else None
+    weights = random_rows((size, num_latents, num_latents), generator, dtype)
+    emissions = random_rows((size, num_latents, states), generator, dtype) if emission else None
     graph = CircuitGraph()
     above: list[list[int]] = [[] for _ in range(size)]
     parent_list = parents.tolist()
@@ -61,7 +62,7 @@ def hclt(
         if parent_list[v] >= 0:
             found = _append(graph, Node("sum", num_latents, (graph.latents[v],), weight=weights[v]))
             above[parent_list[v]].append(found)
-    root = _random_rows((num_heads, num_latents), generator, dtype)
+    root = random_rows((num_heads, num_latents), generator, dtype)
     graph.root = _append(graph, Node("sum", num_heads, (graph.latents[order[-1]],), weight=root))
     return graph
 
@@ -79,11 +80,6 @@ def _leaf_parameters(
         return None
     params = leaf.initial(size * num_units, generator=generator).to(dtype)
     return params.view(size, num_units, leaf.size)
-
-
-def _random_rows(shape: tuple[int, ...], generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
-    weight = torch.rand(shape, generator=generator, dtype=dtype) + 0.05
-    return weight / weight.sum(-1, keepdim=True)
 
 
 def _topological(parents: Tensor) -> list[int]:

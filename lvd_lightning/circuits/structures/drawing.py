@@ -1,0 +1,66 @@
+"""Random parameters of new nodes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lvd_lightning.circuits.distributions import Distribution, SoftEvidence
+from lvd_lightning.circuits.graph import CircuitGraph
+
+__all__ = ["add_leaf", "add_mixture", "check_counts", "random_rows"]
+
+
+def random_rows(shape: tuple[int, ...], generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
+    """Positive rows (the last dimension) that sum to one, none of their entries close to zero."""
+    weight = torch.rand(shape, generator=generator, dtype=dtype) + 0.05
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def add_mixture(
+    graph: CircuitGraph,
+    children: list[int],
+    num_units: int,
+    *,
+    generator: torch.Generator | None,
+    dtype: torch.dtype,
+    like: int | None = None,
+) -> int:
+    """Add a sum over `children` with random weights, or with those of the node `like`."""
+    if like is not None:
+        return graph.add_sum(children, num_units, tied_to=like)
+    width = sum(graph.nodes[child].num_units for child in children)
+    return graph.add_sum(children, num_units, weight=random_rows((num_units, width), generator, dtype))
+
+
+def add_leaf(
+    graph: CircuitGraph,
+    variable: int,
+    leaf: Distribution,
+    num_units: int,
+    *,
+    generator: torch.Generator | None,
+    dtype: torch.dtype,
+    like: int | None = None,
+) -> int:
+    """Add `num_units` random distributions of a variable; returns the id of the node that has them.
+
+    Soft evidence with another number of states gets a sum on top, the emission p(z | unit). `like`: the id returned for
+    another variable, whose parameters this one shares.
+    """
+    if isinstance(leaf, SoftEvidence):
+        states = graph.add_input(variable, leaf, leaf.num_states)
+        if leaf.num_states == num_units:
+            return states
+        return add_mixture(graph, [states], num_units, generator=generator, dtype=dtype, like=like)
+    if like is not None:
+        return graph.add_input(variable, leaf, num_units, tied_to=like)
+    params = leaf.initial(num_units, generator=generator).to(dtype)
+    return graph.add_input(variable, leaf, num_units, params=params)
+
+
+def check_counts(caller: str, **counts: int) -> None:
+    """Raise a ValueError that names the first count below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{caller}: {name} must be at least 1, got {count}")

@@ -1,0 +1,89 @@
+"""Mixtures of whole circuits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lvd_lightning.circuits.graph import CircuitGraph
+from lvd_lightning.circuits.structures.drawing import check_counts
+
+__all__ = ["mixture"]
+
+
+def mixture(
+    graphs: Sequence[CircuitGraph],
+    weights: Tensor | Sequence[float] | Sequence[Sequence[float]] | None = None,
+    num_heads: int = 1,
+    *,
+    generator: torch.Generator | None = None,
+) -> CircuitGraph:
+    r"""One sum over the heads of several circuits, such as hidden Chow-Liu trees over different trees.
+
+    .. math:: p_h(x) = \sum_i w_{hi} p_i(x)
+
+    Parameters are copied: training the mixture leaves `graphs` as they are.
+
+    Args:
+        graphs: circuits over the same variables.
+        weights: of all heads of all graphs one after another, shape (heads of all graphs,), the same for all heads of
+            the mixture, or (num_heads, heads of all graphs). Rows are normalised; drawn at random if not given.
+        num_heads: heads of the mixture.
+        generator: on the CPU, for the weights.
+
+    Returns:
+        The graph. Latents of the first circuit keep their names; those of the others follow, each circuit's behind the
+        largest name before it. For trees over D variables latent v of circuit i is called `i * D + v`.
+
+    Raises:
+        ValueError: no graphs, graphs over different variables, weights of another shape, negative or not finite.
+    """
+    graphs = list(graphs)
+    check_counts("mixture", num_heads=num_heads)
+    if not graphs:
+        raise ValueError("mixture: graphs is empty, expected at least one")
+    scopes = [_variables(found) for found in graphs]
+    odd = [i for i, scope in enumerate(scopes) if scope != scopes[0]]
+    if odd:
+        raise ValueError(
+            f"mixture: graphs must have the same variables; those of graph {odd[0]} are {_few(scopes[odd[0]])}, those "
+            f"of graph 0 are {_few(scopes[0])}"
+        )
+    out = CircuitGraph()
+    roots = [out.embed(found, latents=1 + max(out.latents, default=-1)) for found in graphs]
+    out.add_sum(roots, num_heads, weight=_weights(weights, out, roots, num_heads, generator))
+    return out
+
+
+def _weights(
+    weights: Tensor | Sequence[float] | Sequence[Sequence[float]] | None,
+    graph: CircuitGraph,
+    roots: list[int],
+    num_heads: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Weights (num_heads, heads of all components) in the type of the components' own; not yet normalised."""
+    width = sum(graph.nodes[root].num_units for root in roots)
+    tensors = (found for node in graph.nodes for found in (node.weight, node.params) if found is not None)
+    first = next(tensors, None)
+    dtype = torch.get_default_dtype() if first is None else first.dtype
+    if weights is None:
+        return torch.rand(num_heads, width, generator=generator, dtype=dtype) + 0.05
+    given = torch.as_tensor(weights, dtype=dtype)
+    if tuple(given.shape) not in ((width,), (num_heads, width)):
+        raise ValueError(
+            f"mixture: weights must have shape ({width},) or ({num_heads}, {width}), as the graphs have {width} heads "
+            f"together; got {tuple(given.shape)}"
+        )
+    return given.expand(num_heads, width).clone()
+
+
+def _variables(graph: CircuitGraph) -> set[int]:
+    return {node.variable for node in graph.nodes if node.kind == "input"}
+
+
+def _few(variables: set[int]) -> str:
+    found = sorted(variables)
+    return f"{found[:8]}{' ...' if len(found) > 8 else ''}"
