@@ -1,4 +1,4 @@
-"""Mean test log-likelihood on four binary data sets: an HCLT, a mixture of HCLTs and a RAT-SPN, each trained by Anemone.
+"""Mean test log-likelihood on four binary data sets: an HCLT, a mixture of HCLTs and a RAT-SPN, trained by Anemone.
 
     python benchmarks/debd.py --data PATH      # PATH/nltcs/nltcs.train.data, .valid.data, .test.data and so on
 
