@@ -18,7 +18,7 @@ from lvd_lightning.circuits.layers import TINY, InputLayer, Layer
 from lvd_lightning.circuits.log_prob import Lease, LogProb
 from lvd_lightning.circuits.native.passes import FusedWorkspace, LayerIndex
 from lvd_lightning.circuits.plan import LOG_ZERO, ParameterGroup, Plan, compile_plan
-from lvd_lightning.circuits.precision import ErrorBound
+from lvd_lightning.circuits.precision import TOLERANCE, ErrorBound
 from lvd_lightning.circuits.workspace import GradientSpace, LinearWorkspace, Pool, Workspace
 
 __all__ = ["Batch", "Circuit"]
@@ -138,6 +138,7 @@ class Circuit(nn.Module):
         head: int | Tensor | None = None,
         observed: Tensor | None = None,
         wanted: Tensor | None = None,
+        margin: float | None = None,
     ) -> Tensor:
         """Log-likelihood in nats.
 
@@ -148,6 +149,8 @@ class Circuit(nn.Module):
             observed: bool, the shape of x without states; False marginalises the variable.
             wanted: bool, the shape of the result. Where it is False the result is 0 and passes no gradient on, which
                 saves the effort that an unlikely example can take.
+            margin: in nats. Results that are certainly as far below the example's best, over all heads of all circuits,
+                may come out lower than they are (never higher), which saves effort likewise. Not for gradients.
 
         Returns:
             (B, H) or, with `head`, (B,); for a batch of circuits (G, B, H) or (G, B). Heads that a circuit of the
@@ -163,7 +166,10 @@ class Circuit(nn.Module):
         evidence = x if self._is_evidence else None
         head_GB = None if head is None else self.head_index(head, batch.size)
         shape = (self.num_circuits, batch.size) if head is not None else (self.num_circuits, batch.size, self.num_heads)
-        log_GHB = LogProb.apply(self, batch, keep, self._wanted(wanted, head_GB, shape), evidence, *tables)
+        if margin is not None and (keep or not margin > 0):
+            raise ValueError(f"margin: got {margin}, expected a positive number of nats, without gradients")
+        selected = self._wanted(wanted, head_GB, shape)
+        log_GHB = LogProb.apply(self, batch, keep, selected, margin, evidence, *tables)
         found = log_GHB.transpose(1, 2) if head_GB is None else log_GHB.gather(1, head_GB[:, None])[:, 0]
         if wanted is not None:
             found = found.masked_fill(~wanted.view(shape), 0.0)
@@ -314,8 +320,13 @@ class Circuit(nn.Module):
             self._careful = True  # this circuit's sums underflow: from now on, look at every layer as it is computed
             self._run_layers(tables, space, True)
 
-    def run_linear(self, batch: Batch, tables: Sequence[Tensor], space: LinearWorkspace | FusedWorkspace) -> Tensor:
-        """log p of all heads in nats, (G, H, B), by linear values; see `inexact` for where it holds."""
+    def run_linear(
+        self, batch: Batch, tables: Sequence[Tensor], space: LinearWorkspace | FusedWorkspace
+    ) -> tuple[Tensor, Tensor]:
+        """log p of all heads in nats, (G, H, B), by linear values; see `inexact` for where it holds.
+
+        Besides, what the linear values of the heads were divided by, (G, B), as logarithms to base 2.
+        """
         if isinstance(space, FusedWorkspace):
             return space.forward(batch, tables)
         for number, leaf in enumerate(self._leaf_layers()):
@@ -325,7 +336,7 @@ class Circuit(nn.Module):
             layer.forward_linear(space, tables[layer.group])
         log_GB = space.peaks.new_zeros(self.num_circuits, space.peaks.shape[1])
         log_GB.index_add_(0, self.circuit_of_node, space.peaks.log2())
-        return (space.values[self.roots].log2() + log_GB[:, None]) / layers.BITS_PER_NAT
+        return (space.values[self.roots].log2() + log_GB[:, None]) / layers.BITS_PER_NAT, log_GB
 
     def inexact(
         self,
@@ -333,19 +344,25 @@ class Circuit(nn.Module):
         tables: Sequence[Tensor],
         space: LinearWorkspace | FusedWorkspace,
         wanted_GHB: Tensor | None = None,
+        threshold_GB: Tensor | None = None,
     ) -> Tensor | None:
         """Where numbers got too small for `run_linear`, and only `run_forward` will do: bool (G, B); None: nowhere.
 
-        A backward pass may follow all the same, with gradients of 0 for these pairs and for heads that are not wanted.
+        Values that are certainly below `threshold_GB` (linear, like those of the heads) may be as they are. A backward
+        pass may follow all the same, with gradients of 0 for these pairs and for heads that are not wanted.
         """
         if space.is_large(TINY[self.dtype]):
             return None
         matters_GHB = (self.roots != LOG_ZERO)[..., None]
         if wanted_GHB is not None:
             matters_GHB = matters_GHB & wanted_GHB
-        least_GB = space.heads(self.roots).masked_fill(~matters_GHB, torch.inf).amin(1)
         peaks_NB, inputs_LB = space.peaks_of_nodes(), self.largest_inputs(batch, tables)
-        bad_GB = self.error_bound().exceeds(peaks_NB, space.largest(), inputs_LB, least_GB) & matters_GHB.any(1)
+        error_G1B = self.error_bound().error(peaks_NB, space.largest(), inputs_LB)[:, None]
+        heads_GHB = space.heads(self.roots)
+        bad_GHB = matters_GHB & ~(error_G1B <= TOLERANCE * heads_GHB)
+        if threshold_GB is not None:
+            bad_GHB &= ~(heads_GHB + error_G1B < threshold_GB[:, None])
+        bad_GB = bad_GHB.any(1)
         if space.keep and not float(peaks_NB.amin()) >= TINY[self.dtype]:
             space.make_finite()
         return bad_GB if bool(bad_GB.any()) else None

@@ -67,6 +67,7 @@ class LogProb(torch.autograd.Function):
         batch: Batch,
         keep: bool,
         wanted: Tensor | None,
+        margin: float | None,
         evidence: Tensor | None,
         *tables: Tensor,
     ) -> Tensor:
@@ -74,7 +75,7 @@ class LogProb(torch.autograd.Function):
             ctx.lease = None
             ctx.shapes = (None if evidence is None else evidence.shape, [table.shape for table in tables])
             return tables[0].new_empty(*circuit.roots.shape, 0)
-        log_GHB, lease, again = _evaluate(circuit, batch, tables, keep, wanted)
+        log_GHB, lease, again = _evaluate(circuit, batch, tables, keep, wanted, margin)
         if keep:
             ctx.lease, ctx.again, ctx.circuit, ctx.batch = lease, again, circuit, batch
             ctx.evidence_shape = None if evidence is None else evidence.shape
@@ -84,12 +85,12 @@ class LogProb(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_GHB: Tensor) -> tuple[Tensor | None, ...]:
-        _, _, _, _, for_evidence, *for_tables = ctx.needs_input_grad
+        _, _, _, _, _, for_evidence, *for_tables = ctx.needs_input_grad
         if ctx.lease is None:
             evidence_shape, shapes = ctx.shapes
             evidence_grad = grad_GHB.new_zeros(evidence_shape) if for_evidence else None
             grads = [grad_GHB.new_zeros(shape) if need else None for shape, need in zip(shapes, for_tables)]
-            return (None, None, None, None, evidence_grad, *grads)
+            return (None, None, None, None, None, evidence_grad, *grads)
         circuit, batch, tables, again = ctx.circuit, ctx.batch, ctx.saved_tensors, ctx.again
         grads = [
             _gradient_buffer(circuit, number, table) if need else None
@@ -105,7 +106,7 @@ class LogProb(torch.autograd.Function):
             for grad, added in zip(grads, more):
                 if grad is not None and added is not None:
                     grad.add_(added)
-        return (None, None, None, None, evidence_grad, *grads)
+        return (None, None, None, None, None, evidence_grad, *grads)
 
 
 @dataclass
@@ -131,14 +132,23 @@ class _Again:
 
 
 def _evaluate(
-    circuit: Circuit, batch: Batch, tables: Sequence[Tensor], keep: bool, wanted: Tensor | None
+    circuit: Circuit,
+    batch: Batch,
+    tables: Sequence[Tensor],
+    keep: bool,
+    wanted: Tensor | None,
+    margin: float | None,
 ) -> tuple[Tensor, object, _Again | None]:
     """log p of all heads (G, H, B), the lease whose workspace a backward pass needs, and what it needs besides."""
     if circuit.is_linear:
         kind = FusedWorkspace if passes.applies(circuit, tables) else LinearWorkspace
         linear: Lease[Any] = Lease(circuit, kind, batch.size, keep)
-        log_GHB = circuit.run_linear(batch, tables, linear.space)
-        bad_GB = circuit.inexact(batch, tables, linear.space, wanted)
+        log_GHB, scale_GB = circuit.run_linear(batch, tables, linear.space)
+        threshold_GB = None
+        if margin is not None:
+            best_B = log_GHB.amax((0, 1)) * layers.BITS_PER_NAT
+            threshold_GB = (best_B - margin * layers.BITS_PER_NAT - scale_GB).exp2()
+        bad_GB = circuit.inexact(batch, tables, linear.space, wanted, threshold_GB)
         if bad_GB is None:
             return log_GHB, linear, None
         if 2 * int(bad_GB.sum(1).max()) < batch.size:

@@ -22,7 +22,7 @@ from torch import Tensor
 from lvd_lightning.circuits.graph import CircuitGraph
 from lvd_lightning.circuits.plan import Plan
 
-__all__ = ["ErrorBound"]
+__all__ = ["TOLERANCE", "ErrorBound"]
 
 #: What heads may be off by, relative to themselves.
 TOLERANCE = 1e-6
@@ -59,14 +59,13 @@ class ErrorBound:
             self.levels.append(level)
             low = high
 
-    def exceeds(self, peak_NB: Tensor, largest_NB: Tensor, largest_input_LB: Tensor, least_GB: Tensor) -> Tensor:
-        """Where some head may not be exact to six digits: bool (G, B).
+    def error(self, peak_NB: Tensor, largest_NB: Tensor, largest_input_LB: Tensor) -> Tensor:
+        """What the heads may be too small by, in units of the root's peak: (G, B); infinite or NaN without support.
 
         Args:
             peak_NB: what the inner units of every node were divided by.
             largest_NB: the largest unit of every node.
             largest_input_LB: the largest likelihood among the units of every input node.
-            least_GB: the smallest head of every circuit.
         """
         smallest = torch.finfo(peak_NB.dtype).tiny
         none_1B = peak_NB.new_zeros(1, peak_NB.shape[1])
@@ -78,9 +77,7 @@ class ErrorBound:
             log_bound_FB = log_largest[level.sums].sum(1) + log_input[level.inputs].sum(1) - peak_NB[at].log2()
             error_FB = log_bound_FB.exp2() * share[level.sums].sum(1) + level.losses * (smallest / peak_NB[at])
             share[at] = error_FB / largest_NB[at]
-        # a node without any support has peaks or units of 0: the bound is infinite or NaN, and not below anything
-        error_GB = share[self.roots] * largest_NB[self.roots]
-        return ~(error_GB <= TOLERANCE * least_GB)
+        return share[self.roots] * largest_NB[self.roots]
 
 
 def _factors(graph: CircuitGraph, g: int, index: int) -> list[tuple[int, int]]:

@@ -147,6 +147,28 @@ def test_one_head_of_each_example_is_wanted_on_its_own(monkeypatch: pytest.Monke
     assert sizes == [2]
 
 
+@pytest.mark.usefixtures("any_pass")
+def test_what_is_far_below_the_best_may_come_out_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never higher, and what is near enough is exact."""
+    graphs = contradictions(1e-18)
+    circuit, exact = pc.Circuit(graphs), pc.Circuit(graphs).double()
+    sizes = general_passes(circuit, monkeypatch)
+    with torch.no_grad():
+        expected = exact.log_prob(WORLDS)
+        best = expected.amax((0, 2), keepdim=True)
+        given = []
+        for margin in (20.0, 40.0, 400.0):
+            found = circuit.log_prob(WORLDS, margin=margin).double()
+            near = expected > best - margin
+            torch.testing.assert_close(found[near], expected[near], rtol=1e-4, atol=1e-4)
+            assert bool((found <= expected + 1e-4).all())
+            given.append(sum(sizes))
+            sizes.clear()
+    assert given[0] < given[1] < given[2]
+    with pytest.raises(ValueError, match="margin"):
+        circuit.log_prob(WORLDS, margin=10.0)
+
+
 def test_wanted_results_are_those_of_all(case: Any) -> None:
     """Values and gradients, for every structure; the rest is 0."""
     wanted = torch.rand(len(case.x), case.circuit.num_heads) < 0.5

@@ -59,6 +59,34 @@ def test_lvd_objective_is_one_term_of_the_sum(assembled: Any, images: Tensor) ->
     torch.testing.assert_close(assembled.circuit.lvd_objective(images, z).detach(), expected)
 
 
+def test_evidence_that_was_left_inexact_is_computed_again_where_it_counts(
+    assembled: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies below the margin is lost here altogether: the objective stays exact, log p(x) is never overstated."""
+    circuit = assembled.circuit
+    z = torch.randint(3, (len(images), 4), generator=torch.Generator().manual_seed(0))
+    expected = assembled.log_joint(images).logsumexp(1)
+    objective = circuit.lvd_objective(images, z)
+    exact = circuit.evidence
+
+    def lossy(images: Tensor, observed: Tensor | None = None, margin: float | None = None) -> Tensor:
+        found = exact(images, observed)
+        return found if margin is None else found.masked_fill(found < found.amax(-1, keepdim=True) - margin, -torch.inf)
+
+    monkeypatch.setattr(circuit, "evidence", lossy)
+    monkeypatch.setattr(module, "MARGIN", 1e-9)  # only the best value is left
+    torch.testing.assert_close(circuit.log_prob_and_objective(images, z), (expected, objective))
+    log_p = circuit.log_prob(images)
+    assert bool((log_p <= expected + 1e-9).all())
+    assert bool((log_p < expected - 1e-3).any())
+    monkeypatch.setattr(
+        circuit,
+        "evidence",
+        lambda images, observed=None, margin=None: exact(images) - (torch.inf if margin else 0.0),
+    )
+    torch.testing.assert_close(circuit.log_prob(images), expected)
+
+
 @pytest.mark.parametrize("num_latents", [None, 2])
 def test_prior_is_normalised(
     make_assembly: Callable[..., Any], double_precision: None, num_latents: int | None

@@ -168,8 +168,8 @@ class FusedWorkspace:
         if self.scaled_JVC.numel():
             self.space.scaled, self.space.inner = self.scaled_JVC.data_ptr(), self.inner_JEC.data_ptr()
 
-    def forward(self, batch: Batch, tables: Sequence[Tensor]) -> Tensor:
-        """log p of all heads in nats, (G, H, B)."""
+    def forward(self, batch: Batch, tables: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """log p of all heads in nats, (G, H, B), and what their values were divided by, (G, B); see `run_linear`."""
         self._point(batch, tables, [None] * len(tables), [None] * len(self.layers))
         self.library.forward(ctypes.byref(self.space), self._threads())
         value_GHB = self.sums_JVC.new_empty(*self.head_rows_GH.shape, self.size)
@@ -178,7 +178,7 @@ class FusedWorkspace:
         pointers = (fraction_GB.data_ptr(), exponent_GB.data_ptr(), value_GHB.data_ptr())
         self.least = self.library.finish(ctypes.byref(self.space), *pointers)
         log_GB = fraction_GB.log2_().add_(exponent_GB)[:, : self.size]
-        return value_GHB.log2_().add_(log_GB[:, None]).div_(BITS_PER_NAT)
+        return value_GHB.log2_().add_(log_GB[:, None]).div_(BITS_PER_NAT), log_GB
 
     def backward(
         self, batch: Batch, tables: Sequence[Tensor], grads: Sequence[Tensor | None], grad_GHB: Tensor
