@@ -30,11 +30,14 @@ def assert_flows(graph: pc.CircuitGraph, reference: Any, expected: dict[int, np.
     for index, flow in expected.items():
         node = graph.nodes[index]
         found = (node.weight if node.kind == "sum" else node.params).numpy()
-        if isinstance(node.distribution, pc.Gaussian):
-            mean, std = reference.params[index].T
-            count, first, second = flow.T
-            square = second - 2 * mean * first + mean**2 * count
-            flow = np.stack([mean * (first - mean * count) / std**2, square / std**2 - count], 1)
+        if isinstance(node.distribution, pc.Binomial):
+            p, total = reference.params[index][:, 0], node.distribution.total
+            flow = ((flow[:, 1] - total * p * flow[:, 0]) / (1 - p))[:, None]
+        elif isinstance(node.distribution, pc.Gaussian | pc.DiscretizedLogistic):
+            mean, spread = reference.params[index].T
+            weight, first, second = flow[:, -3:].T  # sums of (r, r y, r y^2) of a normal y with precision r / spread^2
+            square = second - 2 * mean * first + mean**2 * weight
+            flow = np.stack([mean * (first - mean * weight) / spread**2, square / spread**2 - flow[:, 0]], 1)
         np.testing.assert_allclose(found, flow, rtol=1e-8, atol=1e-11)
 
 
@@ -226,7 +229,8 @@ def test_number_of_parameters(case: Any) -> None:
             live = node.weight.numel() if node.mask is None else int(node.mask.sum())
             expected += live - node.num_units
         else:
-            free = 2 if isinstance(node.distribution, pc.Gaussian) else node.params.shape[1] - 1
+            free = {pc.Gaussian: 2, pc.DiscretizedLogistic: 2, pc.Binomial: 1}.get(type(node.distribution))
+            free = node.params.shape[1] - 1 if free is None else free
             expected += node.num_units * free
     assert case.circuit.num_parameters == expected
 
