@@ -200,27 +200,31 @@ class Reference:
         x, head_weights = np.asarray(x), np.asarray(head_weights)
         observed = np.ones(x.shape[:2], bool) if observed is None else np.asarray(observed)
         flows = {i: np.zeros((len(p), self._num_sums(i))) for i, p in self.params.items()}
+        at_inputs: dict[tuple[int, int], Array] = {}
         for head in range(self.num_heads):
             joint = self.joint(x, observed, head=head)
             total = joint.sum(1)  # an impossible example has no flow
             share = joint * (head_weights[:, head] * (total > 0) / np.where(total > 0, total, 1))[:, None]
             for t, tree in enumerate(self.trees[head]):
                 for index, (unit, column) in tree.items():
-                    self._count(flows, index, unit, column, x, observed, share[:, t])
+                    if column >= 0:
+                        flows[self.owner[index]][unit, column] += share[:, t].sum()
+                    elif self.owner[index] in flows:
+                        at_inputs[index, unit] = at_inputs.get((index, unit), 0.0) + share[:, t]
+        for (index, unit), share in at_inputs.items():
+            self._count(flows[self.owner[index]][unit], index, unit, x, observed, share)
         return flows
 
-    def _count(self, flows: Flows, index: int, unit: int, column: int, x: Array, observed: Array, share: Array) -> None:
-        node, owner = self.nodes[index], self.owner[index]
-        if column >= 0:
-            flows[owner][unit, column] += share.sum()
-        elif node.kind == "input" and owner in flows:
-            seen = observed[:, node.variable]
-            value, share = x[seen, node.variable], share[seen]
-            if is_table(node):
-                np.add.at(flows[owner][unit], value.astype(int), share)
-            else:
-                functions = functions_of(node.distribution, self.params[owner][unit], value)
-                flows[owner][unit] += [share.sum(), *functions @ share]
+    def _count(self, out: Array, index: int, unit: int, x: Array, observed: Array, share: Array) -> None:
+        """Add the sums of an input unit that has these shares of the examples."""
+        node = self.nodes[index]
+        seen = observed[:, node.variable]
+        value, share = x[seen, node.variable], share[seen]
+        if is_table(node):
+            np.add.at(out, value.astype(int), share)
+        else:
+            functions = functions_of(node.distribution, self.params[self.owner[index]][unit], value)
+            out += [share.sum(), *functions @ share]
 
     def top_down(self, head_share: Array) -> Flows:
         """Probability of reaching each unit of the parameters' owners from heads with these shares, shape (K,)."""
@@ -392,7 +396,7 @@ STRUCTURES: dict[str, Callable[[pc.Distribution, int], pc.CircuitGraph]] = {
 LEAVES = {"categorical": pc.Categorical(3), "bernoulli": pc.Bernoulli(), "gaussian": pc.Gaussian(min_std=0.3)}
 # Leaves that meet some structures only, which saves time: a tree, shared and tied nodes, padded layers.
 LEAVES |= {"binomial": pc.Binomial(2), "logistic": pc.DiscretizedLogistic(3, min_scale=0.2), "mixed": pc.Gaussian()}
-SOME = {"binomial": ("star", "shared", "tied"), "logistic": ("bush", "tied", "ragged"), "mixed": ("chain", "shared")}
+SOME = {"binomial": ("star", "tied", "ragged"), "logistic": ("star", "shared", "tied"), "mixed": ("chain", "shared")}
 MIXTURE = (pc.Categorical(4), pc.Binomial(5), pc.Gaussian(min_std=0.3), pc.DiscretizedLogistic(6))
 
 

@@ -54,6 +54,17 @@ def test_density_integrates_to_one(build_case: Callable[..., Any]) -> None:
     np.testing.assert_allclose(total.detach(), [1.0, 1.0], rtol=1e-8)
 
 
+def test_a_mixed_circuit_integrates_to_one(build_case: Callable[..., Any]) -> None:
+    """Sums over three discrete variables, an integral over the fourth."""
+    case = build_case("chain", "mixed", 2)
+    families = {node.variable: node.distribution for node in case.graph.nodes if node.kind == "input"}
+    assert [type(families[v]) for v in range(4)] == [pc.Categorical, pc.Binomial, pc.Gaussian, pc.DiscretizedLogistic]
+    grid = torch.linspace(-12, 12, 241)
+    x = torch.cartesian_prod(torch.arange(4.0), torch.arange(6.0), grid, torch.arange(6.0))
+    total = case.circuit.log_prob(x).exp().sum(0) * (grid[1] - grid[0])
+    np.testing.assert_allclose(total.detach(), [1.0, 1.0], rtol=1e-8)
+
+
 def test_log_likelihoods(case: Any) -> None:
     np.testing.assert_allclose(case.circuit.log_prob(case.x).detach(), case.reference.log_prob(case.x), **EXACT)
 
@@ -257,8 +268,38 @@ def test_logits_compute_the_same_and_learn(case: Any) -> None:
         np.testing.assert_allclose(circuit.log_prob(case.x).exp().sum(0).detach(), 1, **EXACT)
 
 
-def test_gradient_of_logits(build_case: Callable[..., Any]) -> None:
-    case = build_case("sparse", "categorical", 2)
+OPTIMIZERS = {
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.3),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.3, weight_decay=0.5),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("structure", ["sparse", "shared", "ragged"])
+def test_structural_zeros_stay_under_gradient_optimizers(
+    name: str, structure: str, build_case: Callable[..., Any]
+) -> None:
+    case = build_case(structure, "categorical", 2)
+    circuit = pc.Circuit(case.graph, parameterization="logits").float()
+    optimizer = OPTIMIZERS[name](circuit.parameters())
+    for _ in range(10):
+        optimizer.zero_grad()
+        (-circuit.log_prob(case.x[:9]).sum()).backward()
+        optimizer.step()
+    zeros, moved = 0, 0.0
+    for node, before in zip(circuit.to_graph().nodes, case.graph.nodes, strict=True):
+        if node.kind == "sum" and node.mask is not None:
+            assert not node.weight[~node.mask].any()
+            zeros, moved = zeros + int((~node.mask).sum()), moved + float((node.weight - before.weight).abs().sum())
+    assert zeros > 2
+    assert moved > 0.1
+
+
+@pytest.mark.parametrize(("structure", "leaf"), [("sparse", "categorical"), ("chain", "mixed")])
+def test_gradient_of_logits(structure: str, leaf: str, build_case: Callable[..., Any]) -> None:
+    case = build_case(structure, leaf, 2)
     circuit = pc.Circuit(case.graph, parameterization="logits")
     x = case.x[:7]
     circuit.log_prob(x).sum().backward()
