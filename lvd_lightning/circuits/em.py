@@ -115,7 +115,7 @@ class _CircuitOptimizer(torch.optim.Optimizer):
                 statistics = circuit.statistics_of(number)
                 if statistics is not None:
                     sums.append(statistics)
-        for kind in {tensor.dtype for tensor in sums}:
+        for kind in dict.fromkeys(tensor.dtype for tensor in sums):  # in the same order on every rank
             same = [tensor for tensor in sums if tensor.dtype == kind]
             flat = torch.cat([tensor.reshape(-1) for tensor in same])
             dist.all_reduce(flat)

@@ -391,6 +391,7 @@ DISTRIBUTED_LEAVES = {
     "gaussian": pc.Gaussian(),
     "binomial": pc.Binomial(2),
     "logistic": pc.DiscretizedLogistic(3),
+    "single": pc.Binomial(2),  # parameters in single precision beside statistics in double
 }
 RULES = ("CircuitEM", "Anemone")
 
@@ -413,6 +414,8 @@ def distributed_data(leaf: str) -> tuple[Tensor, Tensor]:
 def train(rule: str, leaf: str, part: slice) -> torch.nn.Module:
     """Two steps on a part of the examples; of two circuits under one optimizer the second rests in the second step."""
     circuit, beside = distributed_circuit(leaf), distributed_circuit(leaf)
+    if leaf == "single":
+        circuit, beside = circuit.float(), beside.float()
     module = torch.nn.ModuleDict({"learning": circuit, "resting": beside})
     optimizer = getattr(pc, rule)(module, lr=0.5, pseudocount=0.1)
     x, weights = distributed_data(leaf)
@@ -459,4 +462,5 @@ def test_two_processes_equal_one(split: str, leaf: str, rule: str, circuit: str,
     assert expected
     for key, value in expected.items():
         assert torch.equal(first[key], second[key])
-        torch.testing.assert_close(first[key], value, rtol=1e-9, atol=1e-12)
+        rtol, atol = (1e-4, 1e-6) if leaf == "single" else (1e-9, 1e-12)
+        torch.testing.assert_close(first[key], value, rtol=rtol, atol=atol)
