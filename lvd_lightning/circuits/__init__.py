@@ -1,7 +1,15 @@
 """Probabilistic circuits in plain PyTorch: graphs, folded layers, EM, exact queries, files."""
 
 from lvd_lightning.circuits.circuit import Circuit
-from lvd_lightning.circuits.distributions import Bernoulli, Categorical, Distribution, Gaussian, SoftEvidence
+from lvd_lightning.circuits.distributions import (
+    Bernoulli,
+    Binomial,
+    Categorical,
+    DiscretizedLogistic,
+    Distribution,
+    Gaussian,
+    SoftEvidence,
+)
 from lvd_lightning.circuits.em import Anemone, CircuitEM
 from lvd_lightning.circuits.expectation import expectation
 from lvd_lightning.circuits.flows import Flows
@@ -22,10 +30,12 @@ from lvd_lightning.circuits.transforms import grow, prune
 __all__ = [
     "Anemone",
     "Bernoulli",
+    "Binomial",
     "Categorical",
     "Circuit",
     "CircuitEM",
     "CircuitGraph",
+    "DiscretizedLogistic",
     "Distribution",
     "Flows",
     "Gaussian",

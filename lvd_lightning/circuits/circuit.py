@@ -144,9 +144,11 @@ class Circuit(nn.Module):
 
         Args:
             x: (B, D); for a batch of circuits (G, B, D), or (B, D) given to all of them. Evidence has one more
-                dimension, the states.
+                dimension, the states. Of any integer type, or a floating point one (needed as soon as one variable is
+                continuous); see `Distribution`.
             head: None for all heads; an int, or a tensor (B,) ((G, B) for a batch of circuits), for one per example.
-            observed: bool, the shape of x without states; False marginalises the variable.
+            observed: bool, the shape of x without states; False marginalises the variable, and its value may be
+                anything, NaN included.
             wanted: bool, the shape of the result. Where it is False the result is 0 and passes no gradient on, which
                 saves the effort that an unlikely example can take.
             margin: in nats. Results that are certainly as far below the example's best, over all heads of all circuits,
@@ -270,6 +272,20 @@ class Circuit(nn.Module):
             self._decode(logits, group, self.mask(number))
             for number, (logits, group) in enumerate(zip(self.tables, self.plan.groups, strict=True))
         ]
+
+    def statistics_of(self, group: int) -> Tensor | None:
+        """The sums for EM of a parameter group's inputs, (rows, units, T), made if need be; None where there are none.
+
+        Always float64: differences of large sums are wanted.
+        """
+        distribution, table = self.plan.groups[group].distribution, self.tables[group]
+        if distribution is None or not distribution.num_statistics or self.parameterization == "logits":
+            return None
+        found = self.statistics.get(group)
+        if found is None or found.device != table.device:
+            found = table.new_zeros(*table.shape[:2], distribution.num_statistics, dtype=torch.float64)
+            self.statistics[group] = found
+        return found
 
     def mask(self, group: int) -> Tensor | None:
         """Live edges of a parameter group, or None if all are."""

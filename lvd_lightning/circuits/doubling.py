@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lvd_lightning.circuits.distributions import Distribution, Gaussian
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 from lvd_lightning.circuits.surgery import OpenGraph, any_of_class, units_or_none
 
@@ -181,23 +180,12 @@ class Doubling:
             assert node.distribution is not None
             changed = np.concatenate([rows, len(params) + np.arange(len(rows))])
             noise = self._noise((len(changed), params.shape[1]), INPUT_FACTORS)
-            new[changed] = _perturbed_inputs(node.distribution, new[changed].astype(np.float64), noise)
+            old = torch.from_numpy(new[changed].astype(np.float64))
+            new[changed] = node.distribution.perturbed(old, torch.from_numpy(noise)).numpy()
         return torch.from_numpy(new)
 
     def _noise(self, shape: tuple[int, ...], bounds: tuple[float, float]) -> Array:
         return self.noise_rng.normal(1.0, self.sigma, shape).clip(*bounds)
-
-
-def _perturbed_inputs(distribution: Distribution, params: Array, factor: Array) -> Array:
-    """Parameters of input units (N, size) under factors of the same shape."""
-    if distribution.is_table:
-        return _normalised(params * factor)
-    if isinstance(distribution, Gaussian):
-        mean, std = params.T
-        moved = [mean + std * (factor[:, 0] - 1), (std * factor[:, 1]).clip(distribution.min_std)]
-        return np.stack(moved, 1)
-    logits = distribution.to_logits(torch.from_numpy(params)) + torch.from_numpy(np.log(factor))
-    return distribution.from_logits(logits).numpy()
 
 
 def _normalised(rows: Array) -> Array:

@@ -1,11 +1,12 @@
 """Expectation maximisation as optimizers: flows are read off the gradients.
 
-Shapes: P parameter rows, X units, Y alternatives (children or categories), G circuits, H heads.
+Shapes: P parameter rows, X units, Y alternatives (children or categories), S numbers per input unit, T statistics of an
+input unit, G circuits, H heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lvd_lightning.circuits.circuit import Circuit
-from lvd_lightning.circuits.distributions import Gaussian
+from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.layers import CACHE_SIZE
 from lvd_lightning.circuits.native.updates import update_table
 
@@ -32,10 +33,15 @@ class _CircuitOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, module: nn.Module | Iterable[dict[str, Any]], defaults: dict[str, Any]) -> None:
-        wanted = [{"params": module}] if isinstance(module, nn.Module) else [dict(group) for group in module]
+        wanted = [{"params": module}] if isinstance(module, nn.Module) else list(module)
         groups: list[dict[str, Any]] = []
         self.circuits: list[Circuit] = []
         for group in wanted:
+            if not isinstance(group, Mapping) or not isinstance(group.get("params"), nn.Module):
+                raise ValueError(
+                    f"{type(self).__name__}: expected a module, or groups {{'params': module, 'lr': ...}}, got "
+                    f"{type(group).__name__}; tensors alone do not say which circuit they belong to"
+                )
             for circuit in group["params"].modules():
                 if isinstance(circuit, Circuit) and not any(circuit is known for known in self.circuits):
                     if circuit.parameterization != "probabilities":
@@ -100,16 +106,16 @@ class _CircuitOptimizer(torch.optim.Optimizer):
         dist.all_reduce(taking_part, op=dist.ReduceOp.MAX)
         sums: list[Tensor] = []
         for circuit, active in zip(self.circuits, taking_part.tolist(), strict=True):
-            for number, (table, group) in enumerate(zip(circuit.tables, circuit.plan.groups, strict=True)):
+            for number, table in enumerate(circuit.tables):
                 if not (active and table.requires_grad):
                     continue
                 if table.grad is None:
                     table.grad = torch.zeros_like(table)
                 sums.append(table.grad)
-                if isinstance(group.distribution, Gaussian):
-                    empty = table.new_zeros(*table.shape[:2], 3)
-                    sums.append(circuit.statistics.setdefault(number, empty))
-        for kind in {tensor.dtype for tensor in sums}:
+                statistics = circuit.statistics_of(number)
+                if statistics is not None:
+                    sums.append(statistics)
+        for kind in dict.fromkeys(tensor.dtype for tensor in sums):  # in the same order on every rank
             same = [tensor for tensor in sums if tensor.dtype == kind]
             flat = torch.cat([tensor.reshape(-1) for tensor in same])
             dist.all_reduce(flat)
@@ -141,8 +147,9 @@ class CircuitEM(_CircuitOptimizer):
         for number, table in enumerate(circuit.tables):
             if table.grad is None:
                 continue
-            if isinstance(circuit.plan.groups[number].distribution, Gaussian):
-                self._step_gaussian(circuit, number, table, step, pseudocount)
+            sums_PXT = circuit.statistics_of(number)
+            if sums_PXT is not None:
+                _move_inputs(_family(circuit, number), table, sums_PXT, pseudocount, step)
                 continue
             floor, mask = _has_floor(circuit, number, pseudocount), circuit.mask(number)
             if update_table(table, table.grad, mask, step=step, pseudocount=pseudocount, floor=floor):
@@ -157,13 +164,6 @@ class CircuitEM(_CircuitOptimizer):
                 theta_PXY.add_(flow_PXY.mul_(-rate_PX1))
                 _add_pseudocount(theta_PXY, rate_PX1, mask, at, pseudocount)
                 _keep_floor(circuit, number, theta_PXY, pseudocount)
-
-    def _step_gaussian(self, circuit: Circuit, number: int, table: Tensor, step: float, pseudocount: float) -> None:
-        sums_PX3 = circuit.statistics[number].double()
-        old_PX2 = _moments(table)
-        flow_PX1 = sums_PX3[..., :1]
-        target_PX2 = (sums_PX3[..., 1:] + pseudocount * old_PX2) / (flow_PX1 + pseudocount).clamp_min(1e-300)
-        _set_moments(table, torch.lerp(old_PX2, target_PX2, step), flow_PX1 > 0, circuit, number)
 
 
 class Anemone(_CircuitOptimizer):
@@ -201,6 +201,15 @@ class Anemone(_CircuitOptimizer):
         if not 0 <= group["momentum"] < 1:
             raise ValueError(f"momentum: must lie in [0, 1), got {group['momentum']}")
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in every optimizer, but averaged statistics of inputs stay in double precision."""
+        super().load_state_dict(state_dict)
+        for circuit, group in zip(self.circuits, state_dict["param_groups"], strict=True):
+            for number, (table, index) in enumerate(zip(circuit.tables, group["params"], strict=True)):
+                saved = state_dict["state"].get(index)
+                if saved and circuit.statistics_of(number) is not None:
+                    self.state[table]["flow"] = saved["flow"].to(table.device, torch.float64, copy=True)
+
     def _step_circuit(self, circuit: Circuit, group: dict[str, Any]) -> None:
         momentum = group["momentum"]
         for number, table in enumerate(circuit.tables):
@@ -216,8 +225,11 @@ class Anemone(_CircuitOptimizer):
                 continue
             correction = 1 - momentum ** self.state[table]["step"]
             scale_PX1 = ((1 - group["lr"]) * total).to(table.dtype) * top_down[number][..., None]
-            if isinstance(circuit.plan.groups[number].distribution, Gaussian):
-                self._step_gaussian(circuit, number, table, scale_PX1, correction, group)
+            if circuit.statistics_of(number) is not None:
+                sums_PXT = self.state[table]["flow"] * (group["lr"] / correction)
+                _move_inputs(
+                    _family(circuit, number), table, sums_PXT, scale_PX1.double() + group["pseudocount"], step=1.0
+                )
                 continue
             self._update(circuit, number, table, scale_PX1, correction, group)
 
@@ -253,13 +265,13 @@ class Anemone(_CircuitOptimizer):
         """Update the moving average of the flows of one parameter tensor."""
         assert table.grad is not None
         state = self.state[table]
-        gaussian = isinstance(circuit.plan.groups[number].distribution, Gaussian)
+        sums_PXT = circuit.statistics_of(number)
         if not state:
             state["step"] = 0
-            state["flow"] = torch.zeros_like(circuit.statistics[number] if gaussian else table)
+            state["flow"] = torch.zeros_like(table if sums_PXT is None else sums_PXT)
         state["step"] += 1
-        if gaussian:
-            state["flow"].lerp_(circuit.statistics[number], 1 - momentum)
+        if sums_PXT is not None:
+            state["flow"].lerp_(sums_PXT, 1 - momentum)
             return
         forgotten = FORGOTTEN if state["step"] % FORGET_EVERY == 0 else -1.0
         averages = {"flow_PXY": state["flow"], "momentum": momentum, "forgotten": forgotten}
@@ -285,22 +297,6 @@ class Anemone(_CircuitOptimizer):
 
     def _group(self, circuit: Circuit) -> int:
         return next(index for index, found in enumerate(self.circuits) if found is circuit)
-
-    def _step_gaussian(
-        self,
-        circuit: Circuit,
-        number: int,
-        table: Tensor,
-        scale_PX1: Tensor,
-        correction: float,
-        group: dict[str, Any],
-    ) -> None:
-        sums_PX3 = self.state[table]["flow"].double() * (group["lr"] / correction)
-        old_PX2 = _moments(table)
-        prior_PX1 = scale_PX1.double() + group["pseudocount"]
-        weight_PX1 = sums_PX3[..., :1] + prior_PX1
-        target_PX2 = (sums_PX3[..., 1:] + prior_PX1 * old_PX2) / weight_PX1.clamp_min(1e-300)
-        _set_moments(table, target_PX2, sums_PX3[..., :1] > 0, circuit, number)
 
 
 def _chunks(table: Tensor) -> Iterator[slice]:
@@ -333,16 +329,17 @@ def _has_floor(circuit: Circuit, number: int, pseudocount: float) -> bool:
     return pseudocount < 1e-12 and circuit.plan.groups[number].distribution is not None
 
 
-def _moments(table: Tensor) -> Tensor:
-    """(E x, E x^2) of Gaussians stored as (mean, std), in float64: their difference is a small number."""
-    mean, std = table.double().unbind(-1)
-    return torch.stack([mean, mean.square() + std.square()], -1)
-
-
-def _set_moments(table: Tensor, moments_PX2: Tensor, visited_PX1: Tensor, circuit: Circuit, number: int) -> None:
+def _family(circuit: Circuit, number: int) -> Distribution:
     distribution = circuit.plan.groups[number].distribution
-    assert isinstance(distribution, Gaussian)
-    mean, second = moments_PX2.unbind(-1)
-    std = (second - mean.square()).clamp_min(distribution.min_std**2).sqrt()
-    new_PX2 = torch.stack([mean, std], -1).to(table.dtype)
-    table.copy_(torch.where(visited_PX1, new_PX2, table))
+    assert distribution is not None
+    return distribution
+
+
+def _move_inputs(
+    family: Distribution, table_PXS: Tensor, sums_PXT: Tensor, old_weight: Tensor | float, step: float
+) -> None:
+    """Blend expectation parameters, never variances: those of the data and `old_weight` examples of the old ones."""
+    flow_PX1, old_PXT = sums_PXT[..., :1], family.expected(table_PXS)
+    target_PXT = (sums_PXT[..., 1:] + old_weight * old_PXT) / (flow_PX1 + old_weight).clamp_min(1e-300)
+    new_PXS = family.maximise(torch.lerp(old_PXT, target_PXT, step)).to(table_PXS.dtype)
+    table_PXS.copy_(torch.where(flow_PX1 > 0, new_PXS, table_PXS))

@@ -103,7 +103,7 @@ def _at(f: Function, layer: InputLayer, values_FN: Tensor) -> Tensor:
 
 def _check_table(f_DC: Tensor, distribution: Distribution, variables: Tensor, num_units: int) -> None:
     variable = int(variables.max())
-    wanted = num_units if distribution.is_evidence else distribution.num_values
+    wanted = num_units if distribution.is_evidence else distribution.num_outcomes
     if wanted is None:
         raise ValueError(f"f: variable {variable} is {distribution}, whose values no table can list; give a function")
     if f_DC.ndim != 2 or len(f_DC) <= variable or f_DC.shape[1] < wanted:

@@ -14,14 +14,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lvd_lightning.circuits.circuit import Circuit
-from lvd_lightning.circuits.distributions import Bernoulli, Categorical, Distribution, Gaussian, SoftEvidence
+from lvd_lightning.circuits.distributions import (
+    Bernoulli,
+    Binomial,
+    Categorical,
+    DiscretizedLogistic,
+    Distribution,
+    Gaussian,
+    SoftEvidence,
+)
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 
 __all__ = ["FORMAT_VERSION", "load", "pack_structure", "save", "unpack_structure"]
 
 FORMAT_VERSION = 1
 DISTRIBUTIONS: dict[str, type[Distribution]] = {
-    found.__name__: found for found in (Categorical, Bernoulli, Gaussian, SoftEvidence)
+    found.__name__: found for found in (Categorical, Bernoulli, Binomial, DiscretizedLogistic, Gaussian, SoftEvidence)
 }
 
 

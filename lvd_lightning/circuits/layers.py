@@ -136,7 +136,7 @@ class InputLayer(_Folded):
         x_FB: Tensor,
         observed_FB: Tensor | None,
         out_PKS: Tensor,
-        statistics_PK3: Tensor | None,
+        statistics_PKT: Tensor | None,
     ) -> None:
         """Add the gradient for the parameters to `out_PKS` (rows that only this layer owns are overwritten)."""
         size = self.num_units * max(self.distribution.size, x_FB.shape[1])
@@ -145,9 +145,9 @@ class InputLayer(_Folded):
             if observed_FB is not None:
                 grad_FKB = grad_FKB.masked_fill(~observed_FB[a:b, None, :], 0.0)
             self._write(out_PKS, stacked, x_FB, grad_FKB, a, b)
-            if statistics_PK3 is not None:
-                found_FK3 = self.distribution.statistics(x_FB[a:b], grad_FKB)
-                statistics_PK3.index_add_(0, self.parameter_rows[a:b], -found_FK3)
+            if statistics_PKT is not None:
+                found_FKT = self.distribution.statistics(self.parameters_of(stacked, a, b), x_FB[a:b], grad_FKB)
+                statistics_PKT.index_add_(0, self.parameter_rows[a:b], -found_FKT)
 
     def _write(self, out_PKS: Tensor, stacked: Tensor, x_FB: Tensor, grad_FKB: Tensor, a: int, b: int) -> None:
         params_FKS = self.parameters_of(stacked, a, b)

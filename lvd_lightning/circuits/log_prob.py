@@ -200,7 +200,7 @@ def _backward(
         found = grads[layer.group]
         if found is not None:
             observed = None if batch.observed is None else batch.observed[number]
-            statistics = _statistics(circuit, layer, tables[layer.group])
+            statistics = circuit.statistics_of(layer.group)
             layer.backward(gradient.inner, tables[layer.group], batch.values[number], observed, found, statistics)
     circuit.return_gradient_space(gradient)
     return evidence_grad
@@ -211,16 +211,6 @@ def _gradient_buffer(circuit: Circuit, number: int, table: Tensor) -> Tensor:
     if found is None or (found.shape, found.dtype, found.device) != (table.shape, table.dtype, table.device):
         found = torch.empty_like(table)
     return found.zero_() if number in circuit._zeroed else found
-
-
-def _statistics(circuit: Circuit, layer: InputLayer, table: Tensor) -> Tensor | None:
-    if not layer.distribution.has_statistics:
-        return None
-    found = circuit.statistics.get(layer.group)
-    if found is None or found.device != table.device or found.dtype != table.dtype:
-        found = table.new_zeros(*table.shape[:2], 3)
-        circuit.statistics[layer.group] = found
-    return found
 
 
 def _evidence_gradient(

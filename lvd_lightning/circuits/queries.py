@@ -144,7 +144,7 @@ def _output(circuit: Circuit, x: Tensor) -> Tensor:
     """Where answers go: a copy of x, with a row per circuit, of whole numbers if every variable has them."""
     evidence = circuit.plan.inputs[0].distribution.is_evidence
     shape = x.shape[:-1] if evidence else x.shape
-    whole = all(plan.distribution.is_table or plan.distribution.is_evidence for plan in circuit.plan.inputs)
+    whole = all(plan.distribution.is_whole or plan.distribution.is_evidence for plan in circuit.plan.inputs)
     kind = torch.int64 if whole else (x.dtype if x.is_floating_point() else circuit.dtype)
     out = torch.zeros(shape, dtype=kind, device=x.device) if evidence else x.nan_to_num(0).to(kind, copy=True)
     if circuit.batched and out.ndim == 2:

@@ -86,8 +86,8 @@ def grow(
     - A product over a doubled child becomes two if it is flagged, or if a parent that becomes two needs both; otherwise
       it stays with the first copies. Where nothing needs the copy of a flagged unit, none is made.
     - Weights of split sums and parameters of split inputs are multiplied by clip(N(1, sigma^2), 0.1, 10) (inputs: at
-      most 2) and renormalised. A Gaussian's mean moves by (factor - 1) standard deviations. States of soft evidence
-      are what they are: they do not split.
+      most 2) and renormalised. The means of Gaussians, binomials and logistics move by (factor - 1) standard
+      deviations. States of soft evidence are what they are: they do not split.
 
     With sigma 0 no head's likelihood changes, and a new head's is that of the head it descends from. Old units keep
     their indices; second copies follow in the order of the units they descend from. New head K + j descends from

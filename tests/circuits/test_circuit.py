@@ -30,11 +30,14 @@ def assert_flows(graph: pc.CircuitGraph, reference: Any, expected: dict[int, np.
     for index, flow in expected.items():
         node = graph.nodes[index]
         found = (node.weight if node.kind == "sum" else node.params).numpy()
-        if isinstance(node.distribution, pc.Gaussian):
-            mean, std = reference.params[index].T
-            count, first, second = flow.T
-            square = second - 2 * mean * first + mean**2 * count
-            flow = np.stack([mean * (first - mean * count) / std**2, square / std**2 - count], 1)
+        if isinstance(node.distribution, pc.Binomial):
+            p, total = reference.params[index][:, 0], node.distribution.total
+            flow = ((flow[:, 1] - total * p * flow[:, 0]) / (1 - p))[:, None]
+        elif isinstance(node.distribution, pc.Gaussian | pc.DiscretizedLogistic):
+            mean, spread = reference.params[index].T
+            weight, first, second = flow[:, -3:].T  # sums of (r, r y, r y^2) of a normal y with precision r / spread^2
+            square = second - 2 * mean * first + mean**2 * weight
+            flow = np.stack([mean * (first - mean * weight) / spread**2, square / spread**2 - flow[:, 0]], 1)
         np.testing.assert_allclose(found, flow, rtol=1e-8, atol=1e-11)
 
 
@@ -48,6 +51,17 @@ def test_density_integrates_to_one(build_case: Callable[..., Any]) -> None:
     grid = torch.linspace(-12, 12, 481)
     x = torch.cartesian_prod(grid, grid)
     total = case.circuit.log_prob(x).exp().sum(0) * (grid[1] - grid[0]) ** 2
+    np.testing.assert_allclose(total.detach(), [1.0, 1.0], rtol=1e-8)
+
+
+def test_a_mixed_circuit_integrates_to_one(build_case: Callable[..., Any]) -> None:
+    """Sums over three discrete variables, an integral over the fourth."""
+    case = build_case("chain", "mixed", 2)
+    families = {node.variable: node.distribution for node in case.graph.nodes if node.kind == "input"}
+    assert [type(families[v]) for v in range(4)] == [pc.Categorical, pc.Binomial, pc.Gaussian, pc.DiscretizedLogistic]
+    grid = torch.linspace(-12, 12, 241)
+    x = torch.cartesian_prod(torch.arange(4.0), torch.arange(6.0), grid, torch.arange(6.0))
+    total = case.circuit.log_prob(x).exp().sum(0) * (grid[1] - grid[0])
     np.testing.assert_allclose(total.detach(), [1.0, 1.0], rtol=1e-8)
 
 
@@ -226,7 +240,8 @@ def test_number_of_parameters(case: Any) -> None:
             live = node.weight.numel() if node.mask is None else int(node.mask.sum())
             expected += live - node.num_units
         else:
-            free = 2 if isinstance(node.distribution, pc.Gaussian) else node.params.shape[1] - 1
+            free = {pc.Gaussian: 2, pc.DiscretizedLogistic: 2, pc.Binomial: 1}.get(type(node.distribution))
+            free = node.params.shape[1] - 1 if free is None else free
             expected += node.num_units * free
     assert case.circuit.num_parameters == expected
 
@@ -253,8 +268,38 @@ def test_logits_compute_the_same_and_learn(case: Any) -> None:
         np.testing.assert_allclose(circuit.log_prob(case.x).exp().sum(0).detach(), 1, **EXACT)
 
 
-def test_gradient_of_logits(build_case: Callable[..., Any]) -> None:
-    case = build_case("sparse", "categorical", 2)
+OPTIMIZERS = {
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.3),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.3, weight_decay=0.5),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("structure", ["sparse", "shared", "ragged"])
+def test_structural_zeros_stay_under_gradient_optimizers(
+    name: str, structure: str, build_case: Callable[..., Any]
+) -> None:
+    case = build_case(structure, "categorical", 2)
+    circuit = pc.Circuit(case.graph, parameterization="logits").float()
+    optimizer = OPTIMIZERS[name](circuit.parameters())
+    for _ in range(10):
+        optimizer.zero_grad()
+        (-circuit.log_prob(case.x[:9]).sum()).backward()
+        optimizer.step()
+    zeros, moved = 0, 0.0
+    for node, before in zip(circuit.to_graph().nodes, case.graph.nodes, strict=True):
+        if node.kind == "sum" and node.mask is not None:
+            assert not node.weight[~node.mask].any()
+            zeros, moved = zeros + int((~node.mask).sum()), moved + float((node.weight - before.weight).abs().sum())
+    assert zeros > 2
+    assert moved > 0.1
+
+
+@pytest.mark.parametrize(("structure", "leaf"), [("sparse", "categorical"), ("chain", "mixed")])
+def test_gradient_of_logits(structure: str, leaf: str, build_case: Callable[..., Any]) -> None:
+    case = build_case(structure, leaf, 2)
     circuit = pc.Circuit(case.graph, parameterization="logits")
     x = case.x[:7]
     circuit.log_prob(x).sum().backward()

@@ -95,6 +95,24 @@ def test_conditional_samples_of_densities(build_case: Callable[..., Any]) -> Non
     assert sample[:, 1].std().item() == pytest.approx(spread, rel=0.05)
 
 
+def test_samples_of_mixed_variables(build_case: Callable[..., Any]) -> None:
+    """The discrete variables given the continuous one, against all their worlds."""
+    case = build_case("chain", "mixed", 1)
+    grid = torch.cartesian_prod(torch.arange(4.0), torch.arange(6.0), torch.arange(6.0))
+    worlds = torch.stack([grid[:, 0], grid[:, 1], torch.full((len(grid),), 0.7), grid[:, 2]], 1)
+    observed = torch.tensor([False, False, True, False]).expand(20000, -1)
+    x = torch.full((20000, 4), torch.nan)
+    x[:, 2] = 0.7
+    sample = case.circuit.sample(x=x, observed=observed, generator=torch.Generator().manual_seed(0))
+    assert sample.dtype == torch.float64
+    probabilities = np.exp(case.reference.log_prob(worlds)[:, 0])
+    assert_frequencies(sample, worlds, probabilities / probabilities.sum())
+    sample = case.circuit.sample(20000, generator=torch.Generator().manual_seed(1))
+    seen = np.array([[True, True, False, True]]).repeat(len(worlds), 0)
+    sample[:, 2] = 0.7  # summed out
+    assert_frequencies(sample, worlds, np.exp(case.reference.log_prob(worlds, seen)[:, 0]))
+
+
 def test_samples_are_seeded(case: Any) -> None:
     first, again, other = (case.circuit.sample(50, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1))
     assert torch.equal(first, again)

@@ -1,0 +1,19 @@
+"""Input distributions: log-likelihoods, closed-form gradients, statistics, sampling and modes of univariate units."""
+
+from lvd_lightning.circuits.distributions.base import Distribution
+from lvd_lightning.circuits.distributions.binomial import Binomial
+from lvd_lightning.circuits.distributions.evidence import SoftEvidence
+from lvd_lightning.circuits.distributions.gaussian import Gaussian
+from lvd_lightning.circuits.distributions.logistic import DiscretizedLogistic
+from lvd_lightning.circuits.distributions.tables import SMALLEST, Bernoulli, Categorical
+
+__all__ = [
+    "SMALLEST",
+    "Bernoulli",
+    "Binomial",
+    "Categorical",
+    "DiscretizedLogistic",
+    "Distribution",
+    "Gaussian",
+    "SoftEvidence",
+]

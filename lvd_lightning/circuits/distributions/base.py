@@ -1,0 +1,128 @@
+"""What every family of input distributions can do.
+
+Shapes: F folded nodes, K units, B batch, S numbers stored per unit, T statistics; leading dimensions "..." may be any.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["Distribution", "check_whole"]
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A family of univariate distributions; one object describes all units of a node.
+
+    Parameters of a node are one tensor of shape (num_units, size). Nodes of one circuit may be of different families,
+    soft evidence apart. They read one tensor x of one type: whole numbers in any integer type if all families are over
+    whole numbers, else floating point numbers, of which float32 holds whole numbers up to 2^24 exactly (float16 only up
+    to 2048, bfloat16 up to 256).
+    """
+
+    #: Rows of parameters are probabilities: the M-step is "normalise the flows".
+    is_table: ClassVar[bool] = False
+    #: Values are log-likelihood vectors rather than numbers.
+    is_evidence: ClassVar[bool] = False
+    #: Values are whole numbers.
+    is_whole: ClassVar[bool] = False
+    #: T, how many sums EM needs: the flow, and those of T - 1 functions of x. 0 for tables: gradients say it all.
+    num_statistics: ClassVar[int] = 0
+
+    @property
+    def size(self) -> int:
+        """Numbers stored per unit."""
+        raise TypeError(f"{type(self).__name__} is abstract")
+
+    @property
+    def num_free(self) -> int:
+        """Free parameters per unit."""
+        return self.size
+
+    @property
+    def num_outcomes(self) -> int | None:
+        """How many values there are, which are 0, 1, ... then; None: no list holds them."""
+        return None
+
+    def initial(self, num_units: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Random parameters, shape (num_units, size)."""
+        raise TypeError(f"{type(self).__name__} is abstract")
+
+    def check_params(self, params: Tensor) -> None:
+        """Raise a ValueError if `params` are no parameters of this family."""
+
+    def check_values(self, values: Tensor) -> None:
+        """Raise a ValueError if `values` (any shape) lie outside the support."""
+
+    def floored(self, params: Tensor) -> Tensor:
+        """Parameters in the range in which gradients are finite."""
+        return params
+
+    def statistics(self, params_FKS: Tensor, x_FB: Tensor, grad_FKB: Tensor) -> Tensor:
+        """Flow-weighted sums that EM needs beyond the gradient, float64 (F, K, T); the first is the flow."""
+        raise TypeError(f"{type(self).__name__} has none")
+
+    def expected(self, params: Tensor) -> Tensor:
+        """What the functions of x behind `statistics` are on average under `params` (..., S): float64 (..., T - 1)."""
+        raise TypeError(f"{type(self).__name__} has no statistics")
+
+    def maximise(self, expected: Tensor) -> Tensor:
+        """The parameters (..., S) of largest likelihood where these functions have the means `expected`, float64."""
+        raise TypeError(f"{type(self).__name__} has no statistics")
+
+    def probabilities(self, params_FKS: Tensor) -> Tensor:
+        """p(value | unit) of all `num_outcomes` values, shape (F, K, values)."""
+        if self.num_outcomes is None:
+            raise TypeError(f"{type(self).__name__} has no list of values")
+        values_FB = torch.arange(self.num_outcomes, device=params_FKS.device).expand(len(params_FKS), -1)
+        out_FKB = params_FKS.new_empty(*params_FKS.shape[:2], self.num_outcomes)
+        self.forward(params_FKS, values_FB, out_FKB)
+        return out_FKB.exp2_()
+
+    def forward(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
+        """Write log2 p(x | unit) to `out_FKB`."""
+        raise TypeError(f"{type(self).__name__} is abstract")
+
+    def likelihood(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
+        """Write p(x | unit) to `out_FKB`; tables only."""
+        raise TypeError(f"{type(self).__name__} is no table")
+
+    def backward(self, params_FKS: Tensor, x_FB: Tensor, grad_FKB: Tensor, out_FKS: Tensor) -> None:
+        """Write the gradient for the parameters to `out_FKS`, given that for the log-likelihoods."""
+        raise TypeError(f"{type(self).__name__} is abstract")
+
+    def sample(self, params_FBS: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Draw one value for each row of parameters, shape (F, B)."""
+        raise TypeError(f"{type(self).__name__} is abstract")
+
+    def mode(self, params_FKS: Tensor) -> tuple[Tensor, Tensor]:
+        """The most likely value of every unit and its log-likelihood, both of shape (F, K)."""
+        raise TypeError(f"{type(self).__name__} is abstract")
+
+    def perturbed(self, params: Tensor, factor: Tensor) -> Tensor:
+        """Parameters of copies that growth makes: `params` (N, S) under random factors of the same shape around 1."""
+        return self.from_logits(self.to_logits(params) + factor.log())
+
+    def to_logits(self, params: Tensor) -> Tensor:
+        """Unconstrained coordinates for gradient optimizers."""
+        raise TypeError(f"{type(self).__name__} is abstract")
+
+    def from_logits(self, logits: Tensor) -> Tensor:
+        """Inverse of `to_logits`, differentiable."""
+        raise TypeError(f"{type(self).__name__} is abstract")
+
+
+def check_whole(values: Tensor, num_values: int, family: Distribution) -> None:
+    """Raise a ValueError unless `values` are whole numbers 0..num_values - 1."""
+    if values.numel() == 0:
+        return
+    if values.is_floating_point() and not bool((values == values.round()).all()):
+        raise ValueError(f"x: {family} expects whole numbers, got a fraction or NaN")
+    low, high = (float(bound) for bound in values.aminmax())
+    if low < 0 or high >= num_values:
+        bad = low if low < 0 else high
+        raise ValueError(f"x: {family} expects values in 0..{num_values - 1}, got {bad:.0f}")

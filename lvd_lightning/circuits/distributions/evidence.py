@@ -1,0 +1,39 @@
+"""Soft evidence: variables that are seen through log-likelihoods."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lvd_lightning.circuits.distributions.base import Distribution
+
+__all__ = ["SoftEvidence"]
+
+
+@dataclass(frozen=True)
+class SoftEvidence(Distribution):
+    """A variable with `num_states` states that is seen through log-likelihoods: unit k passes on evidence[..., k].
+
+    `log_prob` then takes evidence of shape (B, D, num_states), log p(e_v | z_v = k), and gradients flow into it;
+    queries return states. In `hclt`, a latent with `num_states` states is the variable itself; any other number of
+    latent states adds an emission p(z_v | y_v).
+    """
+
+    num_states: int
+    is_evidence: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.num_states < 1:
+            raise ValueError(f"SoftEvidence: num_states must be at least 1, got {self.num_states}")
+
+    @property
+    def size(self) -> int:
+        return 0
+
+    def check_values(self, values: Tensor) -> None:
+        if bool(torch.isnan(values).any()) or bool((values == math.inf).any()):
+            raise ValueError("evidence: expects log-likelihoods below +inf, got NaN or +inf")

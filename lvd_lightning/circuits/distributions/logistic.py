@@ -1,0 +1,209 @@
+"""Logistic distributions over whole numbers.
+
+Shapes: F folded nodes, K units, B batch, S numbers stored per unit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from lvd_lightning.circuits.distributions.base import Distribution, check_whole
+from lvd_lightning.circuits.distributions.moments import central, moments_from_centred
+
+__all__ = ["DiscretizedLogistic"]
+
+#: 7 zeta(3) / (2 pi^2), the mean of tanh(z/2) / z under the standard logistic distribution.
+MEAN_PRECISION = 0.4262783988175058
+STANDARD_DEVIATION = math.pi / math.sqrt(3.0)
+
+
+class _Edges(NamedTuple):
+    """Standardised edges of the bins of some values, and which values have an edge there."""
+
+    low_FKB: Tensor
+    high_FKB: Tensor
+    has_low_F1B: Tensor
+    has_high_F1B: Tensor
+
+
+@dataclass(frozen=True)
+class DiscretizedLogistic(Distribution):
+    r"""A logistic distribution with parameters (mean, scale), rounded to whole numbers 0..num_values - 1.
+
+    With the sigmoid s and edges a = (x - 1/2 - mean) / scale, b = (x + 1/2 - mean) / scale,
+
+    .. math:: p(x) = s(b) - s(a) = s(b) s(-a) (1 - e^{a - b});
+
+    value 0 has all mass below as well (a = -inf) and the last value all mass above (b = inf), so the sum is one. The
+    product is exact in log space however far out in the tails. Mean and scale are those before rounding, in units of x;
+    the mean may lie outside the values.
+
+    There is no finite sufficient statistic, hence no M-step in closed form: EM takes one gradient step. A logistic
+    variable is a normal one of random precision r / scale^2 with E[r | z] = tanh(z / 2) / z (z standardised). Under
+    that view, with the flow-weighted means g, h of the gradient of log p for the mean and for the log of the scale, and
+    w of an upper bound of E[r | x], a full step (step size 1, no pseudocount) is
+
+    .. math:: \Delta mean = scale^2 g / w, \quad scale^2 \leftarrow scale^2 (1 + h) - w (\Delta mean)^2.
+
+    It maximises a lower bound of the log-likelihood that touches it at the current parameters, so full-batch EM never
+    lowers the likelihood, at no step size; but it needs several steps where other inputs need one. Both EM rules blend
+    the sums behind it (of r, r y and r y^2, y being the value before rounding) with their current expectations.
+
+    Args:
+        num_values: at least 2.
+        min_scale: the floor of the scale, in units of x. The scale has a ceiling too, 100 num_values, and the mean
+            keeps within num_values of the values: beyond, the probabilities hardly change.
+
+    References:
+        Salimans et al., PixelCNN++, 2017 (arXiv 1701.05517), section 2.1 (the likelihood); Andrews and Mallows, Scale
+        Mixtures of Normal Distributions, 1974 (the random precision).
+    """
+
+    num_values: int
+    min_scale: float = 0.05
+    is_whole: ClassVar[bool] = True
+    num_statistics: ClassVar[int] = 4
+
+    def __post_init__(self) -> None:
+        if self.num_values < 2:
+            raise ValueError(f"DiscretizedLogistic: num_values must be at least 2, got {self.num_values}")
+        if not 0 < self.min_scale < self.num_values:
+            raise ValueError(f"DiscretizedLogistic: min_scale must lie in (0, num_values), got {self.min_scale}")
+
+    @property
+    def size(self) -> int:
+        return 2
+
+    @property
+    def num_outcomes(self) -> int:
+        return self.num_values
+
+    def initial(self, num_units: int, *, generator: torch.Generator | None = None) -> Tensor:
+        mean = (self.num_values - 1) * torch.rand(num_units, 1, generator=generator)
+        return self.floored(torch.cat([mean, torch.full_like(mean, self.num_values / 8)], 1))
+
+    def check_params(self, params: Tensor) -> None:
+        if not bool(torch.isfinite(params).all()) or not bool((params[..., 1] > 0).all()):
+            raise ValueError(f"{self}: params are (mean, scale) with finite values and positive scale")
+
+    def check_values(self, values: Tensor) -> None:
+        check_whole(values, self.num_values, self)
+
+    def floored(self, params: Tensor) -> Tensor:
+        """Means and scales within their bounds."""
+        mean, scale = params.unbind(-1)
+        return torch.stack([self._bounded_mean(mean), scale.clamp(self.min_scale, 100.0 * self.num_values)], -1)
+
+    def forward(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
+        edges = self._edges(params_FKS, x_FB, out_FKB.dtype)
+        between_FK1 = torch.log(-torch.expm1(-1 / params_FKS[..., 1:]))
+        torch.mul(logsigmoid(edges.high_FKB), edges.has_high_F1B, out=out_FKB)
+        out_FKB.addcmul_(logsigmoid(-edges.low_FKB), edges.has_low_F1B)
+        out_FKB.addcmul_(between_FK1, edges.has_low_F1B * edges.has_high_F1B)
+        out_FKB.div_(math.log(2.0))
+
+    def backward(self, params_FKS: Tensor, x_FB: Tensor, grad_FKB: Tensor, out_FKS: Tensor) -> None:
+        first_FKB, second_FKB = self._scores(params_FKS, self._edges(params_FKS, x_FB, grad_FKB.dtype))
+        scale_FK = params_FKS[..., 1]
+        out_FKS[..., 0] = (grad_FKB * first_FKB).sum(-1) / scale_FK
+        out_FKS[..., 1] = (grad_FKB * (second_FKB - 1)).sum(-1) / scale_FK
+
+    def statistics(self, params_FKS: Tensor, x_FB: Tensor, grad_FKB: Tensor) -> Tensor:
+        """Flow-weighted sums of 1 and of what is expected of (r, r y, r y^2), given x and the current parameters."""
+        edges = self._edges(params_FKS, x_FB, grad_FKB.dtype)
+        mean_FK, scale_FK = params_FKS.unbind(-1)
+        first_FKB, second_FKB = self._scores(params_FKS, edges)
+        sums_FK3 = moments_from_centred(
+            (grad_FKB * _largest_precision(edges)).sum(-1),
+            (grad_FKB * first_FKB).sum(-1) * scale_FK,
+            (grad_FKB * second_FKB).sum(-1) * scale_FK.square(),
+            mean_FK,
+        )
+        return torch.cat([grad_FKB.sum(-1, keepdim=True).double(), sums_FK3], -1)
+
+    def expected(self, params: Tensor) -> Tensor:
+        """E (r, r y, r y^2)."""
+        mean, scale = params.double().unbind(-1)
+        weight = torch.full_like(mean, MEAN_PRECISION)
+        return moments_from_centred(weight, torch.zeros_like(mean), scale.square(), mean)
+
+    def maximise(self, expected: Tensor) -> Tensor:
+        mean = self._bounded_mean(expected[..., 1] / expected[..., 0].clamp_min(1e-300))
+        variance = central(expected, mean).clamp_min(self.min_scale**2)
+        return self.floored(torch.stack([mean, variance.sqrt()], -1))
+
+    def sample(self, params_FBS: Tensor, generator: torch.Generator | None) -> Tensor:
+        mean_FB, scale_FB = params_FBS.unbind(-1)
+        up_FB = torch.empty_like(mean_FB).exponential_(generator=generator)
+        down_FB = torch.empty_like(mean_FB).exponential_(generator=generator)
+        noise_FB = up_FB.log() - down_FB.log()  # the log of a ratio of exponential variables is logistic
+        return (mean_FB + scale_FB * noise_FB).round().clamp(0, self.num_values - 1)
+
+    def mode(self, params_FKS: Tensor) -> tuple[Tensor, Tensor]:
+        last = self.num_values - 1
+        mean_FK = params_FKS[..., 0]
+        nearest_FK = mean_FK.round().clamp(0, last)
+        places_FK3 = torch.stack([nearest_FK, torch.zeros_like(mean_FK), torch.full_like(mean_FK, last)], -1)
+        log_FK3 = torch.empty_like(places_FK3)
+        flat = params_FKS.reshape(-1, 1, 2)  # every unit looks at three values of its own
+        self.forward(flat, places_FK3.view(-1, 3), log_FK3.view(-1, 1, 3))
+        best_FK, index_FK = log_FK3.max(-1)
+        return places_FK3.gather(-1, index_FK[..., None])[..., 0], best_FK * math.log(2.0)
+
+    def perturbed(self, params: Tensor, factor: Tensor) -> Tensor:
+        """The mean moves by (factor - 1) standard deviations; the scale is multiplied."""
+        mean, scale = params.unbind(-1)
+        moved = mean + STANDARD_DEVIATION * scale * (factor[..., 0] - 1)
+        return self.floored(torch.stack([moved, scale * factor[..., 1]], -1))
+
+    def to_logits(self, params: Tensor) -> Tensor:
+        """The mean with the values at -1..1, and the log of what the scale has above its floor."""
+        mean, scale = params.unbind(-1)
+        above = (scale - self.min_scale).clamp_min(1e-3 * self.min_scale)
+        return torch.stack([(mean - self._middle) / self._middle, above.log()], -1)
+
+    def from_logits(self, logits: Tensor) -> Tensor:
+        mean, above = logits.unbind(-1)
+        return self.floored(torch.stack([self._middle * (1 + mean), self.min_scale + above.exp()], -1))
+
+    @property
+    def _middle(self) -> float:
+        return (self.num_values - 1) / 2
+
+    def _bounded_mean(self, mean: Tensor) -> Tensor:
+        return mean.clamp(-self.num_values, 2 * self.num_values)
+
+    def _edges(self, params_FKS: Tensor, x_FB: Tensor, dtype: torch.dtype) -> _Edges:
+        x_F1B = x_FB[:, None, :].to(dtype)
+        mean_FK1, scale_FK1 = params_FKS[..., :1], params_FKS[..., 1:]
+        deviation_FKB = x_F1B - mean_FK1
+        return _Edges(
+            (deviation_FKB - 0.5) / scale_FK1,
+            (deviation_FKB + 0.5) / scale_FK1,
+            (x_F1B > 0).to(dtype),
+            (x_F1B < self.num_values - 1).to(dtype),
+        )
+
+    def _scores(self, params_FKS: Tensor, edges: _Edges) -> tuple[Tensor, Tensor]:
+        """E[r z | x] and E[r z^2 | x]: scale d log p / d mean, and 1 + scale d log p / d scale."""
+        above_FKB = edges.low_FKB.sigmoid() * edges.has_low_F1B
+        below_FKB = (-edges.high_FKB).sigmoid() * edges.has_high_F1B
+        width_FK1 = 1 / params_FKS[..., 1:]
+        within_FK1 = width_FK1 / torch.expm1(width_FK1)
+        second_FKB = 1 + edges.low_FKB * above_FKB - edges.high_FKB * below_FKB
+        second_FKB -= within_FK1 * (edges.has_low_F1B * edges.has_high_F1B)
+        return above_FKB - below_FKB, second_FKB
+
+
+def _largest_precision(edges: _Edges) -> Tensor:
+    """The largest E[r | z] = tanh(z / 2) / z among the z of a bin: that of the z nearest to 0."""
+    above_FKB = edges.low_FKB.clamp_min(0) * edges.has_low_F1B
+    below_FKB = (-edges.high_FKB).clamp_min(0) * edges.has_high_F1B
+    z_FKB = above_FKB + below_FKB
+    return torch.where(z_FKB < 1e-3, 0.5 - z_FKB.square() / 24, (z_FKB / 2).tanh() / z_FKB)

@@ -1,0 +1,112 @@
+"""Tables of probabilities: one number per unit and category.
+
+Shapes: F folded nodes, K units, B batch, S categories.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lvd_lightning.circuits.distributions.base import Distribution, check_whole
+
+__all__ = ["SMALLEST", "Bernoulli", "Categorical"]
+
+#: The smallest positive probability of a category: flow / probability has to stay finite in single precision.
+SMALLEST = 1e-30
+
+
+@dataclass(frozen=True)
+class Categorical(Distribution):
+    """p(x = c | unit k) = probs[k, c] over the integers 0..num_categories - 1."""
+
+    num_categories: int
+    is_table: ClassVar[bool] = True
+    is_whole: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.num_categories < 1:
+            raise ValueError(f"Categorical: num_categories must be at least 1, got {self.num_categories}")
+
+    @property
+    def size(self) -> int:
+        return self.num_categories
+
+    @property
+    def num_outcomes(self) -> int:
+        return self.num_categories
+
+    def probabilities(self, params_FKS: Tensor) -> Tensor:
+        return params_FKS
+
+    @property
+    def num_free(self) -> int:
+        return self.num_categories - 1
+
+    def initial(self, num_units: int, *, generator: torch.Generator | None = None) -> Tensor:
+        probs = torch.rand(num_units, self.num_categories, generator=generator) + 0.05
+        return probs / probs.sum(1, keepdim=True)
+
+    def check_params(self, params: Tensor) -> None:
+        total = params.sum(-1)
+        if bool((params < 0).any()) or not bool(((total - 1).abs() < 1e-3).all()):
+            raise ValueError(f"{self}: rows of params must be non-negative and sum to one")
+
+    def check_values(self, values: Tensor) -> None:
+        check_whole(values, self.num_categories, self)
+
+    def forward(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
+        if self.num_categories < x_FB.shape[1]:  # the logarithm goes where there are fewer numbers
+            self.likelihood(params_FKS.log2(), x_FB, out_FKB)
+        else:
+            self.likelihood(params_FKS, x_FB, out_FKB)
+            out_FKB.log2_()
+
+    def likelihood(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
+        torch.gather(params_FKS, 2, x_FB.long()[:, None, :].expand(out_FKB.shape), out=out_FKB)
+
+    def backward(self, params_FKS: Tensor, x_FB: Tensor, grad_FKB: Tensor, out_FKS: Tensor) -> None:
+        index = x_FB.long()[:, None, :].expand(grad_FKB.shape)
+        out_FKS.zero_().scatter_add_(2, index, grad_FKB)
+        # flow / parameter; where the parameter is 0 the flow is 0 as well, and so is this gradient by convention
+        if params_FKS.is_cuda or float(params_FKS.amin()) < SMALLEST:
+            params_FKS = params_FKS.clamp_min(SMALLEST)
+        out_FKS.div_(params_FKS)
+
+    def floored(self, params: Tensor) -> Tensor:
+        """Positive probabilities of at least `SMALLEST`; zeros stay zeros."""
+        low = (params < SMALLEST) & (params > 0)
+        return params.masked_fill(low, SMALLEST) if bool(low.any()) else params
+
+    def sample(self, params_FBS: Tensor, generator: torch.Generator | None) -> Tensor:
+        noise = torch.empty_like(params_FBS).exponential_(generator=generator)
+        return (params_FBS / noise).argmax(-1)
+
+    def mode(self, params_FKS: Tensor) -> tuple[Tensor, Tensor]:
+        value, index = params_FKS.max(-1)
+        return index, value.log()
+
+    def perturbed(self, params: Tensor, factor: Tensor) -> Tensor:
+        """Probabilities times factors, normalised."""
+        moved = params * factor
+        return moved / moved.sum(-1, keepdim=True)
+
+    def to_logits(self, params: Tensor) -> Tensor:
+        return params.clamp_min(torch.finfo(params.dtype).tiny).log()
+
+    def from_logits(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1)
+
+
+@dataclass(frozen=True)
+class Bernoulli(Categorical):
+    """p(x = 1 | unit k) = probs[k, 1]; stored as the pair (1 - p, p)."""
+
+    num_categories: int = 2
+
+    def __post_init__(self) -> None:
+        if self.num_categories != 2:
+            raise ValueError(f"Bernoulli: has 2 categories, got num_categories={self.num_categories}")
