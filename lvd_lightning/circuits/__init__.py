@@ -8,6 +8,7 @@ from lvd_lightning.circuits.flows import Flows
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 from lvd_lightning.circuits.information import entropy, kl
 from lvd_lightning.circuits.io import load, save
+from lvd_lightning.circuits.pyjuice_graph import from_pyjuice, to_pyjuice
 from lvd_lightning.circuits.structures import chow_liu_tree, hclt, hclt_from_data
 from lvd_lightning.circuits.transforms import grow, prune
 
@@ -26,6 +27,7 @@ __all__ = [
     "chow_liu_tree",
     "entropy",
     "expectation",
+    "from_pyjuice",
     "grow",
     "hclt",
     "hclt_from_data",
@@ -33,4 +35,5 @@ __all__ = [
     "load",
     "prune",
     "save",
+    "to_pyjuice",
 ]
