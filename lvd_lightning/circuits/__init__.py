@@ -16,6 +16,7 @@ from lvd_lightning.circuits.flows import Flows
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 from lvd_lightning.circuits.information import entropy, kl
 from lvd_lightning.circuits.io import load, save
+from lvd_lightning.circuits.pyjuice_graph import from_pyjuice, to_pyjuice
 from lvd_lightning.circuits.structures import (
     chow_liu_tree,
     hclt,
@@ -44,6 +45,7 @@ __all__ = [
     "chow_liu_tree",
     "entropy",
     "expectation",
+    "from_pyjuice",
     "grow",
     "hclt",
     "hclt_from_data",
@@ -55,4 +57,5 @@ __all__ = [
     "prune",
     "rat_spn",
     "save",
+    "to_pyjuice",
 ]
