@@ -134,8 +134,12 @@ def draw_batch(x: Tensor, number: int, num_circuits: int) -> Tensor:
 
 
 def measure_memory(contender: Contender, x: Tensor) -> None:
+    """Measure the memory of a step; see `measure_peak`."""
+    measure_peak(contender, draw_batch(x, 0, contender.num_circuits))
+
+
+def measure_peak(contender: Contender, batch: Tensor) -> None:
     """Peak resident memory of the first two steps in MiB, beyond what was there before: gradients, state, buffers."""
-    batch = draw_batch(x, 0, contender.num_circuits)
     gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
