@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ __all__ = ["hclt"]
 def hclt(
     parents: Tensor,
     num_latents: int,
-    leaf: Distribution,
+    leaf: Distribution | Sequence[Distribution],
     num_heads: int = 1,
     *,
     generator: torch.Generator | None = None,
@@ -31,7 +33,7 @@ def hclt(
     Args:
         parents: int (D,), the parent of every variable, -1 at the root (see `chow_liu_tree`).
         num_latents: states of each latent.
-        leaf: input distribution of every variable.
+        leaf: input distribution of every variable, or a list of D of them, one for each; then none is soft evidence.
         num_heads: rows p(y_root | head), one circuit each, that share everything below.
 
     Returns:
@@ -45,16 +47,17 @@ def hclt(
         raise ValueError(f"hclt: num_latents and num_heads must be at least 1, got {num_latents} and {num_heads}")
     dtype = dtype or torch.get_default_dtype()
     size = len(parents)
-    leaves = _leaf_parameters(leaf, size, num_latents, generator, dtype)
-    emission = leaf.is_evidence and getattr(leaf, "num_states", num_latents) != num_latents
-    states = leaf.num_states if emission else num_latents  # type: ignore[attr-defined]
+    families = _families(leaf, size)
+    leaves = _leaf_parameters(families, num_latents, generator, dtype)
+    states = getattr(families[0], "num_states", num_latents) if families[0].is_evidence else num_latents
+    emission = states != num_latents
     weights = random_rows((size, num_latents, num_latents), generator, dtype)
     emissions = random_rows((size, num_latents, states), generator, dtype) if emission else None
     graph = CircuitGraph()
     above: list[list[int]] = [[] for _ in range(size)]
     parent_list = parents.tolist()
     for v in order:
-        node = Node("input", states, variable=v, distribution=leaf, params=None if leaves is None else leaves[v])
+        node = Node("input", states, variable=v, distribution=families[v], params=leaves[v])
         below = _append(graph, node)
         if emissions is not None:
             below = _append(graph, Node("sum", num_latents, (below,), weight=emissions[v]))
@@ -73,13 +76,27 @@ def _append(graph: CircuitGraph, node: Node) -> int:
     return len(graph.nodes) - 1
 
 
+def _families(leaf: Distribution | Sequence[Distribution], size: int) -> list[Distribution]:
+    """The distribution of every variable."""
+    if isinstance(leaf, Distribution):
+        return [leaf] * size
+    found = list(leaf)
+    if len(found) != size or any(family.is_evidence for family in found):
+        raise ValueError(f"hclt: leaf: expected one distribution, or {size} without soft evidence, got {found}")
+    return found
+
+
 def _leaf_parameters(
-    leaf: Distribution, size: int, num_units: int, generator: torch.Generator | None, dtype: torch.dtype
-) -> Tensor | None:
-    if leaf.size == 0:
-        return None
-    params = leaf.initial(size * num_units, generator=generator).to(dtype)
-    return params.view(size, num_units, leaf.size)
+    families: list[Distribution], num_units: int, generator: torch.Generator | None, dtype: torch.dtype
+) -> list[Tensor | None]:
+    """Random parameters of every variable's units, (num_units, size of its family)."""
+    if len(set(families)) == 1:  # all at once: thousands of variables take no loop
+        family = families[0]
+        if family.size == 0:
+            return [None] * len(families)
+        params = family.initial(len(families) * num_units, generator=generator).to(dtype)
+        return list(params.view(len(families), num_units, family.size))
+    return [family.initial(num_units, generator=generator).to(dtype) for family in families]
 
 
 def _topological(parents: Tensor) -> list[int]:

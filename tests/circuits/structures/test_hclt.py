@@ -35,6 +35,20 @@ def test_shape(num_heads: int) -> None:
     assert [scopes[graph.latents[v]] for v in range(4)] == [{0}, {1, 3}, {0, 1, 2, 3}, {3}]
 
 
+def test_every_variable_may_have_a_family_of_its_own() -> None:
+    """All values of the whole numbers, and a fine grid for the density: probabilities sum to one."""
+    torch.set_default_dtype(torch.float64)
+    leaves = [pc.Categorical(3), pc.Gaussian(), pc.Binomial(2), pc.DiscretizedLogistic(4)]
+    circuit = pc.Circuit(pc.hclt(torch.tensor([-1, 0, 1, 1]), 3, leaves))
+    grid = torch.linspace(-12, 12, 481)
+    x = torch.cartesian_prod(torch.arange(3.0), grid, torch.arange(3.0), torch.arange(4.0))
+    total = circuit.log_prob(x, head=0).exp().sum() * (grid[1] - grid[0])
+    torch.testing.assert_close(total, torch.ones(()), rtol=1e-6, atol=0)
+    for wrong in (leaves[:3], [pc.SoftEvidence(3)] * 4):
+        with pytest.raises(ValueError, match="leaf: expected one distribution, or 4 without soft evidence"):
+            pc.hclt(torch.tensor([-1, 0, 1, 1]), 3, wrong)
+
+
 def test_soft_evidence_enters_directly() -> None:
     """With as many latents as states there is no emission: only the tree over z has parameters."""
     graph = pc.hclt(torch.tensor([-1, 0]), num_latents=3, leaf=pc.SoftEvidence(3), num_heads=1)
