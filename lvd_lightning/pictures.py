@@ -191,16 +191,20 @@ def curve_picture(
 
 
 def gap_picture(path: Path, figures: Sequence[tuple[str, float]], data: ImageData) -> None:
-    """Bars of bits per dimension, one for each title, from a little below the lowest."""
+    """A point for the bits per dimension of each title, labelled with it."""
     figure = Figure(figsize=(7, 0.6 + 0.4 * len(figures)), layout="constrained")
-    note = protocol_note(data.lossy, data.region)
-    axes = figure.add_subplot(xlabel=f"bits per dimension of the test images{note} (the axis does not begin at 0)")
+    axes = figure.add_subplot(xlabel=f"bits per dimension, test images{protocol_note(data.lossy, data.region)}")
     bpds = [bpd for _, bpd in figures]
-    bars = axes.barh([title for title, _ in figures], bpds, color="0.6")
-    axes.bar_label(bars, fmt="%.3f", padding=2, fontsize=8)
+    axes.plot(bpds, range(len(bpds)), "o", color="0.3")
+    axes.set_yticks(range(len(bpds)), [title for title, _ in figures])
+    axes.set_ylim(-0.5, len(bpds) - 0.5)
+    for place, bpd in enumerate(bpds):
+        if math.isfinite(bpd):
+            axes.annotate(f"{bpd:.3f}", (bpd, place), xytext=(7, -3), textcoords="offset points", fontsize=8)
+    axes.grid(axis="x", alpha=0.3)
     finite = [bpd for bpd in bpds if math.isfinite(bpd)] or [1.0]
     spread = max(max(finite) - min(finite), 0.05)
-    axes.set_xlim(max(0.0, min(finite) - 0.5 * spread), max(finite) + 0.3 * spread)
+    axes.set_xlim(min(finite) - 0.1 * spread, max(finite) + 0.2 * spread)
     axes.invert_yaxis()
     _replace(path, figure.savefig)
 
