@@ -11,6 +11,7 @@ __all__ = [
     "REGIONS",
     "crop_region",
     "decode_color",
+    "decode_mean",
     "encode_color",
     "is_lossy",
     "patchify",
@@ -87,6 +88,36 @@ def decode_color(images: Tensor, color: str) -> Tensor:
     green = green_chroma + base
     blue = base - _half_signed(orange)
     return torch.stack([blue + orange, green, blue], dim=-3)
+
+
+def decode_mean(images: Tensor, color: str) -> Tensor:
+    """RGB bytes for real-valued codes, such as means: nearest in-range colours, nothing wraps around.
+
+    Args:
+        images: floating point codes as `encode_color` makes them, with shape (..., 3, H, W).
+        color: one of `COLORS`.
+
+    Returns:
+        A uint8 tensor of the same shape.
+
+    Raises:
+        ValueError: the colour is unknown, or there are not three channels.
+    """
+    _check_name(color)
+    if images.ndim < 3 or images.shape[-3] != 3:
+        raise ValueError(f"images: got shape {tuple(images.shape)}, expected (..., 3, H, W)")
+    first, second, third = images.double().unbind(-3)
+    if color == "ycocg_r":
+        orange, green_chroma = second - 128, third - 128
+        base = first - green_chroma / 2
+        blue = base - orange / 2
+        first, second, third = blue + orange, green_chroma + base, blue
+    elif color == "ycbcr_lossy":
+        red = first + (third - 128) * CHROMA_R / LUMA_UNIT
+        blue = first + (second - 128) * CHROMA_B / LUMA_UNIT
+        green = (LUMA_UNIT * first - LUMA_R * red - LUMA_B * blue) / LUMA_G
+        first, second, third = red, green, blue
+    return torch.stack([first, second, third], dim=-3).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def is_lossy(color: str) -> bool:

@@ -12,7 +12,7 @@ from matplotlib.image import imsave
 from torch import Tensor
 
 from lvd_lightning.bookkeeping import protocol_note, read_metrics
-from lvd_lightning.color import decode_color, patchify
+from lvd_lightning.color import decode_color, decode_mean, patchify
 from lvd_lightning.latents import load_assignments, load_latents_info
 from lvd_lightning.modules.assembled import AssembledCircuit
 from lvd_lightning.modules.stage import ImageData
@@ -52,15 +52,17 @@ def sample_picture(path: Path, circuit: AssembledCircuit, data: ImageData, gener
 
 
 def inpainting_picture(path: Path, circuit: AssembledCircuit, data: ImageData, generator: torch.Generator) -> None:
-    """Test images in three rows: the original, the half that the circuit is given, and what it completes that to."""
+    """Test images in four rows: the original, the half that the circuit is given, a sample given that, and the mean."""
     count = min(12, data.num_examples("test"))
     device = circuit.prior.device
     original = data.batch("test", torch.linspace(0, data.num_examples("test") - 1, count).long())
     observed = half_masks(count, *data.image_shape[1:])
     completed = circuit.inpaint(original.to(device), observed.to(device), generator=generator).cpu()
+    mean = decode_mean(circuit.expected(original.to(device), observed.to(device)).cpu(), data.color)
     original, completed = decode_color(original, data.color), decode_color(completed, data.color)
+    mean = torch.where(observed, original, mean)
     masked = torch.where(observed, original, _GREY).to(torch.uint8)
-    _save(path, grid(torch.cat([original, masked, completed]), count), data.image_shape[1])
+    _save(path, grid(torch.cat([original, masked, completed, mean]), count), data.image_shape[1])
 
 
 def half_masks(count: int, height: int, width: int) -> Tensor:

@@ -26,7 +26,7 @@ _PICTURES = {
     "training.png": "Bits per dimension over time",
     "gap.png": "Teacher, LVD objective and student on the test images",
     "samples.png": "Samples",
-    "inpainting.png": "Test images with one half missing: original, what is given, completed",
+    "inpainting.png": "Test images with one half missing: original, what is given, a sample of the rest, its mean",
     "clusters.png": "Training patches of clusters, one cluster a row, from the most to the least used",
 }
 

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lvd_lightning.color import COLORS, crop_region, decode_color, encode_color, is_lossy, patchify, unpatchify
+from lvd_lightning.color import (
+    COLORS,
+    crop_region,
+    decode_color,
+    decode_mean,
+    encode_color,
+    is_lossy,
+    patchify,
+    unpatchify,
+)
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +137,17 @@ def test_errors_name_the_argument() -> None:
         patchify(image, 3)
     with pytest.raises(ValueError, match="patches: got shape"):
         unpatchify(torch.zeros(1, 3, 12), 2, 4, 4)
+
+
+@pytest.mark.parametrize("color", COLORS)
+def test_means_are_decoded_without_wrapping_around(color: str) -> None:
+    """Codes of moderate colours come back; what lies a little outside the cube goes to its side."""
+    rgb = torch.randint(70, 180, (5, 3, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    found = decode_mean(encode_color(rgb, color).float(), color)
+    assert int((found.int() - rgb.int()).abs().max()) <= 1
+    dark = encode_color(torch.zeros(1, 3, 1, 1, dtype=torch.uint8), color).float()
+    assert decode_mean(dark - 2.0, color).max() <= 6
+    with pytest.raises(ValueError, match="images: got shape"):
+        decode_mean(torch.zeros(2, 4, 4), color)
+    with pytest.raises(ValueError, match="color: got 'hsv'"):
+        decode_mean(torch.zeros(3, 4, 4), "hsv")

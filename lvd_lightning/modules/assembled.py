@@ -25,6 +25,8 @@ MAX_NUMBERS = {"cpu": 1 << 25, "cuda": 1 << 30}
 #: Nats below the best latent value of a patch at which evidence stops to matter: it may come out lower than it is.
 #: A likelihood is never overstated by that, and understated by a share of e^-120 as long as the prior allows the best.
 MARGIN = 120.0
+#: Posteriors of latent values that `expected` leaves out.
+RARE = 1e-5
 
 
 class AssembledCircuit(nn.Module):
@@ -156,6 +158,41 @@ class AssembledCircuit(nn.Module):
         """Exact samples of what is not `observed` (bool, broadcast to the images) given what is; uint8 (B, 3, H, W)."""
         z = self.prior.sample(x=self.evidence(images, observed), generator=generator)
         return self._complete(images, observed, z, generator)
+
+    def expected(self, images: Tensor, observed: Tensor) -> Tensor:
+        """E[x | what is `observed`] of every pixel's channel, colour-encoded, (B, 3, H, W); exact but for latent values
+        with posteriors below `RARE`.
+
+        observed: bool, broadcast to the images; what is observed stays as it is.
+        """
+        evidence_BPK = self.evidence(images, observed).requires_grad_()
+        with torch.enable_grad():
+            log_B = self.prior.log_prob(evidence_BPK)[:, 0]
+        (posterior_BPK,) = torch.autograd.grad(log_B.sum(), evidence_BPK)
+        image, position, state = (posterior_BPK > RARE).nonzero(as_tuple=True)
+        weight_N = posterior_BPK[image, position, state]
+        item_N = image * self.num_positions + position
+        flat_N = state if self.tied else position * self.num_states + state
+        circuit_N, head_N = self.circuit_of[flat_N], self.head_of[flat_N]
+        patches_ND = self.patches(images).flatten(0, 1)
+        mask_ND = self._mask_patches(images, observed).flatten(0, 1)
+        out_ND = torch.zeros(patches_ND.shape, dtype=self.conditional.dtype, device=patches_ND.device)
+        total_N = torch.zeros(len(out_ND), dtype=weight_N.dtype, device=out_ND.device).index_add_(0, item_N, weight_N)
+        slots = max(1, self._chunk_size() // 8)
+        for index_GS, filled_GS in route_in_passes(circuit_N, self.conditional.num_circuits, slots):
+            item_GS = item_N[index_GS]
+            mean_GSD = pc.expectation(
+                self.conditional,
+                lambda values, variables: values,
+                x=patches_ND[item_GS].long(),
+                observed=mask_ND[item_GS] & filled_GS[..., None],
+                head=torch.where(filled_GS, head_N[index_GS], 0),
+            )
+            share_GS1 = torch.where(filled_GS, weight_N[index_GS] / total_N[item_GS], 0.0)[..., None]
+            out_ND.index_add_(0, item_GS.flatten(), (share_GS1 * mean_GSD).flatten(0, 1))
+        out_ND = torch.where(mask_ND, patches_ND.to(out_ND.dtype), out_ND)
+        _, height, width = self.image_shape
+        return unpatchify(out_ND.view(len(images), self.num_positions, -1), self.patch_size, height, width)
 
     def save(self, folder: Path) -> None:
         """Write prior, conditional and geometry into `folder`; the geometry last, as the sign of completeness."""

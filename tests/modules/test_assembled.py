@@ -157,6 +157,22 @@ def test_inpainting_takes_one_mask_for_all_channels_or_one_per_image(assembled: 
     assert drawn.max() < VALUES
 
 
+def test_expected_pixels_given_the_others(assembled: Any, images: Tensor) -> None:
+    image = images[3]
+    observed = torch.ones(3, 4, 4, dtype=torch.bool)
+    for c, y, x in PIXELS:
+        observed[c, y, x] = False
+    hidden = torch.stack([image.masked_fill(~observed, 255), images[1]])
+    mask = torch.stack([observed, torch.ones_like(observed)])
+    found = assembled.circuit.expected(hidden, mask)
+    assert torch.equal(found[1], images[1].to(found.dtype))
+    assert torch.equal(found[0][observed], image[observed].to(found.dtype))
+    pairs = every_pair(image)
+    weight = assembled.log_joint(pairs).logsumexp(1).softmax(0)
+    for c, y, x in PIXELS:
+        torch.testing.assert_close(found[0, c, y, x], weight @ pairs[:, c, y, x].double(), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["tied", "both"])
 def test_files_keep_every_bit(make_assembly: Callable[..., Any], images: Tensor, tmp_path: Path, kind: str) -> None:
     circuit = make_assembly(kind).circuit
