@@ -2,6 +2,7 @@
 
 import re
 import sys
+import warnings
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -84,6 +85,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, dict[str, Any], 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake is one line and exit code 2."""
+    warnings.formatwarning = _one_line_warning
     try:
         command, config, options = parse(arguments)
         run(command, experiment_from(config), **options)
@@ -118,6 +120,10 @@ def one_line(message: str) -> str:
     text = re.sub(r" - Expected a? ?<class 'NoneType'>", "", text)
     text = re.sub(r" Given value type: .*", "", text)
     return re.sub(r" - Not a valid subclass of .*", "", text)
+
+
+def _one_line_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> str:
+    return f"{category.__name__}: {one_line(str(message))}\n"
 
 
 def _command_parser(command: str, text: str) -> ArgumentParser:

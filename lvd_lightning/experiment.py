@@ -12,7 +12,17 @@ from omegaconf import OmegaConf
 from lvd_lightning.bookkeeping import LAST_CHECKPOINT, write_atomically
 from lvd_lightning.modules.stage import DONE_MARKER, StageContext, StageModule
 
-__all__ = ["CHANGED", "EVALUATE", "REPORT", "STAGES", "Experiment", "Stage", "adopt_run_directory", "differences"]
+__all__ = [
+    "CHANGED",
+    "EVALUATE",
+    "REPORT",
+    "STAGES",
+    "Experiment",
+    "Stage",
+    "adopt_run_directory",
+    "check_trained_with",
+    "differences",
+]
 
 STAGES = ("teacher", "latents", "conditional", "prior", "finetune", "baseline")
 EVALUATE = "evaluate"
@@ -86,6 +96,7 @@ def adopt_run_directory(experiment: Experiment, changed: str = "refuse") -> None
     begun = [stage for stage in experiment.stages if _recorded(experiment, stage) is not None]
     found = {stage.name: differences(_recorded(experiment, stage), _plain(stage.config)) for stage in begun}
     found = {name: lines for name, lines in found.items() if lines}
+    _check_order(experiment, [stage.name for stage in begun], changed)
     if found and changed == "refuse":
         lines = [f"{name}: {line}" for name, lines in found.items() for line in lines]
         shown = "; ".join(lines[:8]) + ("; ..." if len(lines) > 8 else "")
@@ -103,11 +114,69 @@ def adopt_run_directory(experiment: Experiment, changed: str = "refuse") -> None
     _write_config(experiment.run_dir / _CONFIG, experiment.config)
 
 
+def _check_order(experiment: Experiment, begun: list[str], changed: str) -> None:
+    """Results must not stand on stages that came, went or were removed since: as `changed` says, see above.
+
+    What comes after finetuning, which nothing builds on, may come and go.
+    """
+    names = [stage.name for stage in experiment.stages]
+    used = [name for name in begun if name not in STAGES or STAGES.index(name) < len(STAGES) - 1]
+    if not used:
+        return
+    last = names.index(used[-1])
+    come = [name for name in names[:last] if name not in begun]
+    gone = [
+        name
+        for name in STAGES[: STAGES.index(used[-1]) if used[-1] in STAGES else 0]
+        if name not in names and (experiment.run_dir / name / DONE_MARKER).is_file()
+    ]
+    if not come and not gone:
+        return
+    if changed == "refuse":
+        what = [f"stage {name!r} has no result there" for name in come] + [
+            f"stage {name!r} is not part of this one" for name in gone
+        ]
+        raise ValueError(
+            f"{experiment.run_dir} was begun with other stages ({'; '.join(what)}), and {used[-1]!r} has a result: "
+            f"give this one another --name, or say --changed restart to do {(come + gone)[0]!r} and those after it "
+            "again, or --changed continue to keep what there is and go on"
+        )
+    if changed == "restart":
+        for name in gone:
+            shutil.rmtree(experiment.run_dir / name, ignore_errors=True)
+        after = [name for name in names if gone and name in STAGES and STAGES.index(name) > STAGES.index(gone[0])]
+        _forget(experiment, min([*come, *after[:1]], key=names.index))
+
+
 def record_stage(experiment: Experiment, stage: Stage) -> None:
     """Make the stage's folder and write down in it what the stage is."""
     folder = experiment.run_dir / stage.name
     folder.mkdir(parents=True, exist_ok=True)
     _write_config(folder / _CONFIG, stage.config)
+
+
+def check_trained_with(experiment: Experiment, stage: str) -> None:
+    """Raise a ValueError if a stage's result in the run directory is of other data or shared settings than these.
+
+    Where the data lie and how many examples a batch has may differ.
+    """
+    path = experiment.run_dir / stage / _CONFIG
+    if not path.is_file():
+        return
+    recorded: Any = OmegaConf.to_container(OmegaConf.load(path))
+    mine = [found for found in experiment.stages if found.name == stage]
+    config = _plain(mine[0].config if mine else experiment.config)
+    parts = [
+        line
+        for key in ("seed", "shared", "data")
+        for line in differences(recorded.get(key), config.get(key), key)
+        if not line.startswith(("data.init_args.path ", "data.init_args.batch_size "))
+    ]
+    if parts:
+        raise ValueError(
+            f"{experiment.run_dir} was trained with other settings ({'; '.join(parts[:8])}): give the same as then, or "
+            f"--config {experiment.run_dir / _CONFIG}"
+        )
 
 
 def _recorded(experiment: Experiment, stage: Stage) -> Any:

@@ -4,6 +4,7 @@ import json
 import logging
 import pickle
 import shutil
+import signal
 import sys
 import traceback
 import warnings
@@ -30,7 +31,15 @@ from lvd_lightning.bookkeeping import (
     write_atomically,
 )
 from lvd_lightning.evaluation import circuit_bpd, evaluate_run, final_stage
-from lvd_lightning.experiment import EVALUATE, REPORT, Experiment, Stage, adopt_run_directory, record_stage
+from lvd_lightning.experiment import (
+    EVALUATE,
+    REPORT,
+    Experiment,
+    Stage,
+    adopt_run_directory,
+    check_trained_with,
+    record_stage,
+)
 from lvd_lightning.modules.assembled import AssembledCircuit
 from lvd_lightning.modules.stage import DONE_MARKER, StageContext, StageModule, derive_seed
 from lvd_lightning.ranks import Ranks
@@ -79,6 +88,7 @@ class Pipeline:
         stage = final_stage(run_dir)
         if stage is None:
             raise ValueError(f"{run_dir} holds no trained circuit: run `fit` with the same config first")
+        check_trained_with(self.experiment, stage)
         data = self.datamodule()
         circuit = AssembledCircuit.load(run_dir / stage).to(self.ranks.device).eval()
         bpd = circuit_bpd(circuit, data, split, self.ranks)
@@ -174,12 +184,19 @@ class Pipeline:
             self.say(f"{stage.name}: goes on after epoch {last_epoch + 1}")
         note = protocol_note(context.data.lossy, context.data.region)
         trainer = self._trainer(stage, module, (clock, checkpoint), metrics, note)
-        trainer.fit(
-            module,
-            datamodule=None if is_overridden("train_dataloader", module) else context.data,
-            ckpt_path=checkpoint.last_path if last_epoch >= 0 else None,
-            weights_only=True,
-        )
+        try:
+            trainer.fit(
+                module,
+                datamodule=None if is_overridden("train_dataloader", module) else context.data,
+                ckpt_path=checkpoint.last_path if last_epoch >= 0 else None,
+                weights_only=True,
+            )
+        except SystemExit as ended:
+            # Lightning makes of an interruption an exit, without a word and with further interruptions ignored.
+            if not trainer.interrupted:
+                raise
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt from ended
         close_wandb()
         return self.ranks.on_first(partial(self._finish, module, context, checkpoint))
 

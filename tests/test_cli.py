@@ -1,6 +1,7 @@
 """Tests of the command line: configs, references, overlays, overrides, errors, and a small run."""
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,7 @@ def test_merge_drops_arguments_of_another_class() -> None:
         (["--stage=techer"], "this experiment has no stage 'techer'; its stages are teacher, latents"),
         (["--stage=latents"], "run stage 'teacher' first"),
         (["--data.path=nowhere.npy"], "nowhere.npy"),
+        (["--shared.patch_size=0"], "patch_size"),
         (["--shared.color=grey"], "expected one of rgb, ycocg_r, ycbcr_lossy"),
         (["--stages.latents.num_clusters=${shared.k}"], "Interpolation key 'shared.k' not found"),
         (["--trainer.logger=lightning.pytorch.loggers.NoLogger"], "trainer.logger"),
@@ -252,3 +254,25 @@ def test_fit_continues_and_asks_when_the_config_has_changed(base: str, capsys: p
     assert main([*changed, "--changed=restart"]) == 0
     assert "teacher: finished before, skipped" in capsys.readouterr().out
     assert OmegaConf.load("runs/base/config.yaml").stages.latents.iterations == 3
+
+
+def test_stages_that_come_or_go_are_noticed(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Latents of pixels are not those of a teacher that is added later, nor the other way round."""
+    Path("pixels.yaml").write_text("stages: {teacher: null, latents: {context: none}}")
+    with_teacher = ["fit", "--config", base, "--stages.latents.context=none"]
+    without = ["fit", "--config", base, "--config", "pixels.yaml"]
+    assert main(without) == 0
+    assert main(with_teacher) == 2
+    assert "stage 'teacher' has no result there), and 'latents' has a result" in capsys.readouterr().err
+    assert main([*with_teacher, "--changed=restart"]) == 0
+    assert "latents: starts" in capsys.readouterr().out
+    assert main(without) == 2
+    assert "stage 'teacher' is not part of this one" in capsys.readouterr().err
+    assert main([*without, "--changed=restart"]) == 0
+    assert "latents: starts" in capsys.readouterr().out
+    assert not Path("runs/base/teacher").exists()
+
+
+def test_warnings_take_one_line(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["test", "--config", base]) == 2
+    assert warnings.formatwarning("one\ntwo", UserWarning, "file.py", 3) == "UserWarning: one two\n"

@@ -1,8 +1,10 @@
 """Tests of the stage pipeline with small stages; run as a script, it is a run that is killed and restarted."""
 
 import csv
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 from torchmetrics import MeanMetric
 
 from lvd_lightning.bookkeeping import EpochCheckpoint, MetricsFile, read_metrics
-from lvd_lightning.experiment import Experiment, Stage
+from lvd_lightning.experiment import Experiment, Stage, check_trained_with, record_stage
 from lvd_lightning.modules.stage import StageContext, StageModule, derive_seed
 from lvd_lightning.pipeline import Pipeline, resume_epoch
 from lvd_lightning.ranks import Ranks
@@ -239,8 +241,50 @@ class TestOneProcess:
         assert record(tmp_path / "moved") == whole
 
 
+class Interrupt(Callback):
+    """Ctrl-C in the second epoch."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.usefixtures("quiet_threads")
+def test_an_interruption_is_one_and_the_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = experiment(tmp_path / "run")
+    teacher = settings.stages[0]
+    interrupted = dataclasses.replace(teacher, trainer=lambda _: {"max_epochs": 3, "callbacks": [Interrupt()]})
+    with pytest.raises(KeyboardInterrupt):
+        run(dataclasses.replace(settings, stages=(interrupted,)))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run(settings, only="teacher")
+    assert "teacher: goes on after epoch 1" in capsys.readouterr().out
+
+
+def test_evaluation_on_other_data_is_refused(tmp_path: Path) -> None:
+    def made(path: str, batch_size: int, color: str) -> Experiment:
+        arguments = {"path": path, "batch_size": batch_size, "color": color}
+        config = {"seed": 0, "shared": {"color": color}, "data": {"class_path": "Folder", "init_args": arguments}}
+        return Experiment("toy", tmp_path / "run", 0, Lines, (Stage("finetune", config, Lines),))
+
+    trained = made("here", 4, "rgb")
+    record_stage(trained, trained.stages[0])
+    check_trained_with(made("there", 8, "rgb"), "finetune")
+    with pytest.raises(ValueError, match=r"trained with other settings \(shared.color rgb -> ycocg_r; data.init_args"):
+        check_trained_with(made("here", 4, "ycocg_r"), "finetune")
+
+
 @pytest.mark.usefixtures("quiet_threads")
 class TestChangedConfiguration:
+    def test_results_do_not_outlive_what_they_were_made_of(self, tmp_path: Path) -> None:
+        run(experiment(tmp_path / "run"), only="teacher")
+        run(experiment(tmp_path / "run"), only="codes")
+        shutil.rmtree(tmp_path / "run/teacher")
+        with pytest.raises(ValueError, match=r"stage 'teacher' has no result there\), and 'codes' has a result"):
+            run(experiment(tmp_path / "run"))
+        run(experiment(tmp_path / "run"), only="teacher", changed="restart")
+        assert not (tmp_path / "run/codes").exists()
+
     def test_is_refused_with_the_keys(self, tmp_path: Path) -> None:
         run(experiment(tmp_path / "run"), only="teacher")
         with pytest.raises(ValueError, match=r"teacher: epochs 3 -> 2\).*--name.*--changed restart"):

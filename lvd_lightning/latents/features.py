@@ -43,7 +43,7 @@ class PixelPatches:
 
     def __init__(self, data: Any, split: str, patch_size: int) -> None:
         channels, height, width = data.image_shape
-        if height % patch_size or width % patch_size:
+        if patch_size < 1 or height % patch_size or width % patch_size:
             raise ValueError(f"images are {height} x {width}, expected multiples of patch_size {patch_size}")
         num_patches = (height // patch_size) * (width // patch_size)
         self.shape = (data.num_examples(split), num_patches, channels * patch_size**2)

@@ -71,7 +71,7 @@ def chow_liu_trees(
     if weights is not None and len(weights) != len(x_list):
         raise ValueError(f"weights holds {len(weights)} tensors, expected one per data set ({len(x_list)})")
     if num_categories is None:
-        num_categories = 1 + max(int(x.max()) if x.numel() else 0 for x in x_list)
+        num_categories = 1 + max([0, *(int(x.max()) for x in x_list if x.numel())])
     mi_list = []
     for g, x_ND in enumerate(x_list):
         w_N = None if weights is None else weights[g]
