@@ -254,9 +254,13 @@ def test_an_interruption_is_one_and_the_run_goes_on(tmp_path: Path, capsys: pyte
     settings = experiment(tmp_path / "run")
     teacher = settings.stages[0]
     interrupted = dataclasses.replace(teacher, trainer=lambda _: {"max_epochs": 3, "callbacks": [Interrupt()]})
-    with pytest.raises(KeyboardInterrupt):
-        run(dataclasses.replace(settings, stages=(interrupted,)))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(dataclasses.replace(settings, stages=(interrupted,)))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     run(settings, only="teacher")
     assert "teacher: goes on after epoch 1" in capsys.readouterr().out
 
