@@ -354,8 +354,8 @@ class Circuit(nn.Module):
         if late and is_late(head.device):
             self.checks.add(len(self.plan.inputs), [((index < 0) | (index >= self.num_heads)).any()])
             return index.clamp(0, self.num_heads - 1)
-        if index.numel():
-            for bound in index.aminmax():
+        if head.numel():
+            for bound in head.aminmax():  # not of `index`: a head that is on the CPU is looked at there
                 self._check_head(int(bound))
         return index
 

@@ -250,6 +250,36 @@ def test_precisions_differ_as_they_should() -> None:
     assert 2 * error["tf32"] < error["bf16"] < 2e-2
 
 
+class Counted:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel: Any, launches: list[str]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launches.append(str(self.kernel))
+        return self.kernel[grid]
+
+
+@interpreted
+def test_launches_are_bounded_by_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight for every level of sums, whatever the number of variables."""
+    from lvd_lightning.circuits.fused_gpu import layer_kernels
+
+    launches: list[str] = []
+    names = ("multiply", "mix", "mend_sums", "pull", "backward_inner", "mend_inner", "backward_weight", "mend_weight")
+    for name in names:
+        monkeypatch.setattr(layer_kernels, name, Counted(getattr(layer_kernels, name), launches))
+    found = []
+    for tree in ([-1, 0], [-1, *[0] * 9], [-1, 0, 1]):
+        circuit = pc.Circuit(pc.hclt(torch.tensor(tree), 2, pc.Categorical(3))).float()
+        launches.clear()
+        with fused_gpu.switched(True):
+            circuit.log_prob(torch.zeros(1, len(tree)).long(), head=0).sum().backward()
+        found.append((len(launches), circuit.plan.num_levels))
+    assert found == [(16, 3), (16, 3), (24, 4)]
+
+
 class NoHostReads(TorchDispatchMode):
     """Fails where the host would have to wait for numbers from the device."""
 
@@ -452,3 +482,27 @@ def test_a_step_does_not_wait_for_the_gpu(
     finally:
         torch.cuda.set_sync_debug_mode("default")
     circuit.check_inputs()
+
+
+@needs_gpu
+@compiled
+def test_a_step_can_be_captured() -> None:
+    """A CUDA graph of a step does what the step does."""
+    circuit = pc.Circuit(pc.hclt(torch.tensor([-1, 0, 0]), 20, pc.Categorical(4))).float().cuda()
+    other = copy.deepcopy(circuit)
+    x, observed, head = torch.randint(4, (32, 3)).cuda(), torch.rand(32, 3).cuda() < 0.8, torch.zeros(32).long().cuda()
+    optimizer, graph = pc.CircuitEM(circuit), torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            train(circuit, x, optimizer, head, observed)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        train(circuit, x, optimizer, head, observed)
+    graph.replay()
+    optimizer = pc.CircuitEM(other)
+    for _ in range(4):
+        train(other, x, optimizer, head, observed)
+    for a, b in zip(circuit.tables, other.tables, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

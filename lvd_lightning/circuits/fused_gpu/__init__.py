@@ -19,7 +19,7 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["PRECISIONS", "applies", "interprets", "passes_for", "switched"]
+__all__ = ["PRECISIONS", "applies", "interprets", "on", "passes_for", "switched"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,11 @@ def passes_for(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
 def interprets() -> bool:
     """Whether Triton's interpreter runs the kernels on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Launch kernels on this device: Triton takes the current one, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.fused_gpu import interprets, layer_kernels, table_kernels
+from lvd_lightning.circuits.fused_gpu import interprets, layer_kernels, on, table_kernels
 
 if TYPE_CHECKING:
     from lvd_lightning.circuits.circuit import Batch, Circuit
@@ -47,6 +47,11 @@ MOVED = 32
 
 def forward(circuit: Circuit, batch: Batch, tables: Sequence[Tensor], space: Workspace) -> None:
     """Fill a workspace with the values of all rows."""
+    with on(space.values.device):
+        _forward(circuit, batch, tables, space)
+
+
+def _forward(circuit: Circuit, batch: Batch, tables: Sequence[Tensor], space: Workspace) -> None:
     for number, leaf in enumerate(circuit._leaf_layers()):
         observed_FB = None if batch.observed is None else batch.observed[number]
         if has_kernel(leaf):
@@ -69,22 +74,31 @@ def backward(
     grads: Sequence[Tensor | None],
 ) -> None:
     """From the gradient of the heads in `gradient` to that of all inner units and weights."""
-    for layer in reversed(circuit._inner_layers()):
-        if layer.is_sum:
-            _backward_sums(layer, space, gradient, tables[layer.group], grads[layer.group], circuit.matmul_precision)
-        else:
-            _pull(layer, gradient, layer.inner_rows(gradient.inner, 0, layer.num_folds), None)
+    precision = circuit.matmul_precision
+    with on(space.values.device):
+        for layer in reversed(circuit._inner_layers()):
+            if layer.is_sum:
+                _backward_sums(layer, space, gradient, tables[layer.group], grads[layer.group], precision)
+            else:
+                _pull(layer, gradient, layer.inner_rows(gradient.inner, 0, layer.num_folds), None)
 
 
 def has_kernel(leaf: InputLayer) -> bool:
-    """Whether inputs are looked up in tables of probabilities."""
-    return leaf.group >= 0 and leaf.distribution.is_table
+    """Whether kernels look inputs up in tables: with atomic additions on the way back, whose order may vary."""
+    return leaf.group >= 0 and leaf.distribution.is_table and not torch.are_deterministic_algorithms_enabled()
 
 
 def backward_inputs(
     leaf: InputLayer, inner_grad: Tensor, table_PKS: Tensor, x_FB: Tensor, observed_FB: Tensor | None, out_PKS: Tensor
 ) -> None:
     """Add the gradient for a table to `out_PKS` (rows that only this layer owns are overwritten)."""
+    with on(out_PKS.device):
+        _backward_inputs(leaf, inner_grad, table_PKS, x_FB, observed_FB, out_PKS)
+
+
+def _backward_inputs(
+    leaf: InputLayer, inner_grad: Tensor, table_PKS: Tensor, x_FB: Tensor, observed_FB: Tensor | None, out_PKS: Tensor
+) -> None:
     if not leaf.accumulate:
         leaf.parameters_of(out_PKS, 0, leaf.num_folds).zero_()
     units = _tile(leaf.num_units, 16)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.fused_gpu import applies
+from lvd_lightning.circuits.fused_gpu import applies, on
 
 __all__ = ["update_table"]
 
@@ -35,13 +35,32 @@ def update_table(
         return False
     if any(tensor.dtype != theta_PXY.dtype for tensor in given if tensor is not mask_PXY):
         return False
+    with on(theta_PXY.device):
+        _launch(theta_PXY, grad_PXY, mask_PXY, flow_PXY, scale_PX1, step, pseudocount, floor, momentum, forgotten)
+    if flow_PXY is None or scale_PX1 is not None:
+        torch.autograd.graph.increment_version(theta_PXY)  # so that a backward pass through older values is refused
+    return True
+
+
+def _launch(
+    theta_PXY: Tensor,
+    grad_PXY: Tensor | None,
+    mask_PXY: Tensor | None,
+    flow_PXY: Tensor | None,
+    scale_PX1: Tensor | None,
+    step: float,
+    pseudocount: float,
+    floor: bool,
+    momentum: float,
+    forgotten: float,
+) -> None:
     from lvd_lightning.circuits.fused_gpu import table_kernels
 
     if flow_PXY is not None and scale_PX1 is None:
         table_kernels.average_flows[(-(-theta_PXY.numel() // ITEM_SIZE),)](
             flow_PXY, theta_PXY, grad_PXY, theta_PXY.numel(), float(momentum), float(forgotten), NUMBERS=ITEM_SIZE
         )
-        return True
+        return
     num_rows, width = theta_PXY[..., 0].numel(), theta_PXY.shape[-1]
     columns = min(ITEM_SIZE // 2, 1 << (width - 1).bit_length())
     rows = ITEM_SIZE // columns
@@ -59,5 +78,3 @@ def update_table(
         ROWS=rows,
         COLUMNS=columns,
     )
-    torch.autograd.graph.increment_version(theta_PXY)  # so that a backward pass through older values is refused
-    return True
