@@ -26,19 +26,18 @@ import math
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from floors import Step, Work, copy_rate, matmul_rate, timed, two_digits
+from rounding import Error, emulated_errors, error_of, error_table
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
 from sklearn.datasets import load_sample_images
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 import lvd_lightning.circuits as pc
 from lvd_lightning.circuits import fused_gpu
@@ -48,7 +47,6 @@ STEP_SIZE, PSEUDOCOUNT = 0.1, 0.01
 #: EM steps before errors are measured: random parameters would be too easy.
 NUM_FIRST_STEPS = 5
 NUM_ERROR_EXAMPLES = 64
-Step = Callable[[Tensor], object]
 
 
 @dataclass
@@ -61,7 +59,7 @@ class Contender:
     note: str = ""
     times: list[float] = field(default_factory=list)  # seconds
     launches: int | None = None
-    error: "Error | None" = None
+    error: Error | None = None
 
     @property
     def median(self) -> float:
@@ -69,33 +67,19 @@ class Contender:
         return statistics.median(self.times) if self.times else math.nan
 
 
-@dataclass
-class Error:
-    """Of log-likelihoods, in nats; `flow`: of flows, relative to their sum, where it was measured."""
-
-    largest: float
-    mean: float
-    flow: float = math.nan
-
-    def cells(self, num_vars: int) -> str:
-        """For a table."""
-        bits = self.mean / (num_vars * math.log(2))
-        return f"{self.largest:.2g} | {self.mean:.2g} | {bits:.1g} | {_number(self.flow)}"
-
-
 # Data and circuits.
 
 
-def load_crops(side: int, number: int) -> Tensor:
-    """Random crops, shape (number, side * side * 3)."""
+def load_crops(side: int, num_crops: int) -> Tensor:
+    """Random crops, shape (num_crops, side * side * 3)."""
     rng = np.random.default_rng(0)
     images = load_sample_images().images
-    out = np.empty((number, side, side, CHANNELS), dtype=np.int64)
+    out = np.empty((num_crops, side, side, CHANNELS), dtype=np.int64)
     for row in out:
         image = images[rng.integers(len(images))]
         y, x = (rng.integers(0, size - side) for size in image.shape[:2])
         row[:] = image[y : y + side, x : x + side]
-    return torch.from_numpy(out.reshape(number, -1))
+    return torch.from_numpy(out.reshape(num_crops, -1))
 
 
 def grid_tree(x: Tensor, side: int) -> Tensor:
@@ -243,21 +227,6 @@ def measure(contenders: list[Contender], x: Tensor, batch_size: int, num_steps: 
                 this.times.append(seconds)
 
 
-def timed(step: Step, batch: Tensor) -> float:
-    """Seconds of a step, on the device's own clock where it has one."""
-    if not batch.is_cuda:
-        start = time.perf_counter()
-        step(batch)
-        return time.perf_counter() - start
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    first.record()
-    step(batch)
-    last.record()
-    torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1000
-
-
 def count_launches(step: Step, batch: Tensor) -> int:
     """Kernels that a step starts, copies and fills included."""
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
@@ -274,132 +243,7 @@ def exact_log_prob(circuit: pc.Circuit, x: Tensor) -> Tensor:
         return torch.cat([double.log_prob(part, head=0) for part in x.split(16)])
 
 
-def error_of(found: Tensor, exact: Tensor) -> Error:
-    difference = (found.double() - exact).abs()
-    return Error(float(difference.max()), float(difference.mean()))
-
-
-class Rounded(TorchFunctionMode):
-    """Matrix products as a GPU computes them: operands rounded, sums in float32."""
-
-    def __init__(self, precision: str) -> None:
-        super().__init__()
-        self.precision = precision
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.bmm:
-            return func(*args, **kwargs)
-        with torch._C.DisableTorchFunction():
-            a, b = args
-            high, low = [_round(a, self.precision), _round(b, self.precision)], []
-            found = torch.bmm(*high)
-            if self.precision == "tf32x3":
-                low = [_round(x - y, "tf32") for x, y in zip((a, b), high, strict=True)]
-                found += torch.bmm(high[0], low[1]) + torch.bmm(low[0], high[1])
-            return kwargs["out"].copy_(found) if "out" in kwargs else found
-
-
-def _round(x: Tensor, precision: str) -> Tensor:
-    if precision == "bf16":
-        return x.bfloat16().float()
-    if precision == "ieee":
-        return x
-    return ((x.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
-
-
-def emulated_errors(circuit: pc.Circuit, x: Tensor) -> dict[str, Error]:
-    """What every precision does to log-likelihoods and flows, computed on the CPU by PyTorch's general pass."""
-    exact = copy.deepcopy(circuit).double()
-    log_exact = exact.log_prob(x, head=0)
-    log_exact.sum().backward()
-    flows = _flows(exact)
-    found = {}
-    for precision in fused_gpu.PRECISIONS:
-        single = copy.deepcopy(circuit)
-        single.is_linear = False  # as on a GPU: logarithms between layers
-        with Rounded(precision):
-            log_p = single.log_prob(x, head=0)
-            log_p.sum().backward()
-        error = error_of(log_p.detach(), log_exact.detach())
-        error.flow = sum(float((a - b).abs().sum()) for a, b in zip(_flows(single), flows, strict=True))
-        error.flow /= sum(float(flow.sum()) for flow in flows)
-        found[precision] = error
-    return found
-
-
-def _flows(circuit: pc.Circuit) -> list[Tensor]:
-    return [table.grad.double() * table.detach().double() for table in circuit.tables]
-
-
-# Floors.
-
-
-@dataclass
-class Work:
-    """What a step of the fused kernels has to do, every buffer read or written once by each kernel that needs it."""
-
-    num_bytes: int
-    flops: int
-
-    @classmethod
-    def of(cls, circuit: pc.Circuit, batch_size: int) -> "Work":
-        plan, tables = circuit.plan, sum(table.numel() for table in circuit.tables)
-        sums = [layer for layer in plan.layers if layer.group >= 0]
-        outer = sum(len(layer.nodes) * layer.outer_units for layer in sums) * batch_size
-        inner = sum(len(layer.nodes) * layer.inner_units for layer in sums) * batch_size
-        leaves = sum(len(found.nodes) * found.num_units for found in plan.inputs) * batch_size
-        weights = sum(len(layer.nodes) * layer.outer_units * layer.inner_units for layer in sums)
-        leaf_tables = tables - weights
-        forward = leaf_tables + leaves + (leaves + outer + inner) + (inner + weights + 2 * outer)
-        backward = 3 * outer + (outer + weights + 2 * inner) + (outer + inner + weights) + leaves + 2 * leaf_tables
-        update = 3 * tables
-        return cls(4 * (forward + backward + update), 6 * weights * batch_size)
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes per second that a copy reads and writes."""
-    a = torch.empty((1 << 30 if device.type == "cuda" else 1 << 26) // 4, device=device)
-    b = torch.zeros_like(a)
-    a.copy_(b)
-    return 2 * a.nbytes / min(timed(b.copy_, a) for _ in range(10))
-
-
-def matmul_rate(device: torch.device, num_latents: int, batch_size: int, precision: str) -> float:
-    """Floating point operations per second of `torch.bmm` in a precision."""
-    number = max(1, (1 << 26 if device.type == "cuda" else 1 << 20) // (num_latents * max(num_latents, batch_size)))
-    kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    a = torch.rand(number, num_latents, num_latents, device=device).to(kind)
-    b = torch.rand(number, num_latents, batch_size, device=device).to(kind)
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    try:
-        torch.bmm(a, b)
-        seconds = min(timed(lambda right: torch.bmm(a, right), b) for _ in range(10))
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-    return 2 * number * num_latents * num_latents * batch_size / seconds
-
-
 # Reports.
-
-
-def time_table(contenders: list[Contender], batch_size: int, num_vars: int) -> list[str]:
-    reference = next((this for this in contenders if this.name.startswith("PyJuice as") and this.times), None)
-    figures = ("ms per step", "samples per second", "PyJuice / this", "launches")
-    errors = ("error: largest, nats", "mean, nats", "mean, bpd", "flows")
-    lines = [f"| | {' | '.join((*figures, *errors))} |", "| --- |" + " ---: |" * 8]
-    for this in contenders:
-        if this.step is None:
-            lines.append(f"| {this.name} | not measured: {this.note} |" + " |" * 7)
-            continue
-        ratio = reference.median / this.median if reference else math.nan
-        error = this.error.cells(num_vars) if this.error else "as above | | | "
-        lines.append(
-            f"| {this.name} | {1000 * this.median:.2f} | {batch_size / this.median:,.0f} | {_number(ratio)} | "
-            f"{'' if this.launches is None else this.launches} | {error} |"
-        )
-    return lines
 
 
 def floor_table(circuit: pc.Circuit, contenders: list[Contender], num_latents: int, batch_size: int) -> list[str]:
@@ -419,17 +263,26 @@ def floor_table(circuit: pc.Circuit, contenders: list[Contender], num_latents: i
         same = [this.median for this in contenders if this.times and (f", {precision}" in this.name)]
         ratio = min(same) / floor if same else math.nan
         products = f"{1000 * work.flops / rate:.2f}"
-        lines.append(f"| {precision} | {rate / 1e12:.3g} | {products} | {1000 * floor:.2f} | {_number(ratio)} |")
+        lines.append(f"| {precision} | {rate / 1e12:.3g} | {products} | {1000 * floor:.2f} | {two_digits(ratio)} |")
     return lines
 
 
-def error_table(errors: dict[str, Error], num_vars: int) -> list[str]:
-    lines = ["| matrix products | largest error, nats | mean, nats | mean, bpd | flows |", "| --- |" + " ---: |" * 4]
-    return lines + [f"| {name} | {error.cells(num_vars)} |" for name, error in errors.items()]
-
-
-def _number(x: float) -> str:
-    return "" if math.isnan(x) else f"{x:.2g}"
+def time_table(contenders: list[Contender], batch_size: int, num_vars: int) -> list[str]:
+    reference = next((this for this in contenders if this.name.startswith("PyJuice as") and this.times), None)
+    figures = ("ms per step", "samples per second", "PyJuice / this", "launches")
+    errors = ("error: largest, nats", "mean, nats", "mean, bpd", "flows")
+    lines = [f"| | {' | '.join((*figures, *errors))} |", "| --- |" + " ---: |" * 8]
+    for this in contenders:
+        if this.step is None:
+            lines.append(f"| {this.name} | not measured: {this.note} |" + " |" * 7)
+            continue
+        ratio = reference.median / this.median if reference else math.nan
+        error = this.error.cells(num_vars) if this.error else "as above | | | "
+        lines.append(
+            f"| {this.name} | {1000 * this.median:.2f} | {batch_size / this.median:,.0f} | {two_digits(ratio)} | "
+            f"{'' if this.launches is None else this.launches} | {error} |"
+        )
+    return lines
 
 
 def on_gpu(x: Tensor, tree: Tensor, num_latents: int, settings: argparse.Namespace) -> list[str]:

@@ -161,7 +161,7 @@ def mix(
     if KEEP:
         mark = tl.where(unsure, -1.0, float("inf"))
         tl.store(sums + place, tl.where(is_small, mark, total), mask=inside)
-    tl.store(lost + tl.program_id(0), tl.max(tl.max(unsure.to(tl.int32), 1), 0))
+    tl.store(lost + tl.program_id(0), tl.max(unsure.to(tl.int32)))
 
 
 @triton.jit
