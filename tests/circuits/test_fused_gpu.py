@@ -83,13 +83,11 @@ def compare(circuit: pc.Circuit, x: Tensor, observed: Tensor | None = None, tole
 @pytest.mark.parametrize(
     ("structure", "leaf", "heads"),
     [
-        ("chain", "categorical", 2),
         ("sparse", "categorical", 1),
         ("shared", "categorical", 3),
         ("tied", "bernoulli", 2),
         ("ragged", "categorical", 2),
         ("shared", "gaussian", 1),
-        ("tied", "logistic", 1),
         ("embedded", "categorical", 2),
     ],
 )
@@ -168,7 +166,7 @@ def test_examples_without_support() -> None:
 @interpreted
 @pytest.mark.parametrize(
     ("structure", "rule"),
-    [("sparse", "em"), ("ragged", "anemone"), ("sparse", "anemone"), ("shared", "em without pseudocount")],
+    [("sparse", "em"), ("sparse", "anemone"), ("shared", "em without pseudocount")],
 )
 def test_steps_of_em(build_case: Callable[..., Any], structure: str, rule: str) -> None:
     case = build_case(structure, "categorical", 2)

@@ -17,7 +17,7 @@ NUM_CATEGORIES = 4
 
 
 def compare(device: torch.device) -> None:
-    """Compute log-likelihoods, gradients and M-steps of a small circuit twice.
+    """Compute log-likelihoods, gradients and M-steps of a small circuit, and with PyTorch in double precision.
 
     Raises:
         RuntimeError: they differ.
@@ -26,23 +26,23 @@ def compare(device: torch.device) -> None:
     cases = list(itertools.product(SIZES, fused_gpu.PRECISIONS))
     if fused_gpu.interprets():  # it is slow
         cases = [(SIZES[-1], fused_gpu.PRECISIONS[0])]
-    exact = torch.autocast(device.type, enabled=False)
     for (num_latents, size), precision in cases:
-        with fused_gpu.switched(True), exact:
-            found = _results(device, num_latents, size, precision)
-        with fused_gpu.switched(False), exact:
-            expected = _results(device, num_latents, size, precision)
+        with fused_gpu.switched(True), torch.autocast(device.type, enabled=False):
+            found = _results(device, num_latents, size, precision, torch.float32)
+            expected = _results(device, num_latents, size, precision, torch.float64)
         tolerance = {"bf16": 0.1, "tf32": 1e-2}.get(precision, 1e-3)
         for name, a in found.items():
             b = expected[name]
-            if not torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max())):
+            if not torch.allclose(a.double(), b, rtol=tolerance, atol=tolerance * float(b.abs().max())):
                 raise RuntimeError(f"{name} differs by {float((a - b).abs().max()):.3g} ({precision}, {num_latents})")
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _results(device: torch.device, num_latents: int, size: int, precision: str) -> dict[str, Tensor]:
-    """What a step computes; the same random numbers whoever calls."""
+def _results(
+    device: torch.device, num_latents: int, size: int, precision: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """What a step computes, by the kernels in float32, by PyTorch in float64; always from the same random numbers."""
     from lvd_lightning.circuits.circuit import Circuit
     from lvd_lightning.circuits.distributions import Categorical
     from lvd_lightning.circuits.em import Anemone, CircuitEM
@@ -54,7 +54,7 @@ def _results(device: torch.device, num_latents: int, size: int, precision: str) 
     x = torch.randint(NUM_CATEGORIES, (size, len(tree)), generator=generator).to(device)
     found: dict[str, Tensor] = {}
     for rule in (CircuitEM, Anemone):
-        circuit = Circuit(graph).float().to(device)
+        circuit = Circuit(graph).to(device, dtype)
         circuit.matmul_precision = precision
         optimizer = rule(circuit)
         log_p = circuit.log_prob(x, head=0)
