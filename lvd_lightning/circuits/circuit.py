@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lvd_lightning.circuits import layers, queries
+from lvd_lightning.circuits import fused_gpu, layers, queries
+from lvd_lightning.circuits.late_checks import LateCheck, is_late
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 from lvd_lightning.circuits.layers import TINY, InputLayer, Layer
 from lvd_lightning.circuits.log_prob import Lease, LogProb
@@ -110,6 +111,11 @@ class Circuit(nn.Module):
         self.register_buffer("circuit_of_node", _circuit_of_nodes(self.plan), persistent=False)
         self.is_linear = all(plan.distribution.is_table for plan in self.plan.inputs) and self.plan.is_slim_tree
         self.pool = Pool()
+        self.checks = LateCheck(
+            [f"x: {plan.distribution} got values outside its support" for plan in self.plan.inputs]
+            + [f"head: expected 0..{self.num_heads - 1}, got others"]
+        )
+        self._matmul_precision = "ieee"
         self._careful = False
         self._layer_index: list[LayerIndex] = []
         self._error_bound: ErrorBound | None = None
@@ -132,6 +138,25 @@ class Circuit(nn.Module):
     def device(self) -> torch.device:
         """Device of the circuit."""
         return self.roots.device
+
+    @property
+    def matmul_precision(self) -> str:
+        """Precision of the matrix products of sum layers in the fused kernels for a GPU; their sums are float32.
+
+        "ieee" (float32), "tf32x3" (three products of TF32 numbers, nearly as exact), "tf32" (10 bits of mantissa),
+        "bf16" (7 bits). What the products are summed to, logarithms, gradients and EM stay in single precision. Where
+        PyTorch does the work this setting does nothing; there it is `torch.set_float32_matmul_precision` that counts.
+
+        Raises:
+            ValueError: set to something else.
+        """
+        return self._matmul_precision
+
+    @matmul_precision.setter
+    def matmul_precision(self, precision: str) -> None:
+        if precision not in fused_gpu.PRECISIONS:
+            raise ValueError(f"matmul_precision: expected one of {', '.join(fused_gpu.PRECISIONS)}, got {precision!r}")
+        self._matmul_precision = precision
 
     @property
     def num_parameters(self) -> int:
@@ -175,14 +200,15 @@ class Circuit(nn.Module):
             batch lacks are -inf.
 
         Raises:
-            ValueError: a value outside the support of its variable, a wrong shape, or NaN in an observed variable.
+            ValueError: a value outside the support of its variable, a wrong shape, or NaN in an observed variable. On a
+                GPU values and heads are checked behind the computation, and a later call raises; see `check_inputs`.
         """
-        batch = self.prepare(x, observed)
+        batch = self.prepare(x, observed, late=True)
         tables = self.probabilities()
         parts = [*tables, x] if self._is_evidence else tables
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in parts)
         evidence = x if self._is_evidence else None
-        head_GB = None if head is None else self.head_index(head, batch.size)
+        head_GB = None if head is None else self.head_index(head, batch.size, late=True)
         shape = (self.num_circuits, batch.size) if head is not None else (self.num_circuits, batch.size, self.num_heads)
         if margin is not None and (keep or not margin > 0):
             raise ValueError(f"margin: got {margin}, expected a positive number of nats, without gradients")
@@ -196,6 +222,17 @@ class Circuit(nn.Module):
     def forward(self, x: Tensor, head: int | Tensor | None = None, observed: Tensor | None = None) -> Tensor:
         """Same as `log_prob`."""
         return self.log_prob(x, head, observed)
+
+    def check_inputs(self) -> None:
+        """Wait for the device, and raise if `log_prob` was given values or heads that do not exist.
+
+        For the end of a data set: until here nobody may have asked about the last batches on a GPU. On the CPU
+        `log_prob` raises at once and there is nothing left to ask.
+
+        Raises:
+            ValueError: a value outside the support of its variable, or a head that is not there, in an earlier call.
+        """
+        self.checks.ask(wait=True)
 
     def sample(
         self,
@@ -251,8 +288,13 @@ class Circuit(nn.Module):
 
     # What follows is for the engine's own modules.
 
-    def prepare(self, x: Tensor, observed: Tensor | None) -> Batch:
-        """Check `x` and `observed` and hand every input layer its rows."""
+    def prepare(self, x: Tensor, observed: Tensor | None, late: bool = False) -> Batch:
+        """Check `x` and `observed` and hand every input layer its rows.
+
+        With `late` the values of `x` are checked without waiting for a GPU.
+        """
+        self.checks.ask()
+        late = late and is_late(self.device)
         shape = (x.shape[:-1] if self._is_evidence else x.shape) if isinstance(x, Tensor) else None
         if shape is None or len(shape) not in ((2, 3) if self.batched else (2,)):
             raise ValueError(f"x: expected a tensor of shape {self._expected_shape()}, got {_describe(x)}")
@@ -265,7 +307,7 @@ class Circuit(nn.Module):
         if x.device != self.device:
             raise ValueError(f"x: is on {x.device}, the circuit is on {self.device}; move one of them")
         shared = len(shape) == 2
-        values, masks = [], []
+        values, masks, outside = [], [], []
         columns = _variables_first(x.detach(), shared)
         mask_columns = None if observed is None else _variables_first(observed, shared)
         for layer in self._leaf_layers():
@@ -274,10 +316,17 @@ class Circuit(nn.Module):
                 mask = layer.select(mask_columns, shared)
                 found = found.masked_fill(~mask if found.ndim == 2 else ~mask[..., None], 0)
                 masks.append(mask)
-            layer.distribution.check_values(found)
-            values.append(
-                found if found.is_floating_point() and not layer.distribution.is_table else _whole(found, layer)
-            )
+            if late:
+                outside.append(layer.distribution.is_outside(found))
+            else:
+                layer.distribution.check_values(found)
+            if not found.is_floating_point() or layer.distribution.is_table:
+                found = _whole(found, layer)
+            if late and layer.distribution.is_table:
+                found = found.clamp_(0, layer.distribution.size - 1)
+            values.append(found)
+        if late:
+            self.checks.add(0, outside)
         return Batch(values, None if observed is None else masks, shape[-2])
 
     def probabilities(self) -> list[Tensor]:
@@ -322,8 +371,8 @@ class Circuit(nn.Module):
         edges = self.edges(group)
         return values if edges is None else edges.dense(values)
 
-    def head_index(self, head: int | Tensor, size: int) -> Tensor:
-        """Heads as an int64 tensor (G, B), checked."""
+    def head_index(self, head: int | Tensor, size: int, late: bool = False) -> Tensor:
+        """Heads as an int64 tensor (G, B), checked; with `late`, those on a GPU without waiting for it."""
         if isinstance(head, Tensor):
             expected = (self.num_circuits, size) if self.batched else (size,)
             if head.shape != expected or head.is_floating_point():
@@ -333,8 +382,11 @@ class Circuit(nn.Module):
             index = head.to(self.device, torch.int64).view(self.num_circuits, size)
         else:
             return torch.full((self.num_circuits, size), self._check_head(int(head)), device=self.device)
-        if index.numel():
-            for bound in index.aminmax():
+        if late and is_late(head.device):
+            self.checks.add(len(self.plan.inputs), [((index < 0) | (index >= self.num_heads)).any()])
+            return index.clamp(0, self.num_heads - 1)
+        if head.numel():
+            for bound in head.aminmax():  # not of `index`: a head that is on the CPU is looked at there
                 self._check_head(int(bound))
         return index
 
@@ -350,7 +402,7 @@ class Circuit(nn.Module):
             raise ValueError(
                 f"wanted: expected a bool tensor of shape {expected}, got {_describe(wanted)} {wanted.dtype}"
             )
-        if not self.is_linear:
+        if not self.is_linear or fused_gpu.applies(self.device, self.dtype):
             return None
         if head_GB is None:
             return None if wanted is None else wanted.view(shape).transpose(1, 2)
@@ -359,6 +411,10 @@ class Circuit(nn.Module):
 
     def run_forward(self, batch: Batch, tables: Sequence[Tensor], space: Workspace) -> None:
         """Fill a workspace with the values of all rows."""
+        kernels = fused_gpu.passes_for(self.device, self.dtype)
+        if kernels is not None:
+            kernels.forward(self, batch, tables, space)
+            return
         space.underflow.clear()
         self.run_inputs(batch, tables, space.values)
         careful = self._careful or not space.keep
@@ -444,6 +500,10 @@ class Circuit(nn.Module):
         self, space: Workspace, tables: Sequence[Tensor], gradient: GradientSpace, grads: Sequence[Tensor | None]
     ) -> None:
         """From the gradient of the heads in `gradient` (see `head_rows`) to that of all inner units and weights."""
+        kernels = fused_gpu.passes_for(self.device, self.dtype)
+        if kernels is not None:
+            kernels.backward(self, space, tables, gradient, grads)
+            return
         for layer in reversed(self._inner_layers()):
             if layer.is_sum:
                 layer.backward(space, gradient, tables[layer.group], grads[layer.group])
@@ -472,6 +532,15 @@ class Circuit(nn.Module):
                 leaf.add_rows(out[leaf.group], leaf.gradient_of(space.inner, 0, leaf.num_folds)[..., 0], 0)
         self.return_gradient_space(space)
         return out
+
+    def root_places(self) -> list[tuple[int, Tensor, Tensor]]:
+        """`root_parameters` on the circuit's device."""
+        if any(rows.device != self.device for _, _, rows in self.root_parameters):
+            self.root_parameters = [
+                (number, circuits.to(self.device), rows.to(self.device))
+                for number, circuits, rows in self.root_parameters
+            ]
+        return self.root_parameters
 
     def lease(self, size: int, keep: bool) -> Lease[Workspace]:
         """A workspace for a forward pass over `size` examples; with `keep`, a backward pass can follow."""

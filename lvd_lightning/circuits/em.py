@@ -16,8 +16,10 @@ from torch.nn import functional
 
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import Distribution
+from lvd_lightning.circuits.distributions.base import may_ask
+from lvd_lightning.circuits.fused_gpu import updates as fused_updates
 from lvd_lightning.circuits.layers import CACHE_SIZE
-from lvd_lightning.circuits.native.updates import update_table
+from lvd_lightning.circuits.native import updates as native_updates
 from lvd_lightning.circuits.sparse import SparseEdges
 
 __all__ = ["Anemone", "CircuitEM"]
@@ -155,7 +157,8 @@ class CircuitEM(_CircuitOptimizer):
             floor, edges = _has_floor(circuit, number, pseudocount), circuit.edges(number)
             mask = None if edges is not None else circuit.mask(number)
             starts = None if edges is None else edges.start
-            if update_table(table, table.grad, mask, step=step, pseudocount=pseudocount, floor=floor, starts=starts):
+            rest = {"pseudocount": pseudocount, "floor": floor, "starts": starts}
+            if _update_in_kernels(table, table.grad, mask, step=step, **rest):
                 continue
             if edges is not None:
                 _average_rows(table, table.grad, edges, step, pseudocount)
@@ -223,9 +226,11 @@ class Anemone(_CircuitOptimizer):
                 self._average(circuit, number, table, momentum)
         root_GH = self._root_flow(circuit)
         total = root_GH.sum()
-        if not bool(total > 0):
+        if may_ask(total) and not bool(total > 0):
             return
-        top_down = circuit.top_down((root_GH / total).to(circuit.dtype))
+        # Without any flow no row is visited and nothing changes: an accelerator need not be asked.
+        share_GH = root_GH / total.clamp_min(torch.finfo(total.dtype).tiny)
+        top_down = circuit.top_down(share_GH.to(circuit.dtype))
         for number, table in enumerate(circuit.tables):
             if table.grad is None:
                 continue
@@ -253,7 +258,7 @@ class Anemone(_CircuitOptimizer):
         flows, edges = self.state[table]["flow"], circuit.edges(number)
         mask, floor = None if edges is not None else circuit.mask(number), _has_floor(circuit, number, pseudocount)
         statistics = {"flow_PXY": flows, "scale_PX1": scale_PX1, "starts": None if edges is None else edges.start}
-        if update_table(table, None, mask, step=step, pseudocount=pseudocount, floor=floor, **statistics):
+        if _update_in_kernels(table, None, mask, step=step, pseudocount=pseudocount, floor=floor, **statistics):
             return
         if edges is not None:
             _blend_rows(table, flows, scale_PX1, edges, step, pseudocount)
@@ -262,8 +267,8 @@ class Anemone(_CircuitOptimizer):
             theta_PXY, flow_PXY = table[at], flows[at]
             total_PX1 = flow_PXY.sum(-1, keepdim=True)
             weight_PX1 = (step * total_PX1 + scale_PX1[at] + pseudocount).clamp_min_(torch.finfo(table.dtype).tiny)
-            visited_PX1 = (total_PX1 > 0).to(table.dtype)
-            keep_PX1 = torch.lerp(torch.ones_like(visited_PX1), scale_PX1[at] / weight_PX1, visited_PX1)
+            visited_PX1 = total_PX1 > 0
+            keep_PX1 = torch.where(visited_PX1, scale_PX1[at] / weight_PX1, 1.0)
             rate_PX1 = visited_PX1 / weight_PX1
             theta_PXY.mul_(keep_PX1).addcmul_(flow_PXY, step * rate_PX1)
             _add_pseudocount(theta_PXY, rate_PX1, mask, at, pseudocount)
@@ -283,7 +288,7 @@ class Anemone(_CircuitOptimizer):
             return
         forgotten = FORGOTTEN if state["step"] % FORGET_EVERY == 0 else -1.0
         averages = {"flow_PXY": state["flow"], "momentum": momentum, "forgotten": forgotten}
-        if update_table(table, table.grad, None, step=0.0, pseudocount=0.0, floor=False, **averages):
+        if _update_in_kernels(table, table.grad, None, step=0.0, pseudocount=0.0, floor=False, **averages):
             return
         for at in _chunks(table):
             flow_PXY = state["flow"][at]
@@ -295,16 +300,21 @@ class Anemone(_CircuitOptimizer):
         """The averaged flow of every head, (G, H), bias-corrected."""
         out_GH = torch.zeros(circuit.roots.shape, dtype=torch.float64, device=circuit.device)
         momentum = self.param_groups[self._group(circuit)]["momentum"]
-        for number, circuits, rows in circuit.root_parameters:
+        for number, circuits, rows in circuit.root_places():
             state = self.state.get(circuit.tables[number])
             if state:
-                flow_FH = state["flow"][rows.to(circuit.device)].sum(-1).double() / (1 - momentum ** state["step"])
+                flow_FH = state["flow"][rows].sum(-1).double() / (1 - momentum ** state["step"])
                 width = min(out_GH.shape[1], flow_FH.shape[1])  # either may be padded
-                out_GH[circuits.to(circuit.device), :width] = flow_FH[:, :width]
+                out_GH[circuits, :width] = flow_FH[:, :width]
         return out_GH
 
     def _group(self, circuit: Circuit) -> int:
         return next(index for index, found in enumerate(self.circuits) if found is circuit)
+
+
+def _update_in_kernels(theta: Tensor, *tensors: Tensor | None, **settings: Any) -> bool:
+    """An M-step in place by compiled kernels; False, with nothing done, where there are none."""
+    return any(module.update_table(theta, *tensors, **settings) for module in (native_updates, fused_updates))
 
 
 def _chunks(table: Tensor) -> Iterator[slice]:

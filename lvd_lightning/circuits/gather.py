@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lvd_lightning.circuits.plan import Gather
+
+if TYPE_CHECKING:
+    from lvd_lightning.circuits.fused_gpu.rows import RowTable
 
 __all__ = ["BoundGather", "GatherRows", "as_range"]
 
@@ -21,6 +25,7 @@ class GatherRows(nn.Module):
     def __init__(self, gather: Gather) -> None:
         super().__init__()
         self.start = as_range(gather.first)
+        self._table: RowTable | None = None
         self.register_buffer("first", torch.from_numpy(gather.first), persistent=False)
         self.bounds = [slot.dst for slot in gather.more]
         self.prefix = [as_range(slot.dst) == 0 for slot in gather.more]
@@ -36,6 +41,14 @@ class GatherRows(nn.Module):
     def largest_part(self) -> int:
         """Rows of the largest slot beyond the first."""
         return max((len(rows) for rows in self.bounds), default=0)
+
+    def table(self, num_folds: int) -> RowTable:
+        """The rows as the kernels for a GPU read them, for a layer of `num_folds` nodes; made once on every device."""
+        if self._table is None or self._table.rows.device != self.first.device:
+            from lvd_lightning.circuits.fused_gpu.rows import RowTable
+
+            self._table = RowTable.of(self, num_folds)
+        return self._table
 
     def bind(
         self, source_RB: Tensor, low: int, high: int, out_NB: Tensor, scratch: Tensor, product: bool = False

@@ -1,7 +1,8 @@
 """log p of a compiled circuit as an autograd function: which forward pass it takes, and the backward pass after it.
 
 Values stay linear between layers where a circuit allows it. What got too small for that - pairs of a circuit and an
-example - goes through the general pass besides, and its gradients are added.
+example - goes through the general pass besides, and its gradients are added. On a GPU with fused kernels all examples
+go through the general pass, which has no such question to ask there.
 
 Shapes: G circuits, H heads, B batch, F folded nodes, N pairs that are computed again, in S columns.
 """
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits import layers
+from lvd_lightning.circuits import fused_gpu, layers
 from lvd_lightning.circuits.layers import InputLayer
 from lvd_lightning.circuits.native import passes
 from lvd_lightning.circuits.native.passes import FusedWorkspace
@@ -140,7 +141,7 @@ def _evaluate(
     margin: float | None,
 ) -> tuple[Tensor, object, _Again | None]:
     """log p of all heads (G, H, B), the lease whose workspace a backward pass needs, and what it needs besides."""
-    if circuit.is_linear:
+    if circuit.is_linear and not fused_gpu.applies(circuit.device, circuit.dtype):
         kind = FusedWorkspace if passes.applies(circuit, tables) else LinearWorkspace
         linear: Lease[Any] = Lease(circuit, kind, batch.size, keep)
         log_GHB, scale_GB = circuit.run_linear(batch, tables, linear.space)
@@ -192,6 +193,7 @@ def _backward(
     circuit.head_rows(gradient.inner).copy_(grad_GHB)
     circuit.run_backward(space, tables, gradient, grads)
     evidence_grad = None
+    kernels = fused_gpu.passes_for(circuit.device, circuit.dtype)
     for number, layer in enumerate(circuit._leaf_layers()):
         if layer.group < 0:
             if evidence_shape is not None:
@@ -200,6 +202,11 @@ def _backward(
         found = grads[layer.group]
         if found is not None:
             observed = None if batch.observed is None else batch.observed[number]
+            if kernels is not None and kernels.has_kernel(layer):
+                kernels.backward_inputs(
+                    layer, gradient.inner, tables[layer.group], batch.values[number], observed, found
+                )
+                continue
             statistics = circuit.statistics_of(layer.group)
             layer.backward(gradient.inner, tables[layer.group], batch.values[number], observed, found, statistics)
     circuit.return_gradient_space(gradient)

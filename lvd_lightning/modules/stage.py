@@ -9,6 +9,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from typing_extensions import override
+
+from lvd_lightning.circuits import Circuit
 
 __all__ = ["DONE_MARKER", "ImageData", "StageContext", "StageModule", "derive_seed"]
 
@@ -115,6 +118,13 @@ class StageModule(LightningModule):
     monitor: str = "val/bpd"
     monitor_mode: str = "min"
     em: ClassVar[bool] = False
+
+    @override
+    def on_train_end(self) -> None:
+        """On a GPU values are checked behind the computation: ask about the last batches as well."""
+        for module in self.modules():
+            if isinstance(module, Circuit):
+                module.check_inputs()
 
     def begin_stage(self, context: StageContext) -> None:
         """Read what earlier stages handed on and build what depends on data.

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["Distribution", "check_whole"]
+__all__ = ["Distribution", "check_whole", "is_not_whole", "may_ask"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ class Distribution:
 
     def check_values(self, values: Tensor) -> None:
         """Raise a ValueError if `values` (any shape) lie outside the support."""
+
+    def is_outside(self, values: Tensor) -> Tensor:
+        """What `check_values` asks, as a bool tensor () that stays on the device."""
+        return torch.zeros((), dtype=torch.bool, device=values.device)
 
     def floored(self, params: Tensor) -> Tensor:
         """Parameters in the range in which gradients are finite."""
@@ -114,6 +118,19 @@ class Distribution:
     def from_logits(self, logits: Tensor) -> Tensor:
         """Inverse of `to_logits`, differentiable."""
         raise TypeError(f"{type(self).__name__} is abstract")
+
+
+def may_ask(tensor: Tensor) -> bool:
+    """Whether the host may look at numbers to save work: on an accelerator it would wait for all work before them."""
+    return tensor.device.type == "cpu"
+
+
+def is_not_whole(values: Tensor, num_values: int) -> Tensor:
+    """Whether some of `values` are no whole numbers 0..num_values - 1: a bool tensor ()."""
+    bad = (values < 0) | (values >= num_values)
+    if values.is_floating_point():
+        bad |= values != values.round()
+    return bad.any()
 
 
 def check_whole(values: Tensor, num_values: int, family: Distribution) -> None:

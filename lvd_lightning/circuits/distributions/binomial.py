@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.distributions.base import Distribution, check_whole
+from lvd_lightning.circuits.distributions.base import Distribution, check_whole, is_not_whole
 
 __all__ = ["Binomial"]
 
@@ -59,6 +59,9 @@ class Binomial(Distribution):
 
     def check_values(self, values: Tensor) -> None:
         check_whole(values, self.total + 1, self)
+
+    def is_outside(self, values: Tensor) -> Tensor:
+        return is_not_whole(values, self.total + 1)
 
     def floored(self, params: Tensor) -> Tensor:
         """Probabilities in [min_prob, 1 - min_prob]."""

@@ -37,3 +37,6 @@ class SoftEvidence(Distribution):
     def check_values(self, values: Tensor) -> None:
         if bool(torch.isnan(values).any()) or bool((values == math.inf).any()):
             raise ValueError("evidence: expects log-likelihoods below +inf, got NaN or +inf")
+
+    def is_outside(self, values: Tensor) -> Tensor:
+        return (torch.isnan(values) | (values == math.inf)).any()

@@ -47,6 +47,9 @@ class Gaussian(Distribution):
                 "x: Gaussian expects finite values, got NaN or infinity (mask missing values by `observed`)"
             )
 
+    def is_outside(self, values: Tensor) -> Tensor:
+        return ~torch.isfinite(values).all()
+
     def forward(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
         mean, std = params_FKS[..., :1], params_FKS[..., 1:]
         torch.sub(x_FB[:, None, :].to(out_FKB.dtype), mean, out=out_FKB)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lvd_lightning.circuits.distributions.base import Distribution, check_whole
+from lvd_lightning.circuits.distributions.base import Distribution, check_whole, is_not_whole
 from lvd_lightning.circuits.distributions.moments import central, moments_from_centred
 
 __all__ = ["DiscretizedLogistic"]
@@ -94,6 +94,9 @@ class DiscretizedLogistic(Distribution):
 
     def check_values(self, values: Tensor) -> None:
         check_whole(values, self.num_values, self)
+
+    def is_outside(self, values: Tensor) -> Tensor:
+        return is_not_whole(values, self.num_values)
 
     def floored(self, params: Tensor) -> Tensor:
         """Means and scales within their bounds."""

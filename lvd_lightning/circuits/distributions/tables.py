@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.distributions.base import Distribution, check_whole
+from lvd_lightning.circuits.distributions.base import Distribution, check_whole, is_not_whole, may_ask
 
 __all__ = ["SMALLEST", "Bernoulli", "Categorical"]
 
@@ -58,6 +58,9 @@ class Categorical(Distribution):
     def check_values(self, values: Tensor) -> None:
         check_whole(values, self.num_categories, self)
 
+    def is_outside(self, values: Tensor) -> Tensor:
+        return is_not_whole(values, self.num_categories)
+
     def forward(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
         if self.num_categories < x_FB.shape[1]:  # the logarithm goes where there are fewer numbers
             self.likelihood(params_FKS.log2(), x_FB, out_FKB)
@@ -72,14 +75,14 @@ class Categorical(Distribution):
         index = x_FB.long()[:, None, :].expand(grad_FKB.shape)
         out_FKS.zero_().scatter_add_(2, index, grad_FKB)
         # flow / parameter; where the parameter is 0 the flow is 0 as well, and so is this gradient by convention
-        if params_FKS.is_cuda or float(params_FKS.amin()) < SMALLEST:
+        if not may_ask(params_FKS) or float(params_FKS.amin()) < SMALLEST:
             params_FKS = params_FKS.clamp_min(SMALLEST)
         out_FKS.div_(params_FKS)
 
     def floored(self, params: Tensor) -> Tensor:
         """Positive probabilities of at least `SMALLEST`; zeros stay zeros."""
         low = (params < SMALLEST) & (params > 0)
-        return params.masked_fill(low, SMALLEST) if bool(low.any()) else params
+        return params.masked_fill(low, SMALLEST) if not may_ask(low) or bool(low.any()) else params
 
     def sample(self, params_FBS: Tensor, generator: torch.Generator | None) -> Tensor:
         noise = torch.empty_like(params_FBS).exponential_(generator=generator)
