@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lvd_lightning.circuits import fused_gpu, layers, queries
-from lvd_lightning.circuits.late_checks import LateCheck, is_late
 from lvd_lightning.circuits.graph import CircuitGraph, Node
+from lvd_lightning.circuits.late_checks import LateCheck, is_late
 from lvd_lightning.circuits.layers import TINY, InputLayer, Layer
 from lvd_lightning.circuits.log_prob import Lease, LogProb
 from lvd_lightning.circuits.native.passes import FusedWorkspace, LayerIndex
