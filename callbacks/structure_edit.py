@@ -55,9 +55,7 @@ class StructureEdit(Callback):
     def check_module(self, module: LightningModule) -> None:
         """Raise a ValueError for a student whose circuits cannot be edited; called before any stage runs."""
         if isinstance(module, ConditionalStudent) and not module.hparams["tied"]:
-            raise ValueError(
-                f"{type(self).__name__}: only circuits that positions share are edited; set tied: true"
-            )
+            raise ValueError(f"{type(self).__name__}: only circuits that positions share are edited; set tied: true")
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -44,9 +44,9 @@ TIMED_STEPS = 12
 class CircuitBaseline(StageModule):
     """Trains the same circuit over all pixels of the image twice: by mini-batch EM and by Anemone.
 
-    It has as many latent states (units) as give it about the parameters of the distilled circuit, or more, and each rule trains
-    for about as long as all earlier stages took. The number of steps is fixed once, from a measured rate, and
-    written to `plan.json`, so a resumed run ends as an uninterrupted one. A tree is learnt outside that time.
+    It has as many latent states (units) as give it about the parameters of the distilled circuit, or more, and each
+    rule trains for about as long as all earlier stages took. The number of steps is fixed once, from a measured rate,
+    and written to `plan.json`, so a resumed run ends as an uninterrupted one. A tree is learnt outside that time.
 
     Logs `train/em_bpd`, `train/anemone_bpd`, `val/em_bpd`, `val/anemone_bpd` and the lower one of these two as
     `val/bpd`; of each rule the epoch with the best validation counts. The steps are divided evenly over the epochs.
@@ -54,7 +54,8 @@ class CircuitBaseline(StageModule):
     Args:
         structure: "hclt", "rat_spn" or "poon_domingos".
         structure_settings: see `ConditionalStudent`.
-        num_latents: hidden states of an HCLT, units of every region of another structure; null to match the parameters of the distilled circuit.
+        num_latents: hidden states of an HCLT, units of every region of another structure; null to match the parameters
+            of the distilled circuit.
         seconds: per rule; null for the time that earlier stages took.
         batch_size: images per step, all ranks together.
         init: "random", or "quantiles" (from data, see `hclt_from_data` and `regions_from_data`).

@@ -59,7 +59,9 @@ class ImageStructure:
         unknown = [name for name in given if name not in SETTINGS[structure]]
         if unknown:
             known = ", ".join(SETTINGS[structure]) or "none"
-            raise ValueError(f"structure_settings: {structure} has no setting {unknown[0]!r}; its settings are: {known}")
+            raise ValueError(
+                f"structure_settings: {structure} has no setting {unknown[0]!r}; its settings are: {known}"
+            )
         found = cls(structure, **given)  # type: ignore[arg-type]
         found._check()
         return found

@@ -106,7 +106,7 @@ class _Parts:
 
 def _clusters(x_ND: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
     """Clusters of the rows of centred data, in the order of their first principal component; int64 (N,)."""
-    direction_D = torch.ones(x_ND.shape[1])
+    direction_D = torch.ones(x_ND.shape[1], dtype=x_ND.dtype)
     for _ in range(POWER_STEPS):
         following_D = x_ND.T @ (x_ND @ direction_D)
         if not float(following_D.norm()) > 0:  # all rows are equal
@@ -153,9 +153,7 @@ def _meanings(graph: CircuitGraph) -> list[set[tuple[int, int]]]:
     return meanings
 
 
-def _weights(
-    node: Node, rows: list[Tensor], columns: list[Tensor], graph: CircuitGraph, smoothing: float
-) -> Tensor:
+def _weights(node: Node, rows: list[Tensor], columns: list[Tensor], graph: CircuitGraph, smoothing: float) -> Tensor:
     """Smoothed p(part of a child | part above), every child with the same share, (H, M)."""
     blocks = []
     for child, column_N in zip(node.children, columns, strict=True):
