@@ -5,8 +5,8 @@
 
 First 400 circuits over 4x4x3 patches (48 categorical(256) variables, 16 latents, each with a tree of its own) as one
 folded circuit, against a loop over 400 single ones of the same library, the steps of both in turn; figures are medians
-and their ratio. Then plots of the step time over one size at a time, with the rate of the matrix products that a step
-needs (three per edge and example) beside that of one large product on the same machine.
+and their ratio. Then where the time of a step goes, and plots of it over one size at a time, with the rate of the
+matrix products that a step needs (three per edge and example) beside that of one large product on the same machine.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ matplotlib.use("Agg")
 
 import torch
 from matplotlib import pyplot
+from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
@@ -35,9 +36,10 @@ def random_tree(num_variables: int, generator: torch.Generator) -> Tensor:
     return torch.tensor([-1] + [int(torch.randint(v, (1,), generator=generator)) for v in range(1, num_variables)])
 
 
-def chain(num_variables: int) -> Tensor:
-    """The deepest tree."""
-    return torch.arange(num_variables) - 1
+def chains(num_variables: int, depth: int) -> Tensor:
+    """As many chains below one root as this depth needs; one at most for depth = num_variables."""
+    v = torch.arange(num_variables)
+    return torch.where((v - 1) % (depth - 1) == 0, 0, v - 1).index_fill_(0, torch.tensor(0), -1)
 
 
 def make_step(circuit: pc.Circuit, x: Tensor) -> Callable[[], None]:
@@ -69,6 +71,23 @@ def median_seconds(steps: list[Callable[[], None]], repetitions: int, device: to
             if number >= 2:
                 found.append(spent)
     return [statistics.median(found) for found in times]
+
+
+def phases(num_units: int, batch: int, device: torch.device) -> list[float]:
+    """Median seconds of the forward pass, the backward pass and the update of one circuit."""
+    generator = torch.Generator().manual_seed(0)
+    leaf = pc.Categorical(NUM_CATEGORIES)
+    tree = random_tree(NUM_VARIABLES, generator)
+    circuit = pc.Circuit(pc.hclt(tree, num_units, leaf, generator=generator)).to(device)
+    x = torch.randint(NUM_CATEGORIES, (batch, NUM_VARIABLES), generator=generator).to(device)
+    optimizer, loss = pc.CircuitEM(circuit), torch.zeros(())
+
+    def forward() -> None:
+        nonlocal loss
+        optimizer.zero_grad()
+        loss = -circuit.log_prob(x, head=0).sum()
+
+    return median_seconds([forward, lambda: loss.backward(), optimizer.step], 25, device)
 
 
 def folded_against_loop(num_circuits: int, num_units: int, batch: int, device: torch.device) -> tuple[float, float]:
@@ -107,7 +126,7 @@ def scaling(device: torch.device, threads: int, path: Path) -> list[str]:
         found = []
         for value in values:
             size = {**base, name: value}
-            tree = ragged if name != "depth" else torch.cat([chain(value), torch.zeros(NUM_VARIABLES - value).long()])
+            tree = ragged if name != "depth" else chains(NUM_VARIABLES, value)
             graphs = [
                 pc.hclt(tree, size["units"], pc.Categorical(NUM_CATEGORIES), generator=generator)
                 for _ in range(size["circuits"])
@@ -120,6 +139,11 @@ def scaling(device: torch.device, threads: int, path: Path) -> list[str]:
             rows.append(f"| {name} | {value} | {1000 * spent:.2f} | {products / spent / 1e9:.1f} | {peak / 1e9:.0f} |")
         axis.loglog(values, found, marker="o")
         axis.set_xlabel({"circuits": "folded circuits"}.get(name, name))
+        axis.set_xticks(values, [str(value) for value in values])
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_ylim(0.7 * min(found), 1.5 * max(found))
         axis.grid(True, which="both", alpha=0.3)
     axes[0].set_ylabel(f"ms per EM step, {device.type}, {threads} thread(s)")
     figure.savefig(path, dpi=110)
@@ -154,6 +178,10 @@ def main() -> None:
         f"{settings.circuits} circuits, {settings.units} latents, {settings.batch} examples each: folded "
         f"{1000 * one:.0f} ms a step, one after the other {1000 * many:.0f} ms, ratio {many / one:.1f}"
     )
+    print("\n| units | forward | backward | update |\n| ---: | ---: | ---: | ---: |")
+    for num_units in (16, 64, 256):
+        found = phases(num_units, 256, device)
+        print(f"| {num_units} | " + " | ".join(f"{100 * part / sum(found):.0f} %" for part in found) + " |")
     print("\n| over | value | ms per step | GFLOP/s of the step's products | of one large product |")
     print("| --- | ---: | ---: | ---: | ---: |")
     print("\n".join(scaling(device, settings.threads, settings.plot)))

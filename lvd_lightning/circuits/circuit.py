@@ -19,6 +19,7 @@ from lvd_lightning.circuits.log_prob import Lease, LogProb
 from lvd_lightning.circuits.native.passes import FusedWorkspace, LayerIndex
 from lvd_lightning.circuits.plan import LOG_ZERO, ParameterGroup, Plan, compile_plan
 from lvd_lightning.circuits.precision import TOLERANCE, ErrorBound
+from lvd_lightning.circuits.sparse import LAYOUTS, Layout, SparseEdges
 from lvd_lightning.circuits.workspace import GradientSpace, LinearWorkspace, Pool, Workspace
 
 __all__ = ["Batch", "Circuit"]
@@ -51,6 +52,9 @@ class Circuit(nn.Module):
     Args:
         graph: a CircuitGraph, or a sequence of them over equally many variables.
         parameterization: "probabilities" (for EM), or "logits" (for gradient optimizers).
+        layout: of sum nodes that were pruned: "dense" keeps zeros for pruned edges; "sparse" stores and computes live
+            edges alone; "auto" decides node by node by what takes less time on a CPU (`sparse.SPARSE_BELOW`). Heads,
+            tied nodes and logits are always dense. On a GPU the sparse layout saves memory only.
     """
 
     roots: Tensor
@@ -61,6 +65,7 @@ class Circuit(nn.Module):
         graph: CircuitGraph | Sequence[CircuitGraph],
         *,
         parameterization: Literal["probabilities", "logits"] = "probabilities",
+        layout: Layout = "auto",
     ) -> None:
         super().__init__()
         self.batched = not isinstance(graph, CircuitGraph)
@@ -69,6 +74,10 @@ class Circuit(nn.Module):
             raise ValueError("Circuit: got an empty list of graphs, expected at least one")
         if parameterization not in ("probabilities", "logits"):
             raise ValueError(f"parameterization: expected 'probabilities' or 'logits', got {parameterization!r}")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+        if layout == "sparse" and parameterization == "logits":
+            raise ValueError("layout: got 'sparse', but logits are stored densely; expected 'auto' or 'dense'")
         graphs = [_with_sum_root(found) for found in graphs]
         for found in graphs:
             found.validate()
@@ -80,15 +89,22 @@ class Circuit(nn.Module):
         self.num_variables = sizes.pop()
         self.num_heads = max(found.num_heads for found in graphs)
         self.structures = [found.structure() for found in graphs]
-        self.plan = compile_plan(graphs)
+        self.plan = compile_plan(graphs, "dense" if parameterization == "logits" else layout)
         self.input_layers = nn.ModuleList(InputLayer(plan, self.num_variables) for plan in self.plan.inputs)
-        self.layers = nn.ModuleList(Layer(plan, number) for number, plan in enumerate(self.plan.layers))
+        groups = self.plan.groups
+        self.layers = nn.ModuleList(
+            Layer(plan, number, groups[plan.group].edges if plan.group >= 0 else None)
+            for number, plan in enumerate(self.plan.layers)
+        )
         self._mark_shared_rows()
         self.root_parameters = self._find_root_parameters(graphs)
         self.register_buffer("roots", torch.from_numpy(self.plan.roots), persistent=False)
         self.tables = nn.ParameterList()
         for number, group in enumerate(self.plan.groups):
             table, mask = _stack(graphs, group)
+            edges = self.edges(number)
+            if edges is not None:
+                table, mask = edges.take(table), None
             self.register_buffer(f"mask{number}", mask, persistent=False)
             self.tables.append(nn.Parameter(self._encode(table, group, mask)))
         self.register_buffer("circuit_of_node", _circuit_of_nodes(self.plan), persistent=False)
@@ -210,8 +226,8 @@ class Circuit(nn.Module):
     def to_graph(self) -> CircuitGraph | list[CircuitGraph]:
         """The graph, or list of graphs, with current parameters (copies)."""
         graphs = [structure.structure() for structure in self.structures]
-        for group, table in zip(self.plan.groups, self.probabilities(), strict=True):
-            table = table.detach()
+        for number, (group, stored) in enumerate(zip(self.plan.groups, self.probabilities(), strict=True)):
+            table = self.dense(number, stored.detach())
             for row, (g, index) in enumerate(group.owners):
                 node = graphs[g].nodes[index]
                 inner = self._inner_size(g, node) if node.kind == "sum" else group.shape[1]
@@ -265,7 +281,7 @@ class Circuit(nn.Module):
         return Batch(values, None if observed is None else masks, shape[-2])
 
     def probabilities(self) -> list[Tensor]:
-        """The normalised parameters of all groups: the stored tensors, or a function of the logits."""
+        """The normalised parameters of all groups: the stored tensors, or a function of the logits; see `dense`."""
         if self.parameterization == "probabilities":
             return list(self.tables)
         return [
@@ -288,8 +304,23 @@ class Circuit(nn.Module):
         return found
 
     def mask(self, group: int) -> Tensor | None:
-        """Live edges of a parameter group, or None if all are."""
-        return getattr(self, f"mask{group}")
+        """Live edges of a parameter group, shape of `dense`; None if all are."""
+        edges = self.edges(group)
+        if edges is not None:
+            return edges.dense(torch.ones_like(edges.column, dtype=torch.bool))
+        found: Tensor | None = getattr(self, f"mask{group}")
+        return found
+
+    def edges(self, group: int) -> SparseEdges | None:
+        """The layout of a parameter group if it has only the weights of live edges, which are (E) then."""
+        if self.plan.groups[group].edges is None:
+            return None
+        return next(layer.edges for layer in self._inner_layers() if layer.group == group)
+
+    def dense(self, group: int, values: Tensor) -> Tensor:
+        """Numbers shaped like the parameters of a group as (rows, units, alternatives), whatever the layout."""
+        edges = self.edges(group)
+        return values if edges is None else edges.dense(values)
 
     def head_index(self, head: int | Tensor, size: int) -> Tensor:
         """Heads as an int64 tensor (G, B), checked."""
@@ -429,7 +460,8 @@ class Circuit(nn.Module):
         tables = self.probabilities()
         space = self.gradient_space(1)
         self.head_rows(space.inner)[..., 0] = share_GH
-        out = [table.new_zeros(table.shape[:2]) for table in tables]
+        groups = zip(self.plan.groups, tables, strict=True)
+        out = [table.new_zeros(len(group.owners), group.shape[0]) for group, table in groups]
         for layer in reversed(self._inner_layers()):
             if layer.is_sum:
                 layer.pass_down(space, tables[layer.group], out[layer.group])

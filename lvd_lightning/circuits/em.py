@@ -1,7 +1,7 @@
 """Expectation maximisation as optimizers: flows are read off the gradients.
 
 Shapes: P parameter rows, X units, Y alternatives (children or categories), S numbers per input unit, T statistics of an
-input unit, G circuits, H heads.
+input unit, G circuits, H heads; R rows and E live edges of a sparse layer.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.layers import CACHE_SIZE
 from lvd_lightning.circuits.native.updates import update_table
+from lvd_lightning.circuits.sparse import SparseEdges
 
 __all__ = ["Anemone", "CircuitEM"]
 
@@ -151,8 +152,13 @@ class CircuitEM(_CircuitOptimizer):
             if sums_PXT is not None:
                 _move_inputs(_family(circuit, number), table, sums_PXT, pseudocount, step)
                 continue
-            floor, mask = _has_floor(circuit, number, pseudocount), circuit.mask(number)
-            if update_table(table, table.grad, mask, step=step, pseudocount=pseudocount, floor=floor):
+            floor, edges = _has_floor(circuit, number, pseudocount), circuit.edges(number)
+            mask = None if edges is not None else circuit.mask(number)
+            starts = None if edges is None else edges.start
+            if update_table(table, table.grad, mask, step=step, pseudocount=pseudocount, floor=floor, starts=starts):
+                continue
+            if edges is not None:
+                _average_rows(table, table.grad, edges, step, pseudocount)
                 continue
             for at in _chunks(table):
                 theta_PXY = table[at]
@@ -244,11 +250,13 @@ class Anemone(_CircuitOptimizer):
     ) -> None:
         """theta = (s F + (1 - s) N TD theta + a / |ch|) / (the sum of that): rows of theta sum to one."""
         step, pseudocount = group["lr"] / correction, group["pseudocount"]
-        flows, mask = self.state[table]["flow"], circuit.mask(number)
-        floor = _has_floor(circuit, number, pseudocount)
-        if update_table(
-            table, None, mask, step=step, pseudocount=pseudocount, floor=floor, flow_PXY=flows, scale_PX1=scale_PX1
-        ):
+        flows, edges = self.state[table]["flow"], circuit.edges(number)
+        mask, floor = None if edges is not None else circuit.mask(number), _has_floor(circuit, number, pseudocount)
+        statistics = {"flow_PXY": flows, "scale_PX1": scale_PX1, "starts": None if edges is None else edges.start}
+        if update_table(table, None, mask, step=step, pseudocount=pseudocount, floor=floor, **statistics):
+            return
+        if edges is not None:
+            _blend_rows(table, flows, scale_PX1, edges, step, pseudocount)
             return
         for at in _chunks(table):
             theta_PXY, flow_PXY = table[at], flows[at]
@@ -305,6 +313,29 @@ def _chunks(table: Tensor) -> Iterator[slice]:
     step = rows if table.device.type != "cpu" else max(1, CACHE_SIZE // max(table[0].numel(), 1))
     for low in range(0, rows, step):
         yield slice(low, min(low + step, rows))
+
+
+def _average_rows(theta_E: Tensor, grad_E: Tensor, edges: SparseEdges, step: float, pseudocount: float) -> None:
+    """The M-step of `CircuitEM` on the weights of live edges."""
+    flow_E = torch.mul(theta_E, grad_E).neg_()
+    flow_R = edges.row_sums(flow_E)
+    visited_R = (flow_R > 0).to(theta_E.dtype)
+    rate_R = step * visited_R / (flow_R + pseudocount).clamp_min_(torch.finfo(theta_E.dtype).tiny)
+    added_E = edges.spread(rate_R * pseudocount / edges.counts)
+    theta_E.mul_(edges.spread(1 - step * visited_R)).addcmul_(flow_E, edges.spread(rate_R)).add_(added_E)
+
+
+def _blend_rows(
+    theta_E: Tensor, flow_E: Tensor, scale_PX1: Tensor, edges: SparseEdges, step: float, pseudocount: float
+) -> None:
+    """The M-step of `Anemone` on the weights of live edges."""
+    flow_R, scale_R = edges.row_sums(flow_E), scale_PX1.flatten()
+    weight_R = (step * flow_R + scale_R + pseudocount).clamp_min_(torch.finfo(theta_E.dtype).tiny)
+    visited_R = flow_R > 0
+    keep_R = torch.where(visited_R, scale_R / weight_R, 1.0)
+    rate_R = visited_R / weight_R
+    added_E = edges.spread(rate_R * pseudocount / edges.counts)
+    theta_E.mul_(edges.spread(keep_R)).addcmul_(flow_E, edges.spread(step * rate_R)).add_(added_E)
 
 
 def _add_pseudocount(theta_PXY: Tensor, rate_PX1: Tensor, mask: Tensor | None, at: slice, pseudocount: float) -> None:

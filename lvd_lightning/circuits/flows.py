@@ -117,8 +117,9 @@ class Flows:
             raise ValueError(f"node: {node} is of kind {found.kind!r}; only the edges of sum nodes have flows")
         nodes = self.circuit.structures[circuit].nodes
         number, row = self._place[circuit, node if found.tied_to is None else found.tied_to]
-        table = self.tables[number]
-        assert table is not None
+        found_flow = self.tables[number]
+        assert found_flow is not None
+        table = self.circuit.dense(number, found_flow)
         return table[row, : found.num_units, : sum(nodes[child].num_units for child in found.children)].clone()
 
     def units(self, node: int, circuit: int = 0) -> Tensor:

@@ -45,7 +45,8 @@ def entropy(circuit: Circuit, head: int | Tensor = 0) -> Tensor:
         ValueError: a circuit has no such head.
     """
     terms = [
-        _entropies(group, table) for group, table in zip(circuit.plan.groups, circuit.probabilities(), strict=True)
+        _entropies(group, circuit.dense(number, table))
+        for number, (group, table) in enumerate(zip(circuit.plan.groups, circuit.probabilities(), strict=True))
     ]
     return _sum_over_rows(circuit, head, terms)
 
@@ -67,8 +68,15 @@ def kl(p: Circuit, q: Circuit, head: int | Tensor = 0) -> Tensor:
         ValueError: the structures differ, or a circuit has no such head.
     """
     _check_same(p, q)
+    p, q = _all_dense(p), _all_dense(q)  # else their nodes may be grouped differently
     tables = zip(p.plan.groups, p.probabilities(), q.probabilities(), strict=True)
     return _sum_over_rows(p, head, [_divergences(group, first, second.to(first)) for group, first, second in tables])
+
+
+def _all_dense(circuit: Circuit) -> Circuit:
+    if all(group.edges is None for group in circuit.plan.groups):
+        return circuit
+    return type(circuit)(circuit.to_graph(), layout="dense").to(circuit.device)
 
 
 def _sum_over_rows(circuit: Circuit, head: int | Tensor, terms_PK: list[Tensor]) -> Tensor:

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from lvd_lightning.circuits.gather import GatherRows, as_range
+from lvd_lightning.circuits.native.edges import pass_edges
 from lvd_lightning.circuits.plan import InputPlan, LayerPlan
+from lvd_lightning.circuits.sparse import EdgeIndex, SparseEdges
 from lvd_lightning.circuits.workspace import (
     BoundBackward,
     BoundForward,
@@ -167,9 +169,10 @@ class InputLayer(_Folded):
 class Layer(_Folded):
     """Sum nodes of one level and shape, each over its product units; or, without parameters, stored products."""
 
-    def __init__(self, plan: LayerPlan, number: int) -> None:
+    def __init__(self, plan: LayerPlan, number: int, edges: EdgeIndex | None = None) -> None:
         super().__init__(plan.group, plan.parameter_rows, len(plan.nodes))
         assert plan.gradient is not None
+        self.edges = None if edges is None else SparseEdges(edges)
         self.number = number
         self.is_sum = plan.group >= 0
         self.inner_units, self.outer_units = plan.inner_units, plan.outer_units
@@ -177,6 +180,12 @@ class Layer(_Folded):
         self.inner_start, self.outer_start = plan.inner_start, plan.outer_start
         self.inputs = GatherRows(plan.inputs)
         self.gradient = GatherRows(plan.gradient)
+
+    def weights_of(self, stacked: Tensor, low: int, high: int) -> Tensor:
+        """Weights of folds low..high, (F, H, K); a table made for the purpose where only live edges are stored."""
+        if self.edges is not None:
+            return self.edges.dense(stacked, low, high)
+        return self.parameters_of(stacked, low, high)
 
     def inner_rows(self, inner: Tensor, low: int, high: int) -> Tensor:
         """Inner rows of folds low..high of an E matrix, shape (F, K, B)."""
@@ -273,7 +282,7 @@ class Layer(_Folded):
                 bound.gather.run()
             if stacked is None:
                 continue
-            weight_FHK = self.parameters_of(stacked, bound.low, bound.high)
+            weight_FHK = self.weights_of(stacked, bound.low, bound.high)
             torch.amax(bound.value, 1, keepdim=True, out=bound.scale)
             bound.scale.clamp_min_(FLOOR)
             torch.sub(bound.value, bound.scale, out=bound.inner)
@@ -291,7 +300,7 @@ class Layer(_Folded):
                 bound.gather.run()
             torch.amax(bound.inner, 1, keepdim=True, out=bound.scale)
             bound.inner.div_(bound.scale)
-            torch.bmm(self.parameters_of(stacked, bound.low, bound.high), bound.inner, out=bound.sums)
+            torch.bmm(self.weights_of(stacked, bound.low, bound.high), bound.inner, out=bound.sums)
 
     def _mend_underflow(self, space: Workspace, weight_FHK: Tensor, bound: BoundForward) -> None:
         """Compute sums that underflowed again, entry by entry in log space."""
@@ -317,7 +326,7 @@ class Layer(_Folded):
                 bound.gather.run()
             if stacked is None:
                 continue
-            weight_FHK = self.parameters_of(stacked, forward.low, forward.high)
+            weight_FHK = self.weights_of(stacked, forward.low, forward.high)
             torch.div(bound.pulled, forward.sums, out=bound.scaled)
             torch.bmm(weight_FHK.transpose(1, 2), bound.scaled, out=bound.grad)
             bound.grad.mul_(forward.inner)
@@ -330,7 +339,9 @@ class Layer(_Folded):
 
     def add_weight_grad(self, out_PHK: Tensor, scaled_FHB: Tensor, inner_FBK: Tensor, low: int) -> None:
         """Add the gradient of the weights of the folds from `low` on to `out_PHK`, or write it to rows of their own."""
-        if self.accumulate:
+        if self.edges is not None:
+            self.edges.write(out_PHK, torch.bmm(scaled_FHB, inner_FBK), low)
+        elif self.accumulate:
             self.add_rows(out_PHK, torch.bmm(scaled_FHB, inner_FBK), low)
         else:
             torch.bmm(scaled_FHB, inner_FBK, out=self.parameters_of(out_PHK, low, low + len(scaled_FHB)))
@@ -343,18 +354,23 @@ class Layer(_Folded):
         log_FKB = self.log_inner(space.values, 0, self.num_folds)
         pulled_FHB = self.pulled(inner_grad, 0, self.num_folds)
         grad_FKB = self.inner_rows(inner_grad, 0, self.num_folds)
-        weight_FHK = self.parameters_of(stacked, 0, self.num_folds)
+        weight_FHK = self.weights_of(stacked, 0, self.num_folds)
         units = torch.arange(self.inner_units, device=inner_grad.device)
         step = max(1, CACHE_SIZE // self.inner_units)
+        rows, out = self.parameter_rows, weight_grad
+        if self.edges is not None and weight_grad is not None:
+            rows, out = torch.arange(self.num_folds, device=inner_grad.device), torch.zeros_like(weight_FHK)
         for i in range(0, index_FHB.shape[1], step):
             f, h, column = index_FHB[:, i : i + step]
             weight_NK = weight_FHK[f, h]
             ratio_NK = log_FKB[f, :, column] - outer_FHB[f, h, column][:, None]
             flow_NK = (weight_NK.log2() + ratio_NK).exp2() * pulled_FHB[f, h, column][:, None]
             grad_FKB.index_put_((f[:, None], units, column[:, None]), flow_NK, accumulate=True)
-            if weight_grad is not None:
+            if out is not None:
                 exact_NK = torch.where(weight_NK > 0, flow_NK / weight_NK.clamp_min(TINY[weight_NK.dtype]), 0.0)
-                weight_grad.index_put_((self.parameter_rows[f], h), exact_NK, accumulate=True)
+                out.index_put_((rows[f], h), exact_NK, accumulate=True)
+        if self.edges is not None and weight_grad is not None and out is not None:
+            weight_grad += self.edges.take(out)
 
     def pass_down(self, space: GradientSpace, stacked: Tensor | None, out_PH: Tensor | None) -> None:
         """Top-down probabilities: those of the outer units (added to `out_PH`), then those of the inner ones.
@@ -367,4 +383,6 @@ class Layer(_Folded):
             if stacked is None or out_PH is None:
                 continue
             self.add_rows(out_PH, bound.pulled[..., 0], a)
-            torch.bmm(self.parameters_of(stacked, a, b).transpose(1, 2), bound.pulled, out=bound.grad)
+            if self.edges is not None and pass_edges(self.edges.index, stacked, bound.pulled, bound.grad, a):
+                continue
+            torch.bmm(self.weights_of(stacked, a, b).transpose(1, 2), bound.pulled, out=bound.grad)

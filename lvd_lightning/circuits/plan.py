@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from lvd_lightning.circuits.buckets import Shape, merge_shapes
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.graph import CircuitGraph, Node
+from lvd_lightning.circuits.sparse import EdgeIndex, Layout, pays
 
 __all__ = ["Gather", "InputPlan", "LayerPlan", "ParameterGroup", "Plan", "Slot", "compile_plan"]
 
@@ -51,12 +52,16 @@ class Gather:
 
 @dataclass
 class ParameterGroup:
-    """Parameters of one padded shape, stacked: `owners[p]` is the node whose parameters are row p."""
+    """Parameters of one padded shape, stacked: `owners[p]` is the node whose parameters are row p.
+
+    With `edges` there are only those of live edges, one after the other, and one layer that they belong to.
+    """
 
     kind: str
     shape: tuple[int, int]
     distribution: Distribution | None = None
     owners: list[NodeKey] = field(default_factory=list)
+    edges: EdgeIndex | None = None
 
 
 @dataclass
@@ -89,6 +94,16 @@ class LayerPlan:
     gradient: Gather | None = None
 
 
+class Bucket(NamedTuple):
+    """What the nodes of a layer have in common: level, padded outer and inner width, kind."""
+
+    level: int
+    outer: int
+    inner: int
+    is_sum: bool
+    is_sparse: bool
+
+
 @dataclass
 class Plan:
     """Everything that a Circuit needs to run."""
@@ -105,14 +120,15 @@ class Plan:
     is_slim_tree: bool  # every sum mixes the units of one child, every node has one consumer, products are small
 
 
-def compile_plan(graphs: Sequence[CircuitGraph]) -> Plan:
-    """Fold all nodes of one level and shape, over all circuits."""
-    return _Compiler(graphs).run()
+def compile_plan(graphs: Sequence[CircuitGraph], layout: Layout = "dense") -> Plan:
+    """Fold all nodes of one level and shape, over all circuits; `layout` is that of pruned sum nodes."""
+    return _Compiler(graphs, layout).run()
 
 
 class _Compiler:
-    def __init__(self, graphs: Sequence[CircuitGraph]) -> None:
+    def __init__(self, graphs: Sequence[CircuitGraph], layout: Layout) -> None:
         self.graphs = graphs
+        self.layout = layout
         self.inlined: set[NodeKey] = set()
         self.level: dict[NodeKey, int] = {}
         self.base: dict[NodeKey, int] = {}
@@ -165,8 +181,8 @@ class _Compiler:
             return node.num_units
         return sum(self._node((key[0], child)).num_units for child in node.children)
 
-    def _find_buckets(self) -> dict[tuple[int, int, int, bool], list[NodeKey]]:
-        """Nodes to fold: keys are (level, outer width, inner width, is sum), in the order of execution."""
+    def _find_buckets(self) -> dict[Bucket, list[NodeKey]]:
+        """Nodes to fold, in the order of execution."""
         keys = [
             (g, index)
             for g, graph in enumerate(self.graphs)
@@ -174,14 +190,26 @@ class _Compiler:
             if node.kind != "input" and (g, index) not in self.inlined
         ]
         shapes = self._fold_shapes([key for key in keys if self._node(key).kind == "sum"])
-        buckets: dict[tuple[int, int, int, bool], list[NodeKey]] = defaultdict(list)
+        sparse = self._find_sparse(list(shapes))
+        buckets: dict[Bucket, list[NodeKey]] = defaultdict(list)
         for key in keys:
             width = self._node(key).num_units
             outer, inner = shapes.get(key, (width, width))
-            buckets[self.level[key], outer, inner, key in shapes].append(key)
+            buckets[Bucket(self.level[key], outer, inner, key in shapes, key in sparse)].append(key)
         for nodes in buckets.values():  # most factors first, so that later slots of a gather fill a prefix
             nodes.sort(key=lambda key: -self._num_factors(key))
         return dict(sorted(buckets.items()))
+
+    def _find_sparse(self, sums: list[NodeKey]) -> set[NodeKey]:
+        """Sum nodes whose live edges alone are stored: not those of the heads, and none that is tied."""
+        tied = {self._owner(key) for key in sums if self._node(key).tied_to is not None}
+        return {
+            key
+            for key in sums
+            if key[1] != self.graphs[key[0]].root
+            and self._owner(key) not in tied
+            and pays(self._node(key).mask, self.layout)
+        }
 
     def _fold_shapes(self, sums: list[NodeKey]) -> dict[NodeKey, Shape]:
         """The padded shape of every sum node.
@@ -229,7 +257,7 @@ class _Compiler:
             for child in node.children
         )
 
-    def _place_inputs(self, buckets: dict[tuple[int, int, int, bool], list[NodeKey]]) -> list[InputPlan]:
+    def _place_inputs(self, buckets: dict[Bucket, list[NodeKey]]) -> list[InputPlan]:
         """Order input nodes as their first consumers come, so that most gathers of them are plain slices."""
         order: dict[NodeKey, None] = {}
         for nodes in buckets.values():
@@ -286,14 +314,24 @@ class _Compiler:
             rows.append(self.row_of_owner[owner])
         return index, np.array(rows, dtype=np.int64)
 
+    def _sparse_parameters(self, shape: tuple[int, int], nodes: list[NodeKey]) -> tuple[int, Index]:
+        """A group of its own for the live edges of these nodes."""
+        masks = [mask for mask in (self._node(key).mask for key in nodes) if mask is not None]
+        self.groups.append(ParameterGroup("sum", shape, None, list(nodes), EdgeIndex.of(masks, *shape)))
+        return len(self.groups) - 1, np.arange(len(nodes), dtype=np.int64)
+
     def _place_layers(
-        self, buckets: dict[tuple[int, int, int, bool], list[NodeKey]], inputs: list[InputPlan]
+        self, buckets: dict[Bucket, list[NodeKey]], inputs: list[InputPlan]
     ) -> tuple[list[LayerPlan], int, int]:
         values = 2 + sum(len(plan.nodes) * plan.num_units for plan in inputs)
         edges = 1 + len(self.graphs) * max(graph.num_heads for graph in self.graphs)
         layers = []
-        for (_, outer, inner, is_sum), nodes in buckets.items():
-            group, rows = self._parameters("sum", (outer, inner), None, nodes) if is_sum else (-1, NO_ROWS)
+        for (_, outer, inner, is_sum, is_sparse), nodes in buckets.items():
+            group, rows = -1, NO_ROWS
+            if is_sparse:
+                group, rows = self._sparse_parameters((outer, inner), nodes)
+            elif is_sum:
+                group, rows = self._parameters("sum", (outer, inner), None, nodes)
             gather = self._gather_inputs(nodes, inner, edges)
             layers.append(LayerPlan(group, rows, inner, outer, nodes, gather, edges, values))
             for position, key in enumerate(nodes):

@@ -203,7 +203,7 @@ def _descend(
                 inner_FKB.copy_(outer_FHB)
                 continue
             reached_FB, unit_FB = _chosen(outer_FHB)
-            weight_FBK = _rows(layer.parameters_of(tables[layer.group], a, b), unit_FB)
+            weight_FBK = _rows(layer.weights_of(tables[layer.group], a, b), unit_FB)
             score_FKB = layer.log_inner(values, a, b) + weight_FBK.log2().transpose(1, 2)
             if stochastic:  # the exponential race: argmax of log p - log E is a draw from p
                 score_FKB -= torch.empty_like(score_FKB).exponential_(generator=generator).log2()
@@ -218,7 +218,7 @@ def _maximise(layer: Layer, values: Tensor, tables: list[Tensor]) -> None:
         return
     for a, b in _fold_chunks(layer.num_folds, layer.inner_units * values.shape[1]):
         log_FKB = layer.log_inner(values, a, b)
-        log_weight_FHK = layer.parameters_of(tables[layer.group], a, b).log2()
+        log_weight_FHK = layer.weights_of(tables[layer.group], a, b).log2()
         out_FHB = layer.outer_rows(values, a, b)
         for unit in range(layer.outer_units):
             torch.amax(log_FKB + log_weight_FHK[:, unit, :, None], 1, out=out_FHB[:, unit])

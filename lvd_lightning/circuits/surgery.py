@@ -126,7 +126,7 @@ def open_circuit(circuit: Circuit) -> list[OpenGraph]:
     """Every graph of a circuit with its current parameters, as views: replace the arrays, do not write to them."""
     opened = [OpenGraph(structure) for structure in circuit.structures]
     for number, (group, table) in enumerate(zip(circuit.plan.groups, circuit.probabilities(), strict=True)):
-        values = table.detach().cpu().numpy()
+        values = circuit.dense(number, table.detach()).cpu().numpy()
         found = circuit.mask(number)
         mask = np.broadcast_to(True, values.shape) if found is None else found.cpu().numpy()
         for row, (g, index) in enumerate(group.owners):

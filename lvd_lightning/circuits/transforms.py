@@ -135,9 +135,10 @@ def grow(
 
 def _surviving_edges(circuit: Circuit, flows: Flows, number: int, threshold: float) -> tuple[Array, Array]:
     """Renormalised weights of one parameter table and which edges stay, both (P, N, M)."""
-    flow_PNM = flows.tables[number]
-    assert flow_PNM is not None
-    table = circuit.probabilities()[number].detach()
+    flow = flows.tables[number]
+    assert flow is not None
+    flow_PNM = circuit.dense(number, flow)
+    table = circuit.dense(number, circuit.probabilities()[number].detach())
     mask = circuit.mask(number)
     live_PNM = torch.ones_like(table, dtype=torch.bool) if mask is None else mask
     owners = torch.tensor([g for g, _ in circuit.plan.groups[number].owners], device=table.device)

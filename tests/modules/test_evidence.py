@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
+from lvd_lightning.circuits import sparse
 from lvd_lightning.modules import assembled as limits
 from lvd_lightning.modules import evidence as module
 from lvd_lightning.modules.evidence import Candidates, CircuitGroups, EvidenceCache, candidate_table
@@ -71,6 +72,29 @@ class TestGroups:
         for part in groups.circuits:
             assert min(given) <= 8 * rows // part.plan.num_value_rows
         assert max(given) <= 8 * rows // min(part.plan.num_value_rows for part in groups.circuits)
+
+    def test_pruned_circuits_are_refreshed(self, whole: pc.Circuit, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Groups hold live edges only in tables of their own, which are not those of the whole."""
+        monkeypatch.setattr(sparse, "LEAST_WIDTH", 1)
+        generator = torch.Generator().manual_seed(5)
+        graphs = whole.to_graph()
+        for g, graph in enumerate(graphs):
+            for node in graph.nodes:
+                if node.weight is not None and g % 3:
+                    live = torch.rand(node.weight.shape, generator=generator) < 0.5
+                    node.mask = live.scatter_(1, node.weight.argmax(1, keepdim=True), True)
+                    node.weight = node.weight * node.mask / (node.weight * node.mask).sum(1, keepdim=True)
+        pruned = pc.Circuit(graphs)
+        groups = CircuitGroups(pruned, torch.tensor([500, 300, 0, 100, 50, 30, 20]))
+        for circuits in ([pruned], groups.circuits):
+            assert any(group.edges is not None for circuit in circuits for group in circuit.plan.groups)
+        x = torch.randint(4, (200, DIMS), generator=generator)
+        before = pruned.log_prob(x).detach()
+        (-pruned.log_prob(x, head=0).sum()).backward()
+        pc.CircuitEM(pruned, lr=0.9).step()
+        assert not torch.allclose(pruned.log_prob(x)[..., 0], before[..., 0])
+        groups.refresh()
+        self.check(pruned, groups)
 
     def test_heads_of_one_circuit_share_a_pass(self, whole: pc.Circuit, monkeypatch: pytest.MonkeyPatch) -> None:
         """All three heads of circuit 2 for four items take four examples."""

@@ -134,6 +134,39 @@ static void multiply(int64_t m, int64_t n, int64_t depth, const real *a, int64_t
     }
 }
 
+/* ---- products with sparse matrices, on blocks of WIDTH columns ---- */
+
+enum { VECS = WIDTH / LANES, CHAINS = VECS >= 8 ? 1 : 2 }; /* sums in flight hide the time that an addition takes */
+
+/* out (rows, WIDTH) = A B: row r of A has the numbers value[start[r] - start[0]...], or those at `place` of them, in the
+   columns `column`. */
+static inline __attribute__((always_inline)) void multiply_edges(int64_t rows, const int64_t *start,
+                                                                 const uint16_t *column, const int32_t *place,
+                                                                 const real *value, const real *b, real *out) {
+    for (int64_t r = 0; r < rows; r++) {
+        vec sum[CHAINS][VECS];
+        for (int i = 0; i < CHAINS; i++)
+            for (int j = 0; j < VECS; j++) sum[i][j] = (vec){0};
+        int64_t e = start[r];
+        for (; e + CHAINS <= start[r + 1]; e += CHAINS)
+#pragma GCC unroll 2
+            for (int i = 0; i < CHAINS; i++) {
+                const real factor = value[place ? place[e + i] : e + i - start[0]];
+                const real *from = b + (int64_t)column[e + i] * WIDTH;
+#pragma GCC unroll 32
+                for (int j = 0; j < VECS; j++) sum[i][j] += factor * *(const vec *)(from + j * LANES);
+            }
+        for (; e < start[r + 1]; e++) {
+            const real factor = value[place ? place[e] : e - start[0]];
+            const real *from = b + (int64_t)column[e] * WIDTH;
+#pragma GCC unroll 32
+            for (int j = 0; j < VECS; j++) sum[0][j] += factor * *(const vec *)(from + j * LANES);
+        }
+#pragma GCC unroll 32
+        for (int j = 0; j < VECS; j++) *(vec *)(out + r * WIDTH + j * LANES) = sum[0][j] + sum[CHAINS - 1][j] * (CHAINS > 1);
+    }
+}
+
 typedef real four __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real)), may_alias));
 #if defined(__clang__)
 #define PICK(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
@@ -143,6 +176,55 @@ typedef int64_t four_int64 __attribute__((vector_size(32)));
 #define PICK(a, b, i, j, k, l) \
     __builtin_shuffle(a, b, __builtin_choose_expr(sizeof(real) == 4, (four_int32){i, j, k, l}, (four_int64){i, j, k, l}))
 #endif
+
+/* Add the sums of the lanes of four vectors to four numbers. */
+static inline __attribute__((always_inline)) void add_lanes(const vec *part, real *out) {
+    real all[4][LANES];
+    memcpy(all, part, sizeof all);
+    if (LANES < 4) {
+        for (int i = 0; i < 4; i++)
+            for (int lane = 0; lane < LANES; lane++) out[i] += all[i][lane];
+        return;
+    }
+    four sum[4];
+    for (int i = 0; i < 4; i++) {
+        sum[i] = *(const four *)all[i];
+        for (int lane = 4; lane < LANES; lane += 4) sum[i] += *(const four *)(all[i] + lane);
+    }
+    const four ab = PICK(sum[0], sum[1], 0, 4, 1, 5) + PICK(sum[0], sum[1], 2, 6, 3, 7);
+    const four xy = PICK(sum[2], sum[3], 0, 4, 1, 5) + PICK(sum[2], sum[3], 2, 6, 3, 7);
+    *(four *)out += PICK(ab, xy, 0, 1, 4, 5) + PICK(ab, xy, 2, 3, 6, 7);
+}
+
+/* out[e] += the product of row r of A and row column[e] of B, for the edges e of every row r, over `blocks` blocks. */
+static inline __attribute__((always_inline)) void add_products(int64_t rows, const int64_t *start,
+                                                               const uint16_t *column, const real *a, int64_t a_block,
+                                                               const real *b, int64_t b_block, int blocks, real *out) {
+    for (int64_t r = 0; r < rows; r++) {
+        vec left[BLOCKS_AT_ONCE][VECS];
+        for (int k = 0; k < blocks; k++)
+            for (int j = 0; j < VECS; j++) left[k][j] = *(const vec *)(a + k * a_block + r * WIDTH + j * LANES);
+        for (int64_t e = start[r]; e < start[r + 1]; e += 4) {
+            const int count = start[r + 1] - e < 4 ? (int)(start[r + 1] - e) : 4;
+            vec part[4];
+            real found[4] = {0};
+            for (int i = 0; i < 4; i++) {
+                const real *right = b + (int64_t)column[e + (i < count ? i : 0)] * WIDTH;
+                vec sum[BLOCKS_AT_ONCE];
+#pragma GCC unroll 4
+                for (int k = 0; k < blocks; k++) {
+                    sum[k] = left[k][0] * *(const vec *)(right + k * b_block);
+#pragma GCC unroll 32
+                    for (int j = 1; j < VECS; j++) sum[k] += left[k][j] * *(const vec *)(right + k * b_block + j * LANES);
+                }
+                part[i] = sum[0];
+                for (int k = 1; k < blocks; k++) part[i] += sum[k];
+            }
+            add_lanes(part, found);
+            for (int i = 0; i < count; i++) out[e - start[0] + i] += found[i];
+        }
+    }
+}
 
 /* `in` (rows, WIDTH) to `out` (WIDTH, padded), filled up with 0. */
 static void transpose(const real *restrict in, int64_t rows, real *restrict out, int64_t padded) {
@@ -181,8 +263,13 @@ typedef struct { /* sum nodes of one shape and level; value rows are those of pl
     int64_t folds, outer, units; /* F, H, K */
     int64_t first_edge, first_row, first_node; /* places of fold 0 in `inner`, in `sums` and `scaled`, in `peaks` */
     const int64_t *parameter_rows, *grad_rows; /* (F) */
-    const real *weight; /* (P, H, K) */
-    real *weight_grad; /* (., H, K), or null */
+    const real *weight; /* (P, H, K), or of live edges alone */
+    real *weight_grad; /* (., H, K), or of live edges; or null */
+    const int64_t *edge_start; /* (F H + 1): where the live edges of every row start; null: all edges are stored */
+    const uint16_t *edge_column;
+    const int64_t *by_column_start; /* (F K + 1): the same edges by inner unit; their rows, and places in the fold */
+    const uint16_t *by_column_row;
+    const int32_t *by_column_place;
     const int32_t *factor_start, *factor; /* value rows that inner row n is the product of; none: it is 0 */
     const int32_t *target_start; /* (F + 1): value rows that fold f reads, and the inner rows that read each of them */
     const int32_t *target, *source_start, *source;
@@ -259,6 +346,12 @@ static void multiply_factors(const Space *space, const Layer *layer, int64_t uni
     }
 }
 
+/* Where the weights of a fold start. */
+static int64_t first_weight(const Layer *layer, int64_t fold) {
+    if (layer->edge_start) return layer->edge_start[fold * layer->outer];
+    return layer->parameter_rows[fold] * layer->outer * layer->units;
+}
+
 /* One fold and one block: inner units, which are products divided by the largest of them, and their weighted sums. */
 static void forward_item(const void *job, int64_t item, real *scratch) {
     const Space *space = ((const Pass *)job)->space;
@@ -279,9 +372,12 @@ static void forward_item(const void *job, int64_t item, real *scratch) {
     for (int c = 0; c < WIDTH; c++) inverse[c] = 1 / peak[c];
     for (int64_t k = 0; k < units; k++)
         for (int c = 0; c < WIDTH; c++) inner[k * WIDTH + c] *= inverse[c];
-    const real *weight = layer->weight + layer->parameter_rows[fold] * layer->outer * units;
     real *out = space->sums + (block * space->num_sums + layer->first_row + fold * layer->outer) * WIDTH;
-    multiply(layer->outer, WIDTH, units, weight, units, 1, inner, WIDTH, out, WIDTH, 0);
+    const real *weight = layer->weight + first_weight(layer, fold);
+    if (layer->edge_start)
+        multiply_edges(layer->outer, layer->edge_start + fold * layer->outer, layer->edge_column, 0, weight, inner, out);
+    else
+        multiply(layer->outer, WIDTH, units, weight, units, 1, inner, WIDTH, out, WIDTH, 0);
 }
 
 void forward(const Space *space, int threads) {
@@ -395,25 +491,63 @@ static void pass_all_down(const Space *space, const Layer *layer, int64_t fold, 
     }
 }
 
+/* Gradients of the weights of a fold and, divided by its inner units, of these: blocks low..high, all edges stored. */
+static void backward_dense(const Space *space, const Layer *layer, int64_t fold, int64_t low, int64_t high,
+                           real *restrict raw, real *restrict weight_grad, real *restrict transposed) {
+    const int64_t units = layer->units, outer = layer->outer, padded = (units + STRIP - 1) / STRIP * STRIP;
+    const real *weight = layer->weight + first_weight(layer, fold);
+    for (int64_t block = low; block < high; block++) {
+        const real *inner = space->inner + (block * space->num_edges + layer->first_edge + fold * units) * WIDTH;
+        const real *scaled = space->scaled + (block * space->num_sums + layer->first_row + fold * outer) * WIDTH;
+        multiply(units, WIDTH, outer, weight, 1, units, scaled, WIDTH, raw + (block - low) * units * WIDTH, WIDTH, 0);
+        if (!weight_grad) continue;
+        transpose(inner, units, transposed, padded);
+        multiply(outer, units, WIDTH, scaled, WIDTH, 1, transposed, padded, weight_grad, units, 1);
+    }
+}
+
+/* The same for live edges. */
+static void backward_sparse(const Space *space, const Layer *layer, int64_t fold, int64_t low, int64_t high,
+                            real *restrict raw, real *restrict weight_grad) {
+    const int64_t units = layer->units, outer = layer->outer;
+    const int64_t inner_block = space->num_edges * WIDTH, scaled_block = space->num_sums * WIDTH;
+    const real *inner = space->inner + low * inner_block + (layer->first_edge + fold * units) * WIDTH;
+    const real *scaled = space->scaled + low * scaled_block + (layer->first_row + fold * outer) * WIDTH;
+    const real *weight = layer->weight + first_weight(layer, fold);
+    const int64_t *start = layer->edge_start + fold * outer;
+    for (int64_t block = 0; block < high - low; block++)
+        multiply_edges(units, layer->by_column_start + fold * units, layer->by_column_row, layer->by_column_place, weight,
+                       scaled + block * scaled_block, raw + block * units * WIDTH);
+    if (!weight_grad) return;
+    if (high - low == BLOCKS_AT_ONCE) {
+        add_products(outer, start, layer->edge_column, scaled, scaled_block, inner, inner_block, BLOCKS_AT_ONCE,
+                     weight_grad);
+        return;
+    }
+    for (int64_t block = 0; block < high - low; block++)
+        add_products(outer, start, layer->edge_column, scaled + block * scaled_block, 0, inner + block * inner_block, 0,
+                     1, weight_grad);
+}
+
 /* One fold: gradients of its weights and of all rows that it reads. */
 static void backward_item(const void *job, int64_t fold, real *scratch) {
     const Space *space = ((const Pass *)job)->space;
     const Layer *layer = ((const Pass *)job)->layer;
-    const int64_t units = layer->units, outer = layer->outer, padded = (units + STRIP - 1) / STRIP * STRIP;
-    const real *weight = layer->weight + layer->parameter_rows[fold] * outer * units;
-    real *weight_grad = layer->weight_grad ? layer->weight_grad + layer->grad_rows[fold] * outer * units : 0;
-    real *raw = scratch, *transposed = scratch + BLOCKS_AT_ONCE * units * WIDTH;
-    if (weight_grad) memset(weight_grad, 0, outer * units * sizeof(real));
+    const int64_t units = layer->units, outer = layer->outer, *start = layer->edge_start;
+    real *raw = scratch, *transposed = scratch + BLOCKS_AT_ONCE * units * WIDTH, *weight_grad = 0;
+    if (layer->weight_grad && start) {
+        weight_grad = layer->weight_grad + first_weight(layer, fold);
+        memset(weight_grad, 0, (start[(fold + 1) * outer] - start[fold * outer]) * sizeof(real));
+    } else if (layer->weight_grad) {
+        weight_grad = layer->weight_grad + layer->grad_rows[fold] * outer * units;
+        memset(weight_grad, 0, outer * units * sizeof(real));
+    }
     for (int64_t low = 0; low < space->blocks; low += BLOCKS_AT_ONCE) {
         const int64_t high = low + BLOCKS_AT_ONCE < space->blocks ? low + BLOCKS_AT_ONCE : space->blocks;
-        for (int64_t block = low; block < high; block++) {
-            const real *inner = space->inner + (block * space->num_edges + layer->first_edge + fold * units) * WIDTH;
-            const real *scaled = space->scaled + (block * space->num_sums + layer->first_row + fold * outer) * WIDTH;
-            multiply(units, WIDTH, outer, weight, 1, units, scaled, WIDTH, raw + (block - low) * units * WIDTH, WIDTH, 0);
-            if (!weight_grad) continue;
-            transpose(inner, units, transposed, padded);
-            multiply(outer, units, WIDTH, scaled, WIDTH, 1, transposed, padded, weight_grad, units, 1);
-        }
+        if (start)
+            backward_sparse(space, layer, fold, low, high, raw, weight_grad);
+        else
+            backward_dense(space, layer, fold, low, high, raw, weight_grad, transposed);
         pass_all_down(space, layer, fold, low, high, raw);
     }
 }
@@ -465,10 +599,38 @@ void collect_ties(const Leaf *leaf, int64_t rows, const int64_t *fold_start, con
     run_items(tied_item, &ties, rows * leaf->units, size, threads, 0, 0);
 }
 
+/* ---- top-down probabilities through live edges ---- */
+
+typedef struct {
+    int64_t outer, units;
+    const int64_t *start; /* (F H + 1) */
+    const uint16_t *column;
+    const real *weight, *from; /* of the edges; (F, H) */
+    real *out; /* (F, K) */
+} Edges;
+
+static void edges_item(const void *job, int64_t fold, real *scratch) {
+    const Edges *edges = job;
+    real *restrict out = edges->out + fold * edges->units;
+    (void)scratch;
+    memset(out, 0, edges->units * sizeof(real));
+    for (int64_t r = fold * edges->outer; r < (fold + 1) * edges->outer; r++)
+        for (int64_t e = edges->start[r]; e < edges->start[r + 1]; e++)
+            out[edges->column[e]] += edges->weight[e] * edges->from[r];
+}
+
+/* out[k] = the sum of from[h] times the weight of edge (h, k), for folds that start at `start`. */
+void pass_edges(int64_t folds, int64_t outer, int64_t units, const int64_t *start, const uint16_t *column,
+                const real *weight, const real *from, real *out, int threads) {
+    const Edges edges = {outer, units, start, column, weight, from, out};
+    run_items(edges_item, &edges, folds, start[folds * outer] - start[0], threads, 0, 0);
+}
+
 /* ---- EM updates: rows of a table, (rows, Y) ---- */
 
 typedef struct {
     int64_t rows, width, rows_per_item;
+    const int64_t *starts; /* (rows + 1): rows of unequal length; null: all are `width` long */
     real *theta;
     const real *grad; /* of the loss: minus flow / parameter; null: no new flows */
     const uint8_t *live; /* (rows, Y), or null: all */
@@ -480,9 +642,8 @@ typedef struct {
     double momentum, forgotten; /* flows up to `forgotten` become 0; below 0: none do */
 } Update;
 
-/* Add `added` in equal parts to the live alternatives, and keep the floor. */
-static void settle(const Update *update, real *restrict theta, const uint8_t *restrict live, real added) {
-    const int64_t n = update->width;
+/* Add `added` in equal parts to the live ones of n alternatives, and keep the floor. */
+static void settle(const Update *update, int64_t n, real *restrict theta, const uint8_t *restrict live, real added) {
     if (added != 0 && live) {
         int64_t count = 0;
         for (int64_t i = 0; i < n; i++) count += live[i];
@@ -502,8 +663,8 @@ static real positive(real value) {
 }
 
 /* (1 - s) theta + s (F + a / |ch|) / (sum F + a). Rows without flow stay; NaN spreads. */
-static void em_row(const Update *update, real *restrict theta, const real *restrict grad, const uint8_t *live) {
-    const int64_t n = update->width;
+static void em_row(const Update *update, int64_t n, real *restrict theta, const real *restrict grad,
+                   const uint8_t *live) {
     const real step = (real)update->step, pseudocount = (real)update->pseudocount;
     real total = 0;
 #pragma omp simd reduction(+ : total)
@@ -511,13 +672,12 @@ static void em_row(const Update *update, real *restrict theta, const real *restr
     if (total <= 0) return;
     const real rate = step / positive(total + pseudocount), keep = 1 - step;
     for (int64_t i = 0; i < n; i++) theta[i] = theta[i] * keep - theta[i] * grad[i] * rate;
-    settle(update, theta, live, rate * pseudocount);
+    settle(update, n, theta, live, rate * pseudocount);
 }
 
 /* (s F + TD theta + a / |ch|) / (the sum of that), with F the moving average and TD scaled. Rows without flow stay. */
-static void anemone_row(const Update *update, real *restrict theta, const real *restrict grad, const uint8_t *live,
-                        real *restrict flow, const real *scale) {
-    const int64_t n = update->width;
+static void anemone_row(const Update *update, int64_t n, real *restrict theta, const real *restrict grad,
+                        const uint8_t *live, real *restrict flow, const real *scale) {
     const real momentum = (real)update->momentum, fresh = (real)(1 - update->momentum), forgotten = (real)update->forgotten;
     if (grad)
         for (int64_t i = 0; i < n; i++) flow[i] = flow[i] * momentum - fresh * theta[i] * grad[i];
@@ -531,7 +691,7 @@ static void anemone_row(const Update *update, real *restrict theta, const real *
     const real step = (real)update->step, pseudocount = (real)update->pseudocount;
     const real weight = positive(step * total + *scale + pseudocount), keep = *scale / weight, rate = step / weight;
     for (int64_t i = 0; i < n; i++) theta[i] = theta[i] * keep + flow[i] * rate;
-    settle(update, theta, live, pseudocount / weight);
+    settle(update, n, theta, live, pseudocount / weight);
 }
 
 static void update_item(const void *job, int64_t item, real *scratch) {
@@ -539,14 +699,15 @@ static void update_item(const void *job, int64_t item, real *scratch) {
     (void)scratch;
     const int64_t low = item * update->rows_per_item, stop = low + update->rows_per_item;
     for (int64_t row = low; row < stop && row < update->rows; row++) {
-        const int64_t place = row * update->width;
+        const int64_t place = update->starts ? update->starts[row] : row * update->width;
+        const int64_t n = update->starts ? update->starts[row + 1] - place : update->width;
         const real *grad = update->grad ? update->grad + place : 0;
         const uint8_t *live = update->live ? update->live + place : 0;
         if (update->flow)
-            anemone_row(update, update->theta + place, grad, live, update->flow + place,
+            anemone_row(update, n, update->theta + place, grad, live, update->flow + place,
                         update->scale ? update->scale + row : 0);
         else
-            em_row(update, update->theta + place, grad, live);
+            em_row(update, n, update->theta + place, grad, live);
     }
 }
 

@@ -53,6 +53,8 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("folds", "outer", "units", "first_edge", "first_row", "first_node")),
         *((name, c_void_p) for name in ("parameter_rows", "grad_rows", "weight", "weight_grad")),
+        *((name, c_void_p) for name in ("edge_start", "edge_column")),
+        *((name, c_void_p) for name in ("by_column_start", "by_column_row", "by_column_place")),
         *((name, c_void_p) for name in ("factor_start", "factor", "target_start", "target", "source_start", "source")),
     )
 
@@ -158,6 +160,11 @@ class FusedWorkspace:
             node += layer.num_folds
             struct.parameter_rows = layer.parameter_rows.data_ptr()
             struct.grad_rows = (self.own_rows if layer.accumulate else layer.parameter_rows).data_ptr()
+            if layer.edges is not None:
+                edges = layer.edges.index
+                struct.edge_start, struct.edge_column = edges.start.ctypes.data, edges.column.ctypes.data
+                struct.by_column_start = edges.by_column_start.ctypes.data
+                struct.by_column_row, struct.by_column_place = edges.outer.ctypes.data, edges.place.ctypes.data
             for name in ("factor_start", "factor", "target_start", "target", "source_start", "source"):
                 setattr(struct, name, getattr(index, name).ctypes.data)
         self.space.leaves, self.space.layers = ctypes.addressof(self.leaf_structs), ctypes.addressof(self.layer_structs)

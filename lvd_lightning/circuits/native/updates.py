@@ -22,7 +22,7 @@ ITEM_SIZE = 1 << 14
 class _Update(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("rows", "width", "rows_per_item")),
-        *((name, c_void_p) for name in ("theta", "grad", "live")),
+        *((name, c_void_p) for name in ("starts", "theta", "grad", "live")),
         ("floor", c_int64),
         *((name, c_double) for name in ("step", "pseudocount")),
         *((name, c_void_p) for name in ("flow", "scale")),
@@ -42,6 +42,7 @@ def update_table(
     scale_PX1: Tensor | None = None,
     momentum: float = 0.0,
     forgotten: float = -1.0,
+    starts: Tensor | None = None,
 ) -> bool:
     """An M-step in place, if the kernels can do it; False, with nothing done, if not.
 
@@ -59,15 +60,21 @@ def update_table(
         scale_PX1: what a row's parameters weigh.
         momentum: of the moving averages.
         forgotten: averages up to this become 0; nothing below 0.
+        starts: for rows of unequal length, one after the other in flat tensors: where each begins and the last one
+            ends, int64 (rows + 1).
     """
-    given = [tensor for tensor in (theta_PXY, grad_PXY, mask_PXY, flow_PXY, scale_PX1) if tensor is not None]
+    given = [tensor for tensor in (theta_PXY, grad_PXY, mask_PXY, flow_PXY, scale_PX1, starts) if tensor is not None]
     found = library(theta_PXY.dtype)
     if found is None or not suits(given):
         return False
-    if any(tensor.dtype != theta_PXY.dtype for tensor in given if tensor is not mask_PXY):
+    if any(tensor.dtype != theta_PXY.dtype for tensor in given if tensor is not mask_PXY and tensor is not starts):
         return False
-    rows, width = theta_PXY[..., 0].numel(), theta_PXY.shape[-1]
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in (theta_PXY, grad_PXY, mask_PXY)]
+    if starts is None:
+        rows, width = theta_PXY[..., 0].numel(), theta_PXY.shape[-1]
+    else:
+        rows = len(starts) - 1
+        width = max(1, len(theta_PXY) // rows)
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in (starts, theta_PXY, grad_PXY, mask_PXY)]
     averages = [None if tensor is None else tensor.data_ptr() for tensor in (flow_PXY, scale_PX1)]
     rows_per_item = max(1, ITEM_SIZE // width)
     update = _Update(rows, width, rows_per_item, *pointers, floor, step, pseudocount, *averages, momentum, forgotten)
