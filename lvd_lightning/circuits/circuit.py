@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lvd_lightning.circuits import layers, queries
 from lvd_lightning.circuits.graph import CircuitGraph, Node
+from lvd_lightning.circuits.kronecker import KroneckerLayer
 from lvd_lightning.circuits.layers import TINY, InputLayer, Layer
 from lvd_lightning.circuits.log_prob import Lease, LogProb
 from lvd_lightning.circuits.native.passes import FusedWorkspace, LayerIndex
@@ -94,6 +95,8 @@ class Circuit(nn.Module):
         groups = self.plan.groups
         self.layers = nn.ModuleList(
             Layer(plan, number, groups[plan.group].edges if plan.group >= 0 else None)
+            if plan.grid is None
+            else KroneckerLayer(plan, number)
             for number, plan in enumerate(self.plan.layers)
         )
         self._mark_shared_rows()
