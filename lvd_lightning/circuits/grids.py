@@ -17,8 +17,8 @@ __all__ = ["LEAST_LINEAR", "LEAST_UNITS", "Grid", "factor_rows", "grid_of"]
 
 #: (I, J).
 Grid = tuple[int, int]
-#: Products with fewer units are stored. From 9 on the rows are fewer, and a step takes as long or, soon, less.
-LEAST_UNITS = 9
+#: Products with fewer units are stored. From here on a step takes less memory, and no more time.
+LEAST_UNITS = 25
 #: The same where linear values would do (trees over tables), which are faster: a step takes as long from here on.
 LEAST_LINEAR = 256
 

@@ -123,7 +123,7 @@ def gradients(circuit: pc.Circuit, x: Tensor, **settings: Any) -> list[Tensor]:
     """What flows along all parameters, in the order of the nodes of the graphs."""
     circuit.zero_grad()
     log_p = circuit.log_prob(x, **settings)
-    factors = torch.rand(log_p.shape, generator=seeded(2))
+    factors = torch.rand(log_p.shape, generator=seeded(2)).to(log_p.device)
     torch.where(log_p > -torch.inf, log_p * factors, 0.0).sum().backward()
     found = {}
     for group, table in zip(circuit.plan.groups, circuit.tables, strict=True):
@@ -378,15 +378,38 @@ def test_logits(stored: Compile, implicit: Compile) -> None:
     check_equal(one, other, examples(one))
 
 
+def test_pieces_cover_everything_once(implicit: Compile) -> None:
+    """All folds and examples, in scratch memory that is made for them, on whatever device."""
+    circuit = implicit(rat(pc.Categorical(VALUES)))
+    for layer in circuit.layers:
+        if isinstance(layer, KroneckerLayer):
+            for device, batch in itertools.product((torch.device("cpu"), torch.device("cuda")), (1, 7, 100_000)):
+                seen = torch.zeros(layer.num_folds, batch, dtype=torch.int64)
+                for a, b, c, d in layer._pieces(batch, device):
+                    seen[a:b, c:d] += 1
+                    size = (b - a) * (d - c) * layer.inner_units
+                    assert size <= layer.scratch_size(batch, device, backward=False)
+                assert bool((seen == 1).all())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(graphs: Any, implicit: Compile) -> None:
+    one, other = implicit(graphs), implicit(graphs).cuda()
+    x = examples(one)
+    torch.testing.assert_close(other.log_prob(x.cuda()).cpu(), one.log_prob(x), rtol=1e-10, atol=1e-10)
+    for a, b in zip(gradients(one, x), gradients(other, x.cuda()), strict=True):
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-9, atol=1e-10)
+
+
 def test_rows_grow_with_the_units_not_their_square() -> None:
     """Two partitions of the root, of six variables each: without stored products, at the sizes where that pays."""
     rows = {}
-    for units in (2, 3, 16, 32):
+    for units in (4, 5, 16, 32):
         circuit = pc.Circuit(rat(pc.Categorical(2), size=6, units=units, heads=1))
         rows[units] = circuit.plan.num_edge_rows - 2
         parts = sum(len(node.children) for node in circuit.structures[0].nodes if node.kind == "sum")
-        assert rows[units] >= parts * (units**2 if units == 2 else 2 * units)  # and padding
-        assert bool(circuit.plan.implicit) == (units > 2)
+        assert rows[units] >= parts * (units**2 if units == 4 else 2 * units)  # and padding
+        assert bool(circuit.plan.implicit) == (units > 4)
     assert rows[32] == 2 * rows[16]
 
 
