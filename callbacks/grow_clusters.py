@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from callbacks.structure_edit import StructureEdit
@@ -58,6 +58,15 @@ class GrowClusters(StructureEdit):
         if not sigma >= 0:
             raise ValueError(f"sigma: got {sigma}, expected 0 or more")
         self.target, self.share, self.min_examples, self.sigma = target, share, min_examples, sigma
+
+    @override
+    def check_module(self, module: LightningModule) -> None:
+        super().check_module(module)
+        if isinstance(module, ConditionalStudent) and not module.structure.grows:
+            raise ValueError(
+                "GrowClusters: circuits with Kronecker products do not grow; set structure_settings.product: hadamard, "
+                "or leave this callback away (Prune and ReassignClusters work)"
+            )
 
     @override
     def edit(self, trainer: Trainer, student: ConditionalStudent) -> Mapping[str, float]:

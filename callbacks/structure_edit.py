@@ -52,14 +52,18 @@ class StructureEdit(Callback):
         """Edit the circuits; figures for the loggers."""
         raise TypeError(f"{type(self).__name__} is abstract")
 
+    def check_module(self, module: LightningModule) -> None:
+        """Raise a ValueError for a student whose circuits cannot be edited; called before any stage runs."""
+        if isinstance(module, ConditionalStudent) and not module.hparams["tied"]:
+            raise ValueError(f"{type(self).__name__}: only circuits that positions share are edited; set tied: true")
+
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot work before an epoch is spent on it."""
         if not isinstance(pl_module, ConditionalStudent):
             return
         name = type(self).__name__
-        if not pl_module.hparams["tied"]:
-            raise ValueError(f"{name}: only circuits that positions share are edited; set tied: true")
+        self.check_module(pl_module)
         self._check_order(trainer)
         epochs = [epoch for epoch in range(trainer.max_epochs or 0) if self.should_act(epoch)]
         if not epochs:

@@ -127,6 +127,7 @@ def _stage(
         datamodule(data),
         model=partial(make, StageModule, settings["model"]),
         trainer=partial(_trainer_arguments, trainer, str(config["name"])),
+        callbacks=partial(_callbacks, trainer),
     )
 
 
@@ -184,10 +185,21 @@ def _trainer_arguments(trainer: Mapping[str, Any], experiment: str, folder: Path
     parser = _trainer_parser()
     made = parser.instantiate(_parsed(parser, {"trainer": _without_loggers(trainer)})).trainer
     arguments = {key: made[key] for key in trainer if key in made}
-    if arguments.get("callbacks") is not None and not isinstance(arguments["callbacks"], list):
-        arguments["callbacks"] = [arguments["callbacks"]]
+    if arguments.get("callbacks") is not None:
+        arguments["callbacks"] = _as_list(arguments["callbacks"])
     loggers = [make(Logger, _placed(logger, experiment, folder)) for logger in _logger_configs(trainer)]
     return {**arguments, "logger": loggers}
+
+
+def _callbacks(trainer: Mapping[str, Any]) -> list[Any]:
+    """The callbacks alone, made afresh."""
+    parser = _trainer_parser()
+    values = {key: value for key, value in trainer.items() if key == "callbacks"}
+    return _as_list(parser.instantiate(_parsed(parser, {"trainer": values})).trainer.get("callbacks"))
+
+
+def _as_list(found: Any) -> list[Any]:
+    return [] if found is None else found if isinstance(found, list) else [found]
 
 
 def _without_loggers(trainer: Mapping[str, Any]) -> dict[str, Any]:

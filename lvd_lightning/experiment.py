@@ -39,6 +39,8 @@ class Stage:
     data: makes the datamodule; stages that hold the same function share one datamodule.
     model, trainer: make the module and the arguments of its Trainer (given the stage's folder); or else
     function: does the whole work of a stage that needs no Trainer, and returns figures for the report.
+    callbacks: makes the callbacks that are among the Trainer's arguments; those with a method `check_module` are shown
+        the module before any stage runs, and raise a ValueError if they cannot work on it.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Stage:
     model: Callable[[], StageModule] | None = None
     trainer: Callable[[Path], dict[str, Any]] = field(default=lambda folder: {})
     function: Callable[[StageContext], dict[str, float]] | None = None
+    callbacks: Callable[[], list[Any]] = list
 
 
 @dataclass(frozen=True)

@@ -112,11 +112,17 @@ class Pipeline:
             print(text, flush=True)
 
     def _check(self, stage: Stage) -> None:
-        """Make a stage's module before any stage runs: what is wrong with it is said at once, not after hours."""
+        """Make a stage's module before any stage runs: what is wrong with it is said at once, not after hours.
+
+        So is what a callback that would edit it says about it.
+        """
         if stage.model is not None and not (self.experiment.run_dir / stage.name / DONE_MARKER).is_file():
             with torch.random.fork_rng(devices=[]):
                 try:
-                    stage.model()
+                    module = stage.model()
+                    for check in (getattr(callback, "check_module", None) for callback in stage.callbacks()):
+                        if check is not None:
+                            check(module)
                 except ValueError as error:
                     raise ValueError(f"stages.{stage.name}: {error}") from error
 

@@ -205,6 +205,12 @@ def test_mistakes_are_one_line(
             "    trainer: {callbacks: [{class_path: callbacks.Prune, init_args: {every_n_epochs: 0}}]}",
             "every_n_epochs: got 0",
         ),
+        (
+            "model: {class_path: lvd_lightning.modules.ConditionalStudent, init_args: {structure: poon_domingos,\n"
+            "      structure_settings: {product: kronecker}}}\n"
+            "    trainer: {callbacks: [{class_path: callbacks.GrowClusters, init_args: {target: 3}}]}",
+            "GrowClusters: circuits with Kronecker products do not grow; set structure_settings.product: hadamard",
+        ),
     ],
 )
 def test_mistakes_of_later_stages_come_before_the_first_one_runs(

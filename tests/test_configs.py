@@ -18,6 +18,7 @@ CONFIGS = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
 OVERLAYS = {
     **{"baseline": "folder", "pixels": "folder", "small": "folder_pg", "wandb": "photos"},
     **{"per_position": "lvd_imagenet32", "untied": "lvd_imagenet32"},
+    **{"poon_domingos": "folder", "rat_spn": "folder_pg"},  # the latter also grows
     **dict.fromkeys(("codes", "convolutional", "mae", "paper_protocol"), "imagenet32"),
     **dict.fromkeys(("no_growing", "patch2", "patch8"), "cifar10"),
 }

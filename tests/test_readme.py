@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from lvd_lightning.cli import parse
 from lvd_lightning.configuration import experiment_from
 
 README = Path(__file__).parents[1] / "README.md"
+STRUCTURES = README.parent / "docs" / "structures.md"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+def blocks(language: str, page: Path = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def commands() -> list[str]:
@@ -31,6 +33,27 @@ def test_python() -> None:
     (code,) = blocks("python")
     exec(compile(code, str(README), "exec"), names)
     assert names["larger"].num_heads == 2
+
+
+def test_larger_circuit_of_the_page_on_structures() -> None:
+    """It is the sum over the latents: of p(z_0) p(z_1 | z_0) p(z_2 | z_0) and a head of every leaf."""
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    (code,) = blocks("python", STRUCTURES)
+    exec(compile(code, str(STRUCTURES), "exec"), names)
+    x = torch.randint(8, (6, 12))
+    root, first, second = (names[name] / names[name].sum(1, keepdim=True) for name in ("p_root", "p_first", "p_second"))
+    given = [pc.Circuit(leaf).log_prob(x[:, 4 * i : 4 * i + 4]).exp() for i, leaf in enumerate(names["leaves"])]
+    expected = torch.einsum("bi,bj,bk,i,ij,ik->b", *given, root[0], first, second)
+    torch.testing.assert_close(names["circuit"].log_prob(x)[:, 0], expected.log())
+
+
+def test_structures_in_a_config(tmp_path: Path) -> None:
+    (text,) = blocks("yaml", STRUCTURES)
+    (tmp_path / "over.yaml").write_text(text)
+    stages = parse(["fit", "--config", "photos", "--config", str(tmp_path / "over.yaml")])[1]["stages"]
+    assert stages["conditional"]["model"]["init_args"]["structure"] == "rat_spn"
+    experiment_from(parse(["fit", "--config", "photos", "--config", str(tmp_path / "over.yaml")])[1])
 
 
 @pytest.mark.parametrize("command", commands())

@@ -25,6 +25,7 @@ from lvd_lightning.circuits.structures import (
     mixture,
     poon_domingos,
     rat_spn,
+    regions_from_data,
 )
 from lvd_lightning.circuits.transforms import grow, prune
 
@@ -56,6 +57,7 @@ __all__ = [
     "poon_domingos",
     "prune",
     "rat_spn",
+    "regions_from_data",
     "save",
     "to_pyjuice",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lvd_lightning.circuits import fused_gpu, layers, queries
 from lvd_lightning.circuits.graph import CircuitGraph, Node
+from lvd_lightning.circuits.kronecker import KroneckerLayer
 from lvd_lightning.circuits.late_checks import LateCheck, is_late
 from lvd_lightning.circuits.layers import TINY, InputLayer, Layer
 from lvd_lightning.circuits.log_prob import Lease, LogProb
@@ -95,6 +96,8 @@ class Circuit(nn.Module):
         groups = self.plan.groups
         self.layers = nn.ModuleList(
             Layer(plan, number, groups[plan.group].edges if plan.group >= 0 else None)
+            if plan.grid is None
+            else KroneckerLayer(plan, number)
             for number, plan in enumerate(self.plan.layers)
         )
         self._mark_shared_rows()

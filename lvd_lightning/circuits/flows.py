@@ -137,15 +137,20 @@ class Flows:
             pulled_FH = layer.pulled(inner_E1, 0, layer.num_folds)
             values_V[layer.outer_start : layer.outer_start + pulled_FH.numel()] = pulled_FH.reshape(-1)
         values, inner = values_V.cpu().numpy(), self.inner_E.cpu().numpy()
-        return [
-            [
-                inner[plan.inner[g, index]]
-                if node.kind == "product"
-                else values[plan.base[g, index] : plan.base[g, index] + node.num_units]
-                for index, node in enumerate(structure.nodes)
-            ]
-            for g, structure in enumerate(self.circuit.structures)
-        ]
+        out: list[list[NDArray[np.float64]]] = []
+        for g, structure in enumerate(self.circuit.structures):
+            implicit = self._implicit_units(g)
+            out.append(
+                [
+                    values[plan.base[g, index] : plan.base[g, index] + node.num_units]
+                    if node.kind != "product"
+                    else implicit[index]
+                    if index in implicit
+                    else inner[plan.inner[g, index]]
+                    for index, node in enumerate(structure.nodes)
+                ]
+            )
+        return out
 
     def check(self, circuit: Circuit) -> None:
         """Raise a ValueError unless these are flows of a circuit with the structure of `circuit`."""
@@ -158,6 +163,16 @@ class Flows:
             raise ValueError(
                 "flows: were counted in a circuit of another structure; count them again in the circuit to be changed"
             )
+
+    def _implicit_units(self, circuit: int) -> dict[int, NDArray[np.float64]]:
+        """The flows of products without rows in E: what flows to them from the sum that alone mixes them."""
+        out = {}
+        for (g, index), (layer, fold, first) in self.circuit.plan.implicit.items():
+            if g == circuit:
+                _, consumer = self.circuit.plan.layers[layer].nodes[fold]
+                size = self.circuit.structures[g].nodes[index].num_units
+                out[index] = self.edges(consumer, g)[:, first : first + size].sum(0).cpu().numpy()
+        return out
 
     def _add_chunk(self, x: Tensor, observed: Tensor | None, head_GB: Tensor, weight_GB: Tensor) -> None:
         circuit = self.circuit

@@ -14,7 +14,7 @@ every step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -177,6 +177,7 @@ class Layer(_Folded):
         self.is_sum = plan.group >= 0
         self.inner_units, self.outer_units = plan.inner_units, plan.outer_units
         self.width = max(plan.inner_units, plan.outer_units)
+        self.edge_units = plan.inner_units  # rows of E per fold
         self.inner_start, self.outer_start = plan.inner_start, plan.outer_start
         self.inputs = GatherRows(plan.inputs)
         self.gradient = GatherRows(plan.gradient)
@@ -187,11 +188,15 @@ class Layer(_Folded):
             return self.edges.dense(stacked, low, high)
         return self.parameters_of(stacked, low, high)
 
+    def scratch_size(self, batch: int, device: torch.device, backward: bool) -> int:
+        """Numbers of scratch memory that a pass over this layer needs."""
+        return (self.gradient if backward else self.inputs).largest_part() * batch
+
     def inner_rows(self, inner: Tensor, low: int, high: int) -> Tensor:
         """Inner rows of folds low..high of an E matrix, shape (F, K, B)."""
         start = self.inner_start
-        rows = inner[start + low * self.inner_units : start + high * self.inner_units]
-        return rows.view(high - low, self.inner_units, -1)
+        rows = inner[start + low * self.edge_units : start + high * self.edge_units]
+        return rows.view(high - low, self.edge_units, -1)
 
     def outer_rows(self, values: Tensor, low: int, high: int) -> Tensor:
         """Outer rows of folds low..high of a V matrix, shape (F, H, B)."""
@@ -203,6 +208,22 @@ class Layer(_Folded):
         """Log-values (base 2) of the inner units of folds low..high, shape (F, K, B)."""
         rows = self.inputs.dense(values, low * self.inner_units, high * self.inner_units)
         return rows.view(high - low, self.inner_units, -1)
+
+    def read_inner(self, values: Tensor, low: int, high: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function that gives `log_inner` of folds low..high for entries (fold, column): (N,), (N,) to (N, K)."""
+        log_FKB = self.log_inner(values, low, high)
+        return lambda fold, column: log_FKB[fold, :, column]
+
+    def add_flows(self, inner: Tensor, fold: Tensor, column: Tensor, flow_NK: Tensor) -> None:
+        """Add the flows of the inner units of entries to an E matrix."""
+        units = torch.arange(self.inner_units, device=inner.device)
+        index = (fold[:, None], units, column[:, None])
+        self.inner_rows(inner, 0, self.num_folds).index_put_(index, flow_NK, accumulate=True)
+
+    def choose(self, active: Tensor, low: int, high: int, unit_FB: Tensor, reached_FB: Tensor) -> None:
+        """Mark in an E matrix of zeros the chosen inner unit of every reached fold of low..high."""
+        rows_FKB = self.inner_rows(active, low, high)
+        rows_FKB.scatter_(1, unit_FB[:, None], reached_FB[:, None].to(active.dtype))
 
     def pulled(self, inner_grad: Tensor, low: int, high: int) -> Tensor:
         """Gradient for the outer units of folds low..high, shape (F, H, B)."""
@@ -305,11 +326,11 @@ class Layer(_Folded):
     def _mend_underflow(self, space: Workspace, weight_FHK: Tensor, bound: BoundForward) -> None:
         """Compute sums that underflowed again, entry by entry in log space."""
         f, h, column = (bound.sums < TINY[bound.sums.dtype]).nonzero(as_tuple=True)
-        log_FKB = self.log_inner(space.values, bound.low, bound.high)
+        log_inner = self.read_inner(space.values, bound.low, bound.high)
         step = max(1, CACHE_SIZE // self.inner_units)
         for i in range(0, len(f), step):
             at = slice(i, i + step)
-            terms_NK = weight_FHK[f[at], h[at]].log() + log_FKB[f[at], :, column[at]] / BITS_PER_NAT
+            terms_NK = weight_FHK[f[at], h[at]].log() + log_inner(f[at], column[at]) / BITS_PER_NAT
             bound.out[f[at], h[at], column[at]] = terms_NK.logsumexp(1) * BITS_PER_NAT
         bound.sums[f, h, column] = torch.inf  # gradient / inf = 0: the dense backward pass leaves them out
         possible = bound.out[f, h, column] > -torch.inf
@@ -351,11 +372,9 @@ class Layer(_Folded):
     ) -> None:
         """Add what the entries computed in log space contribute."""
         outer_FHB = self.outer_rows(space.values, 0, self.num_folds)
-        log_FKB = self.log_inner(space.values, 0, self.num_folds)
+        log_inner = self.read_inner(space.values, 0, self.num_folds)
         pulled_FHB = self.pulled(inner_grad, 0, self.num_folds)
-        grad_FKB = self.inner_rows(inner_grad, 0, self.num_folds)
         weight_FHK = self.weights_of(stacked, 0, self.num_folds)
-        units = torch.arange(self.inner_units, device=inner_grad.device)
         step = max(1, CACHE_SIZE // self.inner_units)
         rows, out = self.parameter_rows, weight_grad
         if self.edges is not None and weight_grad is not None:
@@ -363,9 +382,9 @@ class Layer(_Folded):
         for i in range(0, index_FHB.shape[1], step):
             f, h, column = index_FHB[:, i : i + step]
             weight_NK = weight_FHK[f, h]
-            ratio_NK = log_FKB[f, :, column] - outer_FHB[f, h, column][:, None]
+            ratio_NK = log_inner(f, column) - outer_FHB[f, h, column][:, None]
             flow_NK = (weight_NK.log2() + ratio_NK).exp2() * pulled_FHB[f, h, column][:, None]
-            grad_FKB.index_put_((f[:, None], units, column[:, None]), flow_NK, accumulate=True)
+            self.add_flows(inner_grad, f, column, flow_NK)
             if out is not None:
                 exact_NK = torch.where(weight_NK > 0, flow_NK / weight_NK.clamp_min(TINY[weight_NK.dtype]), 0.0)
                 out.index_put_((rows[f], h), exact_NK, accumulate=True)

@@ -5,8 +5,8 @@ how rows are computed from other rows; `layers.py` runs it.
 
 Row space V (values): row 0 is log 1, row 1 is log 0, then the input layers, then sum and product layers level by level.
 Row space E (edges' inner ends): row 0 is unused (zero gradient), then one row per head and circuit, then, for every sum
-layer, the product units that it mixes, and for every stored product layer its units. Forward passes gather E from V;
-backward passes gather the gradient of V from that of E.
+layer, the product units that it mixes (where these are Kronecker products: the units of their factors), and for every
+stored product layer its units. Forward passes gather E from V; backward passes gather the gradient of V from that of E.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lvd_lightning.circuits import grids
 from lvd_lightning.circuits.buckets import Shape, merge_shapes
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.graph import CircuitGraph, Node
+from lvd_lightning.circuits.grids import Grid
 from lvd_lightning.circuits.sparse import EdgeIndex, Layout, pays
 
 __all__ = ["Gather", "InputPlan", "LayerPlan", "ParameterGroup", "Plan", "Slot", "compile_plan"]
@@ -81,7 +83,10 @@ class InputPlan:
 
 @dataclass
 class LayerPlan:
-    """Folded nodes of one level and padded shape. A product layer has `group` -1 and equal inner and outer units."""
+    """Folded nodes of one level and padded shape. A product layer has `group` -1 and equal inner and outer units.
+
+    With a `grid` inner units are those of Kronecker products, and E has the units of their factors.
+    """
 
     group: int
     parameter_rows: Index
@@ -92,16 +97,18 @@ class LayerPlan:
     inner_start: int
     outer_start: int
     gradient: Gather | None = None
+    grid: Grid | None = None
 
 
 class Bucket(NamedTuple):
-    """What the nodes of a layer have in common: level, padded outer and inner width, kind."""
+    """What the nodes of a layer have in common: level, padded outer and inner width, kind; (0, 0) is no grid."""
 
     level: int
     outer: int
     inner: int
     is_sum: bool
     is_sparse: bool
+    grid: Grid
 
 
 @dataclass
@@ -117,6 +124,7 @@ class Plan:
     num_levels: int
     base: dict[NodeKey, int]  # first V row of an input, sum or stored product node
     inner: dict[NodeKey, Index]  # product node -> its units' rows in E
+    implicit: dict[NodeKey, tuple[int, int, int]]  # product without such rows -> layer, fold, first inner unit there
     is_slim_tree: bool  # every sum mixes the units of one child, every node has one consumer, products are small
 
 
@@ -136,9 +144,13 @@ class _Compiler:
         self.group_of: dict[object, int] = {}
         self.row_of_owner: dict[NodeKey, int] = {}
         self.inner: dict[NodeKey, Index] = {}
+        self.implicit: dict[NodeKey, tuple[int, int, int]] = {}
+        self.grids: dict[NodeKey, Grid] = {}
 
     def run(self) -> Plan:
         self._find_levels()
+        is_slim_tree = all(_is_slim_tree(graph) for graph in self.graphs)
+        self._find_grids(grids.LEAST_LINEAR if is_slim_tree and self._has_tables() else grids.LEAST_UNITS)
         buckets = self._find_buckets()
         inputs = self._place_inputs(buckets)
         layers, num_values, num_edges = self._place_layers(buckets, inputs)
@@ -154,7 +166,8 @@ class _Compiler:
             1 + max(self.level.values()),
             self.base,
             self.inner,
-            all(_is_slim_tree(graph) for graph in self.graphs),
+            self.implicit,
+            is_slim_tree and not self.grids,
         )
 
     def _node(self, key: NodeKey) -> Node:
@@ -174,6 +187,23 @@ class _Compiler:
                 if inline:
                     self.inlined.add((g, index))
                 self.level[g, index] = below if inline else below + 1
+
+    def _has_tables(self) -> bool:
+        families = {node.distribution for graph in self.graphs for node in graph.nodes if node.kind == "input"}
+        return all(family is not None and family.is_table for family in families)
+
+    def _find_grids(self, least_units: int) -> None:
+        """Sum nodes over Kronecker products, of at least so many units each, that are not stored."""
+        inlined: list[set[int]] = [set() for _ in self.graphs]
+        for g, index in self.inlined:
+            inlined[g].add(index)
+        for g, graph in enumerate(self.graphs):
+            owners = {node.tied_to for node in graph.nodes}
+            for index, node in enumerate(graph.nodes):
+                if node.kind == "sum" and index not in owners and not pays(node.mask, self.layout):
+                    grid = grids.grid_of(graph, index, inlined[g])
+                    if grid is not None and grid[0] * grid[1] >= least_units:
+                        self.grids[g, index] = grid
 
     def _inner_size(self, key: NodeKey) -> int:
         node = self._node(key)
@@ -195,7 +225,8 @@ class _Compiler:
         for key in keys:
             width = self._node(key).num_units
             outer, inner = shapes.get(key, (width, width))
-            buckets[Bucket(self.level[key], outer, inner, key in shapes, key in sparse)].append(key)
+            grid = self.grids.get(key, (0, 0))
+            buckets[Bucket(self.level[key], outer, inner, key in shapes, key in sparse, grid)].append(key)
         for nodes in buckets.values():  # most factors first, so that later slots of a gather fill a prefix
             nodes.sort(key=lambda key: -self._num_factors(key))
         return dict(sorted(buckets.items()))
@@ -222,7 +253,8 @@ class _Compiler:
         pools: dict[object, list[NodeKey]] = defaultdict(list)
         for key in sums:
             is_root = key[1] == self.graphs[key[0]].root
-            pools["tied" if self._owner(key) in tied else (self.level[key], is_root)].append(key)
+            kind = (self.level[key], is_root, self.grids.get(key))
+            pools["tied" if self._owner(key) in tied else kind].append(key)
         shapes: dict[NodeKey, Shape] = {}
         for keys in pools.values():
             num_layers = len({self.level[key] for key in keys})
@@ -325,19 +357,23 @@ class _Compiler:
     ) -> tuple[list[LayerPlan], int, int]:
         values = 2 + sum(len(plan.nodes) * plan.num_units for plan in inputs)
         edges = 1 + len(self.graphs) * max(graph.num_heads for graph in self.graphs)
-        layers = []
-        for (_, outer, inner, is_sum, is_sparse), nodes in buckets.items():
+        layers: list[LayerPlan] = []
+        for (_, outer, inner, is_sum, is_sparse, grid), nodes in buckets.items():
             group, rows = -1, NO_ROWS
             if is_sparse:
                 group, rows = self._sparse_parameters((outer, inner), nodes)
             elif is_sum:
                 group, rows = self._parameters("sum", (outer, inner), None, nodes)
-            gather = self._gather_inputs(nodes, inner, edges)
-            layers.append(LayerPlan(group, rows, inner, outer, nodes, gather, edges, values))
+            if sum(grid):
+                gather = self._gather_factors(nodes, grid, inner, len(layers))
+            else:
+                gather = self._gather_inputs(nodes, inner, edges)
+            plan = LayerPlan(group, rows, inner, outer, nodes, gather, edges, values, grid=grid if sum(grid) else None)
+            layers.append(plan)
             for position, key in enumerate(nodes):
                 self.base[key] = values + position * outer
             values += len(nodes) * outer
-            edges += len(nodes) * inner
+            edges += len(gather.first)
         return layers, values, edges
 
     def _gather_inputs(self, nodes: list[NodeKey], inner: int, edge_start: int) -> Gather:
@@ -365,6 +401,18 @@ class _Compiler:
             size = int(counts[slot]) * inner
             more.append(Slot(np.arange(size, dtype=np.int64), table[slot].reshape(-1)[:size]))
         return Gather(table[0].reshape(-1), more)
+
+    def _gather_factors(self, nodes: list[NodeKey], grid: Grid, inner: int, layer: int) -> Gather:
+        """Which rows of V are the factors of the Kronecker products of these nodes."""
+        size = grid[0] * grid[1]
+        rows = []
+        for fold, (g, index) in enumerate(nodes):
+            children = self.graphs[g].nodes[index].children
+            pairs = [self.graphs[g].nodes[child].children for child in children]
+            starts = [(self.base[g, first], self.base[g, second]) for first, second in pairs]
+            rows.append(grids.factor_rows(starts, grid, inner // size, LOG_ZERO))
+            self.implicit.update({(g, child): (layer, fold, size * p) for p, child in enumerate(children)})
+        return Gather(np.concatenate(rows))
 
     def _factors(self, key: NodeKey, stored: bool) -> list[Index]:
         """V rows of the factors of every unit of a child: several for a product that is not stored itself."""

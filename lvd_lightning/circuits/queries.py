@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lvd_lightning.circuits.kronecker import KroneckerLayer
 from lvd_lightning.circuits.layers import BITS_PER_NAT, InputLayer, Layer
-from lvd_lightning.circuits.workspace import GradientSpace, initialise_constants
+from lvd_lightning.circuits.workspace import GradientSpace, Workspace, initialise_constants
 
 if TYPE_CHECKING:
     from lvd_lightning.circuits.circuit import Batch, Circuit
+    from lvd_lightning.circuits.log_prob import Lease
 
 __all__ = ["mpe", "nothing_observed", "posterior", "sample", "unit_posteriors"]
 
@@ -98,19 +100,24 @@ def posterior(
     circuit: Circuit, x: Tensor, node: int, *, observed: Tensor | None = None, head: int | Tensor = 0
 ) -> Tensor:
     """p(latent of `node` = k, node reached | x); see `Circuit.posterior`."""
-    rows = [_latent_rows(circuit, g, node) for g in range(circuit.num_circuits)]
+    keys = [(g, _latent_node(circuit, g, node)) for g in range(circuit.num_circuits)]
     batch = circuit.prepare(x, observed)
-    space = unit_posteriors(circuit, batch, circuit.head_index(head, batch.size))
-    width = max(len(found) for found in rows)
-    out_GBK = space.inner.new_zeros(circuit.num_circuits, batch.size, width)
-    for g, found in enumerate(rows):
-        out_GBK[g, :, : len(found)] = space.inner[found].T
+    lease, space = _reach(circuit, batch, circuit.head_index(head, batch.size))
+    found_KB = [_reached_units(circuit, key, lease.space, space) for key in keys]
+    out_GBK = space.inner.new_zeros(circuit.num_circuits, batch.size, max(map(len, found_KB)))
+    for out_BK, found in zip(out_GBK, found_KB, strict=True):
+        out_BK[:, : len(found)] = found.T
     circuit.return_gradient_space(space)
     return out_GBK if circuit.batched else out_GBK[0]
 
 
 def unit_posteriors(circuit: Circuit, batch: Batch, index_GB: Tensor) -> GradientSpace:
-    """p(unit is reached | x) of every inner unit, in `inner` of a space that the caller gives back."""
+    """p(unit is reached | x) of every row of E, in `inner` of a space that the caller gives back."""
+    return _reach(circuit, batch, index_GB)[1]
+
+
+def _reach(circuit: Circuit, batch: Batch, index_GB: Tensor) -> tuple[Lease[Workspace], GradientSpace]:
+    """A forward pass, and a backward pass from the given heads."""
     tables = circuit.probabilities()
     lease = circuit.lease(batch.size, keep=True)
     circuit.run_forward(batch, tables, lease.space)
@@ -118,7 +125,18 @@ def unit_posteriors(circuit: Circuit, batch: Batch, index_GB: Tensor) -> Gradien
     space = circuit.gradient_space(batch.size)
     circuit.head_rows(space.inner).zero_().scatter_(1, index_GB[:, None], 1.0)
     circuit.run_backward(lease.space, tables, space, [None] * len(tables))
-    return space
+    return lease, space
+
+
+def _reached_units(circuit: Circuit, key: tuple[int, int], space: Workspace, gradient: GradientSpace) -> Tensor:
+    """p(unit is reached | x) of the units of a product node, (K, B)."""
+    if key in circuit.plan.inner:
+        return gradient.inner[torch.from_numpy(circuit.plan.inner[key]).to(circuit.device)]
+    number, fold, first = circuit.plan.implicit[key]
+    layer = circuit._inner_layers()[number]
+    assert isinstance(layer, KroneckerLayer)
+    found_KB = layer.unit_posteriors(space, gradient, circuit.probabilities()[layer.group], fold)
+    return found_KB[first : first + circuit.structures[key[0]].nodes[key[1]].num_units]
 
 
 def nothing_observed(circuit: Circuit, n: int) -> tuple[Tensor, Tensor]:
@@ -130,14 +148,14 @@ def nothing_observed(circuit: Circuit, n: int) -> tuple[Tensor, Tensor]:
     return torch.zeros(*shape, *states, dtype=circuit.dtype, device=circuit.device), observed
 
 
-def _latent_rows(circuit: Circuit, g: int, node: int) -> Tensor:
+def _latent_node(circuit: Circuit, g: int, node: int) -> int:
+    """The product node of a latent, in circuit g."""
     structure = circuit.structures[g]
     index = structure.latents.get(int(node), int(node) if not structure.latents else -1)
-    rows = circuit.plan.inner.get((g, index))
-    if rows is None:
+    if (g, index) not in circuit.plan.inner and (g, index) not in circuit.plan.implicit:
         known = sorted(structure.latents) if structure.latents else "the ids of product nodes"
         raise ValueError(f"node: {node} names no latent of the circuit; known are {str(known)[:200]}")
-    return torch.from_numpy(rows).to(circuit.device)
+    return index
 
 
 def _output(circuit: Circuit, x: Tensor) -> Tensor:
@@ -198,16 +216,15 @@ def _descend(
     for layer in reversed(circuit._inner_layers()):
         for a, b in _fold_chunks(layer.num_folds, layer.inner_units * values.shape[1]):
             outer_FHB = layer.pulled(active, a, b)
-            inner_FKB = layer.inner_rows(active, a, b)
             if not layer.is_sum:
-                inner_FKB.copy_(outer_FHB)
+                layer.inner_rows(active, a, b).copy_(outer_FHB)
                 continue
             reached_FB, unit_FB = _chosen(outer_FHB)
             weight_FBK = _rows(layer.weights_of(tables[layer.group], a, b), unit_FB)
             score_FKB = layer.log_inner(values, a, b) + weight_FBK.log2().transpose(1, 2)
             if stochastic:  # the exponential race: argmax of log p - log E is a draw from p
                 score_FKB -= torch.empty_like(score_FKB).exponential_(generator=generator).log2()
-            inner_FKB.scatter_(1, score_FKB.argmax(1, keepdim=True), reached_FB[:, None].to(inner_FKB.dtype))
+            layer.choose(active, a, b, score_FKB.argmax(1), reached_FB)
     return active
 
 

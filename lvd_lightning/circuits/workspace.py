@@ -116,11 +116,12 @@ class Workspace:
             self.sums = like.new_empty(sum(layer.num_folds * layer.outer_units for layer in sums), size)
         else:
             folds = [(layer, b - a) for layer in sums for a, b in chunks[layer.number][:1]]
-            self.inner = like.new_empty(max((n * layer.inner_units for layer, n in folds), default=0), size)
+            self.inner = like.new_empty(max((n * layer.edge_units for layer, n in folds), default=0), size)
             self.sums = like.new_empty(max((n * layer.outer_units for layer, n in folds), default=0), size)
         scale = max((b - a for layer in sums for a, b in chunks[layer.number]), default=0)
         self.scale = like.new_empty(scale * size)
-        self.scratch = like.new_empty(max((layer.inputs.largest_part() for layer in layers), default=0) * size)
+        scratch = max((layer.scratch_size(size, like.device, backward=False) for layer in layers), default=0)
+        self.scratch = like.new_empty(scratch)
         self.underflow: list[Underflow] = []
         self.bound: dict[int, list[BoundForward]] = {}
         start = 0
@@ -207,7 +208,8 @@ class GradientSpace:
         chunks = {layer.number: list(layer.chunks(layer.width * size, like.device)) for layer in layers}
         rows = max(((b - a) * layer.outer_units for layer in layers for a, b in chunks[layer.number]), default=0)
         self.scaled = like.new_empty(rows * size)
-        self.scratch = like.new_empty(max((layer.gradient.largest_part() for layer in layers), default=0) * size)
+        scratch = max((layer.scratch_size(size, like.device, backward=True) for layer in layers), default=0)
+        self.scratch = like.new_empty(scratch)
         self.bound = {
             layer.number: [layer.bind_backward(self, a, b) for a, b in chunks[layer.number]] for layer in layers
         }

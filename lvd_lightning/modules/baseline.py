@@ -24,6 +24,7 @@ from lvd_lightning.bookkeeping import write_atomically
 from lvd_lightning.latents.processes import Processes
 from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.modules.assembled import MAX_NUMBERS
+from lvd_lightning.modules.image_structures import ImageStructure, StructureName
 from lvd_lightning.modules.stage import DONE_MARKER, ImageData, StageContext, StageModule
 from lvd_lightning.modules.training import Rule, check_at_least, check_step_sizes, make_optimizer
 
@@ -41,21 +42,23 @@ TIMED_STEPS = 12
 
 
 class CircuitBaseline(StageModule):
-    """Trains the same random HCLT over all pixels of the image twice: by mini-batch EM and by Anemone.
+    """Trains the same circuit over all pixels of the image twice: by mini-batch EM and by Anemone.
 
-    It has as many latent states as give it about the parameters of the distilled circuit, or more, and each rule trains
-    for about as long as all earlier stages took. The number of steps is fixed once, from a measured rate, and
-    written to `plan.json`, so a resumed run ends as an uninterrupted one. The tree is learnt outside that time.
+    It has as many latent states (units) as give it about the parameters of the distilled circuit, or more, and each
+    rule trains for about as long as all earlier stages took. The number of steps is fixed once, from a measured rate,
+    and written to `plan.json`, so a resumed run ends as an uninterrupted one. A tree is learnt outside that time.
 
     Logs `train/em_bpd`, `train/anemone_bpd`, `val/em_bpd`, `val/anemone_bpd` and the lower one of these two as
     `val/bpd`; of each rule the epoch with the best validation counts. The steps are divided evenly over the epochs.
 
     Args:
-        structure: "hclt".
-        num_latents: hidden states; null to match the parameters of the distilled circuit.
+        structure: "hclt", "rat_spn" or "poon_domingos".
+        structure_settings: see `ConditionalStudent`.
+        num_latents: hidden states of an HCLT, units of every region of another structure; null to match the parameters
+            of the distilled circuit.
         seconds: per rule; null for the time that earlier stages took.
         batch_size: images per step, all ranks together.
-        init: "random", or "quantiles" (see `hclt_from_data`).
+        init: "random", or "quantiles" (from data, see `hclt_from_data` and `regions_from_data`).
         em_lr, anemone_lr: first step sizes; both fall linearly to a tenth.
         momentum: of Anemone.
         em_pseudocount, anemone_pseudocount: per sum node and input unit, in examples of a step.
@@ -67,7 +70,7 @@ class CircuitBaseline(StageModule):
 
     def __init__(
         self,
-        structure: str = "hclt",
+        structure: StructureName = "hclt",
         num_latents: int | None = None,
         seconds: float | None = None,
         batch_size: int = 256,
@@ -79,10 +82,10 @@ class CircuitBaseline(StageModule):
         anemone_pseudocount: float = 1e-3,
         max_tree_examples: int = 2000,
         val_images: int = 256,
+        structure_settings: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if structure != "hclt":
-            raise ValueError(f"structure: got {structure!r}, expected 'hclt'")
+        self.structure = ImageStructure.of(structure, structure_settings)
         if init not in ("random", "quantiles"):
             raise ValueError(f"init: got {init!r}, expected one of random, quantiles")
         for name, lr in (("em_lr", em_lr), ("anemone_lr", anemone_lr)):
@@ -241,9 +244,10 @@ class CircuitBaseline(StageModule):
         """Tree, size and number of steps: decided once, by rank 0, and read ever after. All ranks call."""
         path = context.dir / "plan.json"
         if not path.is_file():
+            tree_D = pc.chow_liu_tree(sample_ND, 256, max_examples=None) if self.structure.needs_tree else None
             plan: dict[str, Any] = {
-                "parents": pc.chow_liu_tree(sample_ND, 256, max_examples=None).tolist(),
-                "num_latents": self._num_latents(context, sample_ND.shape[1]),
+                "parents": None if tree_D is None else tree_D.tolist(),
+                "num_latents": self._num_latents(context),
                 "seconds": self._time_limit(context),
             }
             circuit = self._first_circuit(context, sample_ND, plan)
@@ -254,13 +258,15 @@ class CircuitBaseline(StageModule):
         return found
 
     def _first_circuit(self, context: StageContext, sample_ND: Tensor, plan: dict[str, Any]) -> pc.Circuit:
-        parents, num_latents = torch.tensor(plan["parents"]), plan["num_latents"]
-        leaf, generator = pc.Categorical(256), context.generator("parameters")
+        parents = None if plan["parents"] is None else torch.tensor(plan["parents"])
+        shape, num_latents, generator = context.data.image_shape, plan["num_latents"], context.generator("parameters")
         if self.hparams["init"] == "quantiles":
-            return pc.Circuit(pc.hclt_from_data(sample_ND, parents, num_latents, leaf, generator=generator))
-        return pc.Circuit(pc.hclt(parents, num_latents, leaf, generator=generator))
+            graph = self.structure.graph_from_data(sample_ND, shape, num_latents, parents=parents, generator=generator)
+        else:
+            graph = self.structure.graph(shape, num_latents, parents=parents, generator=generator)
+        return pc.Circuit(graph)
 
-    def _num_latents(self, context: StageContext, dims: int) -> int:
+    def _num_latents(self, context: StageContext) -> int:
         """The fewest hidden states with at least (nearly) as many parameters as the distilled circuit."""
         if self.hparams["num_latents"] is not None:
             return int(self.hparams["num_latents"])
@@ -268,8 +274,10 @@ class CircuitBaseline(StageModule):
             folder = context.previous(stage)
             if folder is not None:
                 wanted = float(json.loads((folder / DONE_MARKER).read_text())["num_parameters"])
+                generator = context.generator("parameters")  # as that of the circuit itself
+                counts = self.structure.num_parameters(context.data.image_shape, generator=generator)
                 states = 1
-                while dims * states * 255 + (dims - 1) * states * (states - 1) + states - 1 < 0.98 * wanted:
+                while sum(count * states**power for power, count in counts.items()) < 0.98 * wanted:
                     states += 1
                 return states
         raise ValueError(

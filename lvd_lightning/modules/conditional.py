@@ -24,6 +24,7 @@ from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.modules.assembled import AssembledCircuit
 from lvd_lightning.modules.assignments import read_clusters, write_assignments
 from lvd_lightning.modules.first_circuits import first_circuits
+from lvd_lightning.modules.image_structures import ImageStructure, StructureName
 from lvd_lightning.modules.priors import chow_liu_prior, latent_tree
 from lvd_lightning.modules.routing import route
 from lvd_lightning.modules.stage import StageContext
@@ -33,7 +34,7 @@ __all__ = ["ConditionalStudent"]
 
 
 class ConditionalStudent(EMStudent):
-    """An HCLT over patches for every cluster of stage latents (tied over positions), or a set of them per position.
+    """A circuit over patches for every cluster of stage latents (tied over positions), or a set of them per position.
 
     All of them run as one folded circuit. In every step each circuit sees the patches of the batch in its cluster, in
     equally many slots for all; where there are more patches than slots a random subset stands for them by larger
@@ -49,14 +50,18 @@ class ConditionalStudent(EMStudent):
     likeliest head of its cluster.
 
     Args:
-        num_latents: states of every hidden variable in a circuit.
+        num_latents: states of every hidden variable in an HCLT, units of every region of another structure.
+        structure: "hclt"; "rat_spn", whose random splits are drawn for each circuit; or "poon_domingos", rectangles of
+            the patch whose pixels keep their channels together.
+        structure_settings: of a RAT-SPN depth, num_repetitions and product, of a Poon-Domingos structure delta and
+            product; see `ImageStructure` for what they are if not given. Circuits with Kronecker products do not grow.
         tied: one set of circuits for all positions, or one per position.
         num_heads: heads per circuit to begin with, clusters of the features inside its cluster; fewer where there are
             too few patches.
         min_examples: training patches per head to begin with.
         optimizer, lr, final_lr, momentum, pseudocount, round_epochs, val_images: see `EMStudent`. Callbacks that edit
             circuits do so at the beginning of rounds; a shorter last round may follow the last edit.
-        init: "quantiles" (see `hclt_from_data`) or "random".
+        init: "quantiles", from data (see `hclt_from_data`, and `regions_from_data` for other structures), or "random".
         slots: slots per circuit and step, as a multiple of the mean number of patches.
         max_examples: patches per circuit from which its tree (and first parameters) are learnt.
     """
@@ -77,8 +82,11 @@ class ConditionalStudent(EMStudent):
         slots: float = 1.5,
         max_examples: int = 3000,
         val_images: int = 256,
+        structure: StructureName = "hclt",
+        structure_settings: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.structure = ImageStructure.of(structure, structure_settings)
         if init not in ("quantiles", "random"):
             raise ValueError(f"init: got {init!r}, expected one of quantiles, random")
         if not slots > 0:
@@ -114,6 +122,7 @@ class ConditionalStudent(EMStudent):
             circuit_NP,
             heads_NP,
             num_circuits,
+            structure=self.structure,
             num_latents=self.hparams["num_latents"],
             from_data=self.hparams["init"] == "quantiles",
             max_examples=self.hparams["max_examples"],

@@ -1,4 +1,4 @@
-"""The circuits that stage conditional begins with: an HCLT for every latent value, learnt on some of its patches.
+"""The circuits that stage conditional begins with: one for every latent value, learnt on some of its patches.
 
 Shapes: N images, P patches, D variables of a patch, M patches read, G circuits, S slots, n patches of a circuit.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 from lvd_lightning import circuits as pc
 from lvd_lightning.circuits.structures import chow_liu_trees
 from lvd_lightning.color import patchify
+from lvd_lightning.modules.image_structures import ImageStructure
 from lvd_lightning.modules.routing import route
 from lvd_lightning.modules.stage import StageContext
 
@@ -25,33 +26,36 @@ def first_circuits(
     head: Tensor,
     num_circuits: int,
     *,
+    structure: ImageStructure,
     num_latents: int,
     from_data: bool,
     max_examples: int,
 ) -> list[pc.CircuitGraph]:
-    """One HCLT per circuit, its tree learnt on a sample of its own training patches.
+    """A graph per circuit; a tree, and first parameters, are learnt on a sample of its own training patches.
 
     Args:
         context: of the stage; random numbers are a function of it.
         circuit: int64 (N, P), which circuit models each training patch; one without patches borrows those of others.
         head: int (N, P), which of its heads. A circuit has as many heads as its patches have.
-        num_latents: states of every hidden variable.
-        from_data: whether first parameters come from the same patches, see `hclt_from_data`, or are random.
+        structure: of all circuits; random ones (RAT-SPNs) are drawn for each.
+        num_latents: states of every hidden variable of an HCLT, units of every region of other structures.
+        from_data: whether first parameters come from these patches, see `ImageStructure`, or are random.
         max_examples: patches per circuit.
     """
     sets, heads = _examples(context, circuit, head, num_circuits, max_examples)
     heads_G = torch.zeros(num_circuits, dtype=torch.int64)
     heads_G.scatter_reduce_(0, circuit.reshape(-1), head.reshape(-1).long(), "amax")
-    trees = chow_liu_trees(sets, 256, max_examples=None)
-    leaf, generator = pc.Categorical(256), context.generator("parameters")
+    trees = chow_liu_trees(sets, 256, max_examples=None) if structure.needs_tree else [None] * num_circuits
+    side, generator = int(context.shared["patch_size"]), context.generator("parameters")
+    shape, counts = (context.data.image_shape[0], side, side), (heads_G + 1).tolist()
     if not from_data:
         return [
-            pc.hclt(tree, num_latents, leaf, count, generator=generator)
-            for tree, count in zip(trees, (heads_G + 1).tolist(), strict=True)
+            structure.graph(shape, num_latents, count, parents=tree, generator=generator)
+            for tree, count in zip(trees, counts, strict=True)
         ]
     return [
-        pc.hclt_from_data(x, tree, num_latents, leaf, num_heads=count, head=head_n, generator=generator)
-        for x, head_n, tree, count in zip(sets, heads, trees, (heads_G + 1).tolist(), strict=True)
+        structure.graph_from_data(x, shape, num_latents, count, head=head_n, parents=tree, generator=generator)
+        for x, head_n, tree, count in zip(sets, heads, trees, counts, strict=True)
     ]
 
 

@@ -21,6 +21,9 @@ from lvd_lightning.modules.assembled import AssembledCircuit
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on small loaders
 
 
+KRONECKER = {"structure": "rat_spn", "structure_settings": {"product": "kronecker"}}
+
+
 def student(**settings: Any) -> ConditionalStudent:
     return ConditionalStudent(**{"num_latents": 4, "num_heads": 2, "min_examples": 1, "round_epochs": 2, **settings})
 
@@ -90,6 +93,24 @@ def test_whole_rounds(coarse: Any) -> None:
     assert of(rows, "val/bpd")[6] == pytest.approx(float(bpd.compute()), rel=1e-5)
 
 
+@pytest.mark.parametrize("structure", ["rat_spn", "poon_domingos"])
+def test_whole_rounds_of_other_structures(coarse: Any, structure: str) -> None:
+    """Pruned, reassigned and grown twice; what comes out has new units below its new heads, and is worth it."""
+    module, look = student(structure=structure, num_heads=1), Look()
+    edits = [*method(), look]
+    grown = float(
+        coarse.train("conditional", module, 7, callbacks=edits, logger=csv(coarse)).callback_metrics["val/bpd"]
+    )
+    assert look.heads[0] == [1, 1]
+    assert all(heads > 2 for heads in look.heads[6])
+    rows = figures(coarse)
+    for callback, sign in (("Prune", -1), ("GrowClusters", 1)):
+        before, after = (of(rows, f"{callback}/parameters_{when}") for when in ("before", "after"))
+        assert all(sign * (after[epoch] - before[epoch]) > 0 for epoch in before if epoch < 6)
+    plain = coarse.train("conditional", student(structure=structure, num_heads=1), 7)
+    assert grown < float(plain.callback_metrics["val/bpd"])
+
+
 def test_growth_helps(coarse: Any) -> None:
     """More heads with units of their own tell the kinds in a cluster apart."""
     found = [
@@ -123,6 +144,15 @@ def test_a_threshold_of_zero_never_lowers_the_likelihood(coarse: Any) -> None:
     assert len(means) == 4
     for before, after in zip(means[::2], means[1::2], strict=True):
         assert bool((after >= before - 1e-4).all())
+
+
+def test_kronecker_products_are_pruned(coarse: Any) -> None:
+    module = student(**KRONECKER)
+    edits = [Prune(threshold=0.02, every_n_epochs=2), ReassignClusters(every_n_epochs=2)]
+    coarse.train("conditional", module, 3, callbacks=edits, logger=csv(coarse))
+    rows = figures(coarse)
+    assert of(rows, "Prune/edges_after")[2] < of(rows, "Prune/edges_before")[2]
+    assert torch.isfinite(module.assembled.log_prob(coarse.data.splits["val"])).all()
 
 
 def test_reassigning_alone(coarse: Any) -> None:
@@ -289,6 +319,7 @@ def test_other_modules_are_left_alone(coarse: Any) -> None:
         ([ReassignClusters(), LogSamples(), Prune()], {}, "ReassignClusters stands before Prune"),
         ([Prune(every_n_epochs=3)], {}, "Prune: acts at epoch 3, within a round of 2 epochs"),
         ([Prune(every_n_epochs=2)], {"tied": False, "num_heads": 1}, "Prune: only circuits that positions share"),
+        ([GrowClusters(3, every_n_epochs=2)], KRONECKER, "GrowClusters: circuits with Kronecker products do not grow"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(

@@ -24,6 +24,8 @@ import lvd_lightning.circuits as pc
 from lvd_lightning.circuits import circuit as engine
 from lvd_lightning.circuits import fused_gpu
 from lvd_lightning.circuits.fused_gpu import check
+from lvd_lightning.circuits.kronecker import KroneckerLayer
+from lvd_lightning.circuits.layers import Layer
 from lvd_lightning.circuits.workspace import Workspace
 
 interpreted = pytest.mark.skipif(not fused_gpu.interprets(), reason="runs in a process of its own, see the docstring")
@@ -112,6 +114,17 @@ def test_live_edges_alone(build_case: Callable[..., Any], rule: Any, monkeypatch
     with fused_gpu.switched(True), NoHostReads():
         (-single.log_prob(case.x[:4].float(), head=0).sum()).backward()
         optimizer.step()
+
+
+@interpreted
+def test_kronecker_products_that_are_not_stored() -> None:
+    """PyTorch has these layers, the kernels those around them."""
+    circuit = pc.Circuit(
+        pc.rat_spn(8, depth=2, num_repetitions=2, num_sums=5, num_leaves=5, leaf=pc.Categorical(3), product="kronecker")
+    )
+    kinds = {type(layer) for layer in circuit.layers}
+    assert kinds == {Layer, KroneckerLayer}
+    compare(circuit, torch.randint(3, (3, 8)), torch.rand(3, 8) < 0.8)
 
 
 @interpreted

@@ -1,5 +1,6 @@
 """What a graph refuses, and what it knows of itself."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -143,6 +144,42 @@ def test_an_embedded_circuit_is_the_same_function_of_other_variables() -> None:
     x = torch.randint(0, 4, (20, 5))
     expected = pc.Circuit(hmm).log_prob(x[:, [2, 0, 4]]) + pc.Circuit(rat).log_prob(x[:, [1, 3]])
     torch.testing.assert_close(pc.Circuit(graph).log_prob(x), expected)
+
+
+def leaf_circuits(num_heads: int) -> list[pc.CircuitGraph]:
+    """One of every structure over four variables of four values."""
+    leaf = pc.Categorical(4)
+    widths: dict[str, Any] = {"num_sums": 3, "num_leaves": 2, "leaf": leaf, "num_heads": num_heads}
+    return [
+        pc.rat_spn(4, depth=2, num_repetitions=2, **widths),
+        pc.rat_spn(4, depth=1, num_repetitions=3, product="kronecker", **widths),
+        pc.poon_domingos((2, 2, 1), delta=1, num_units=3, leaf=leaf, num_heads=num_heads),
+        pc.hmm(4, 2, 4, homogeneous=True, num_heads=num_heads),
+        pc.hclt(torch.tensor([1, -1, 1, 2]), 3, leaf, num_heads),
+    ]
+
+
+def test_any_structure_is_a_leaf_of_a_tree_over_latents() -> None:
+    """A chain z_0 -> z_1 -> ... with the heads of a circuit as p(x_i | z_i): the sum over all z, one by one."""
+    states = 3
+    leaves, graph = leaf_circuits(states), pc.CircuitGraph()
+    tables = torch.rand(len(leaves), states, states).softmax(-1)
+    below: list[int] = []
+    for i in reversed(range(len(leaves))):
+        given = graph.embed(leaves[i], [4 * i + v for v in range(4)])
+        graph.latents[i] = graph.add_product([given, *below])
+        below = [graph.add_sum([graph.latents[i]], states if i else 1, weight=tables[i] if i else tables[0, :1])]
+    x = torch.randint(0, 4, (8, 4 * len(leaves)))
+    given_IBK = [pc.Circuit(leaf).log_prob(x[:, 4 * i : 4 * i + 4]) for i, leaf in enumerate(leaves)]
+    terms = []
+    for z in itertools.product(range(states), repeat=len(leaves)):
+        rows = [0, *z[:-1]]
+        log_z = sum(tables[i, rows[i], k].log() for i, k in enumerate(z))
+        terms.append(log_z + sum(found[:, k] for found, k in zip(given_IBK, z, strict=True)))
+    circuit, joint = pc.Circuit(graph), torch.stack(terms)
+    torch.testing.assert_close(circuit.log_prob(x)[:, 0], joint.logsumexp(0))
+    last = joint.softmax(0).view(-1, states, len(x)).sum(0).T  # the last z runs fastest
+    torch.testing.assert_close(circuit.posterior(x, len(leaves) - 1), last)
 
 
 def test_embedding_copies() -> None:

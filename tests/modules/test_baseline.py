@@ -38,7 +38,7 @@ def test_as_many_parameters_as_the_distilled_circuit(run: Any, wanted: int, exce
     sizes = {module.circuit(rule).num_parameters for rule in ("em", "anemone")}
     assert len(sizes) == 1
     assert 0.98 * wanted <= sizes.pop() <= (1 + excess) * wanted
-    states = module._num_latents(run.context("baseline"), 48)
+    states = module._num_latents(run.context("baseline"))
     fewer = pc.Circuit(pc.hclt(torch.arange(-1, 47), states - 1, pc.Categorical(256)))
     assert fewer.num_parameters < 0.98 * wanted
 

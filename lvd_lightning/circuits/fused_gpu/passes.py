@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lvd_lightning.circuits.fused_gpu import interprets, layer_kernels, on, table_kernels
+from lvd_lightning.circuits.kronecker import KroneckerLayer
 
 if TYPE_CHECKING:
     from lvd_lightning.circuits.circuit import Batch, Circuit
@@ -59,8 +60,11 @@ def _forward(circuit: Circuit, batch: Batch, tables: Sequence[Tensor], space: Wo
         else:
             table = tables[leaf.group] if leaf.group >= 0 else None
             leaf(space.values, table, batch.values[number], observed_FB)
+    space.underflow.clear()
     for layer in circuit._inner_layers():
-        if layer.is_sum:
+        if not _has_kernels(layer):
+            layer(space, tables[layer.group], careful=True)
+        elif layer.is_sum:
             _forward_sums(layer, space, tables[layer.group], circuit.matmul_precision)
         else:
             _multiply(layer, space.values, layer.outer_rows(space.values, 0, layer.num_folds), None)
@@ -77,7 +81,9 @@ def backward(
     precision = circuit.matmul_precision
     with on(space.values.device):
         for layer in reversed(circuit._inner_layers()):
-            if layer.is_sum:
+            if not _has_kernels(layer):
+                layer.backward(space, gradient, tables[layer.group], grads[layer.group])
+            elif layer.is_sum:
                 _backward_sums(layer, space, gradient, tables[layer.group], grads[layer.group], precision)
             else:
                 _pull(layer, gradient, layer.inner_rows(gradient.inner, 0, layer.num_folds), None)
@@ -86,6 +92,11 @@ def backward(
 def has_kernel(leaf: InputLayer) -> bool:
     """Whether kernels look inputs up in tables: with atomic additions on the way back, whose order may vary."""
     return leaf.group >= 0 and leaf.distribution.is_table and not torch.are_deterministic_algorithms_enabled()
+
+
+def _has_kernels(layer: Layer) -> bool:
+    """Kronecker products that are not stored are multiplied by PyTorch, which looks for underflow and waits for it."""
+    return not isinstance(layer, KroneckerLayer)
 
 
 def backward_inputs(

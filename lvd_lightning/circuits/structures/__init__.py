@@ -7,6 +7,7 @@ from lvd_lightning.circuits.structures.hmm import hmm
 from lvd_lightning.circuits.structures.mixture import mixture
 from lvd_lightning.circuits.structures.poon_domingos import poon_domingos
 from lvd_lightning.circuits.structures.rat_spn import rat_spn
+from lvd_lightning.circuits.structures.region_data import regions_from_data
 
 __all__ = [
     "chow_liu_tree",
@@ -17,4 +18,5 @@ __all__ = [
     "mixture",
     "poon_domingos",
     "rat_spn",
+    "regions_from_data",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lvd_lightning.circuits.distributions import Categorical
 from lvd_lightning.circuits.graph import CircuitGraph
+from lvd_lightning.circuits.structures.counting import check_heads, smooth_leaves
 from lvd_lightning.circuits.structures.hclt import hclt
 
 __all__ = ["hclt_from_data"]
@@ -55,10 +56,10 @@ def hclt_from_data(
     if x.ndim != 2 or len(x) == 0 or x.shape[1] != len(parents):
         raise ValueError(f"x: expected integers of shape (examples, {len(parents)}), got {tuple(x.shape)}")
     leaf.check_values(x)
-    head_N = _checked_heads(head, num_heads, len(x))
+    head_N = check_heads(head, num_heads, len(x))
     x, parents = x.cpu().long(), parents.cpu()
     state_ND = _quantiles(x, num_latents, generator)
-    leaves_DHC = _smooth_leaves(_leaf_counts(x, state_ND, num_latents, leaf.num_categories), smoothing)
+    leaves_DHC = smooth_leaves(_leaf_counts(x, state_ND, num_latents, leaf.num_categories), smoothing)
     edges_DHH = _edge_counts(state_ND, parents, num_latents) + smoothing * len(x) / num_latents**2
     edges_DHH /= edges_DHH.sum(-1, keepdim=True)
     variable_of = {node: v for v, node in graph.latents.items()}
@@ -70,17 +71,6 @@ def hclt_from_data(
             v = variable_of[node.children[0]]
             node.weight = edges_DHH[v] if int(parents[v]) >= 0 else _root_rows(state_ND[:, v], head_N, shape, smoothing)
     return graph
-
-
-def _checked_heads(head: Tensor | None, num_heads: int, size: int) -> Tensor:
-    """The head of every example, int64 (N,)."""
-    if head is None:
-        if num_heads > 1:
-            raise ValueError(f"head: is needed to tell {num_heads} heads apart: the head of every example")
-        return torch.zeros(size, dtype=torch.int64)
-    if head.shape != (size,) or head.is_floating_point() or not bool(((head >= 0) & (head < num_heads)).all()):
-        raise ValueError(f"head: expected {size} integers 0..{num_heads - 1}, got {head.dtype} {tuple(head.shape)}")
-    return head.cpu().long()
 
 
 def _root_rows(state_N: Tensor, head_N: Tensor, shape: tuple[int, int], smoothing: float) -> Tensor:
@@ -107,14 +97,6 @@ def _leaf_counts(x_ND: Tensor, state_ND: Tensor, num_latents: int, num_categorie
     cell = (torch.arange(size) * num_latents + state_ND) * num_categories + x_ND
     counts = torch.bincount(cell.reshape(-1), minlength=size * num_latents * num_categories)
     return counts.view(size, num_latents, num_categories).to(torch.get_default_dtype())
-
-
-def _smooth_leaves(counts_DHC: Tensor, smoothing: float) -> Tensor:
-    """Probabilities: counts and `smoothing` times as many examples of the marginal (0.05 added to each value)."""
-    marginal_D1C = counts_DHC.sum(1, keepdim=True) + 0.05
-    per_part_DH1 = counts_DHC.sum(-1, keepdim=True).mean(1, keepdim=True)
-    leaves_DHC = counts_DHC + smoothing * per_part_DH1 * marginal_D1C / marginal_D1C.sum(-1, keepdim=True)
-    return leaves_DHC / leaves_DHC.sum(-1, keepdim=True)
 
 
 def _edge_counts(state_ND: Tensor, parents: Tensor, num_latents: int) -> Tensor:
