@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from lvd_lightning.cli import CONFIG_FOLDER, find_config, main, one_line, parse
 from lvd_lightning.configuration import experiment_from, merge
+from lvd_lightning.run_lock import locked
 from lvd_lightning.shared_values import check_shared, references
 
 BASE = """
@@ -300,6 +301,14 @@ def test_fit_continues_and_asks_when_the_config_has_changed(base: str, capsys: p
     assert main([*changed, "--changed=restart"]) == 0
     assert "teacher: finished before, skipped" in capsys.readouterr().out
     assert OmegaConf.load("runs/base/config.yaml").stages.latents.iterations == 3
+
+
+def test_a_run_that_another_process_works_on(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(Path("runs/base")):
+        assert main(["fit", "--config", base]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: another process is working on runs/base (process ")
 
 
 def test_stages_that_come_or_go_are_noticed(base: str, capsys: pytest.CaptureFixture[str]) -> None:
