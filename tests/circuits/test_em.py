@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.processes import free_port
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
@@ -447,9 +447,7 @@ def train_part(rank: int, port: int, folder: str) -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     """What each of two processes has learnt, per split, leaf and rule."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     torch.multiprocessing.spawn(train_part, (port, str(folder)), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
