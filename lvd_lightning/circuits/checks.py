@@ -95,15 +95,15 @@ def as_indices(where: str, values: Tensor | Sequence[int]) -> Tensor:
     Raises:
         ValueError: they are no whole numbers, or not of one dimension, or none at all.
     """
-    if isinstance(values, Tensor):
-        fits = values.ndim == 1 and len(values) > 0 and are_whole(values[:1])
-    else:
-        fits = are_whole(values) and len(values) > 0
-    if not fits:
+    found: Any = values
+    is_row = isinstance(found, Iterable) and getattr(found, "ndim", 1) == 1
+    if is_row and not isinstance(found, Tensor):
+        found = list(found)
+    if not is_row or not len(found) or not are_whole(found[:1] if isinstance(found, Tensor) else found):
         raise ValueError(f"{where}: expected a list or an integer tensor of shape (n,), got {described(values)}")
-    if isinstance(values, Tensor):
-        return values.long()
-    return torch.tensor([operator.index(value) for value in values], dtype=torch.int64)
+    if isinstance(found, Tensor):
+        return found.long()
+    return torch.tensor([operator.index(value) for value in found], dtype=torch.int64)
 
 
 def is_whole(value: Any) -> bool:

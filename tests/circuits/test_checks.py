@@ -194,7 +194,11 @@ def test_numbers_and_indices() -> None:
         with pytest.raises(ValueError, match="where: must be a number in .0, 1., a share, got"):
             check_number("where", wrong, 0, 1, meaning=", a share")
     check_number("where", np.float32(0.5), 0, 1)
-    for wrong in ([], [True], torch.zeros(2), torch.zeros(1, 1, dtype=torch.int64), np.array([0.5]), "12", 3):
+    for wrong in ([], [True], torch.zeros(2), torch.zeros(1, 1, dtype=torch.int64), torch.tensor(1), "12", 3):
         with pytest.raises(ValueError, match="where: expected a list or an integer tensor of shape"):
             as_indices("where", wrong)
-    assert as_indices("where", range(3)).tolist() == [0, 1, 2]
+    for wrong in (np.array([0.5]), np.array(3), np.zeros((1, 1), dtype=np.int64), torch.tensor([True])):
+        with pytest.raises(ValueError, match="where: expected a list or an integer tensor of shape"):
+            as_indices("where", wrong)
+    for right in (range(3), (number for number in range(3)), np.arange(3), torch.arange(3).short()):
+        assert as_indices("where", right).tolist() == [0, 1, 2]
