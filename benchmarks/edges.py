@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import time
 
 import torch
+from measuring import Contender, measure_peak, take_step
 from sklearn.datasets import load_sample_images
-from sparsity import BATCH_SIZE, NUM_CATEGORIES, Contender, measure_memory
+from sparsity import BATCH_SIZE, NUM_CATEGORIES, Trained
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
@@ -28,16 +28,13 @@ from lvd_lightning.circuits.sparse import Layout
 SHARES = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 
 
-class Pruned(Contender):
-    """A circuit with a layout in training."""
-
-    def __init__(self, name: str, graph: pc.CircuitGraph, layout: Layout) -> None:
-        self.layout = layout
-        super().__init__(name, [graph])
-
-    def __post_init__(self) -> None:
-        self.circuit = pc.Circuit(self.graphs, layout=self.layout)
-        self.optimizer = pc.Anemone(self.circuit)
+def contender(name: str, graph: pc.CircuitGraph, layout: Layout) -> Contender:
+    """A circuit with a layout in training; also its number of stored edges, as the last part of the name."""
+    trained = Trained(name, [graph], layout)
+    tables = zip(trained.circuit.tables, trained.circuit.plan.groups, strict=True)
+    stored = sum(table.numel() for table, group in tables if group.kind == "sum")
+    trained.figures.name += f" | {trained.circuit.num_parameters:,} | {stored:,}"
+    return trained.figures
 
 
 def load_patches() -> Tensor:
@@ -89,13 +86,11 @@ def prune_by_flow(circuit: pc.Circuit, x: Tensor, share: float) -> pc.CircuitGra
 def compare(contenders: list[Contender], x: Tensor, num_steps: int) -> None:
     """Memory, then times in turn."""
     batch = x[None, :BATCH_SIZE]
-    for contender in contenders:
-        measure_memory(contender, batch)
+    for found in contenders:
+        measure_peak(found, batch)
     for _ in range(num_steps):
-        for contender in contenders:
-            start = time.perf_counter()
-            contender.step(batch)
-            contender.times.append(time.perf_counter() - start)
+        for found in contenders:
+            take_step(found, batch)
 
 
 def main() -> None:
@@ -121,37 +116,29 @@ def main() -> None:
         "by flow": prune_by_flow(circuit, x[:20000], 0.5),
     }
     for name, pruned in halves.items():
-        contenders: list[Contender] = [
-            Pruned("dense, all edges", graph, "auto"),
-            Pruned("dense, masked", pruned, "dense"),
-            Pruned("sparse", pruned, "sparse"),
+        contenders = [
+            contender("dense, all edges", graph, "dense"),
+            contender("dense, masked", pruned, "dense"),
+            contender("sparse", pruned, "sparse"),
+            contender("as chosen sum by sum", pruned, "auto"),
         ]
-        automatic = pc.Circuit(pruned)
-        chosen = sum(len(group.owners) for group in automatic.plan.groups if group.edges is not None)
         compare(contenders, x, num_steps)
+        first = contenders[0]
         for this in contenders:
-            stored = sum(
-                table.numel()
-                for table, group in zip(this.circuit.tables, this.circuit.plan.groups, strict=True)
-                if group.kind == "sum"
-            )
             print(
-                f"| {name} | {this.name} | {this.circuit.num_parameters:,} | {stored:,} | {1000 * this.median:.1f} | "
-                f"{this.median / contenders[0].median:.2f} | {this.memory:.0f} | "
-                f"{this.memory / contenders[0].memory:.2f} |",
+                f"| {name} | {this.name} | {this.median:.1f} | {this.median / first.median:.2f} | "
+                f"{this.peak_memory:.0f} | {this.peak_memory / first.peak_memory:.2f} |",
                 flush=True,
             )
-        print(f"| {name} | auto | {chosen} of {len(pruned.nodes) // 3} sums sparse | | | | | |")
     print("\n| share of edges | dense, masked: ms | sparse: ms | sparse / dense | memory, sparse / dense |")
     print("| ---: | ---: | ---: | ---: | ---: |")
     for share in SHARES[::3] if settings.quick else SHARES:
         pruned = prune_at_random(graph, share, generator)
-        pair: list[Contender] = [Pruned("dense", pruned, "dense"), Pruned("sparse", pruned, "sparse")]
-        compare(pair, x, num_steps)
-        dense, sparse = pair
+        dense, sparse = contender("dense", pruned, "dense"), contender("sparse", pruned, "sparse")
+        compare([dense, sparse], x, num_steps)
         print(
-            f"| {share} | {1000 * dense.median:.1f} | {1000 * sparse.median:.1f} | "
-            f"{sparse.median / dense.median:.2f} | {sparse.memory / dense.memory:.2f} |",
+            f"| {share} | {dense.median:.1f} | {sparse.median:.1f} | {sparse.median / dense.median:.2f} | "
+            f"{sparse.peak_memory / dense.peak_memory:.2f} |",
             flush=True,
         )
 

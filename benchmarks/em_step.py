@@ -15,14 +15,8 @@ Needs `pip install lvd-lightning[benchmarks]`.
 """
 
 import argparse
-import ctypes
-import gc
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +24,7 @@ import torch
 from cirkit.pipeline import PipelineContext
 from cirkit.symbolic.circuit import Circuit
 from cirkit.templates.data_modalities import tabular_data
+from measuring import Contender, adam_contender, measure_peak, take_step
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
@@ -40,29 +35,6 @@ NUM_CATEGORIES, NUM_BINS = 256, 16
 BATCH_SIZE = 256
 NUM_FOLDED = 64
 NUM_TREE_EXAMPLES = 5000
-
-
-@dataclass
-class Contender:
-    """Something that trains: `step` takes patches, (B, D) or (G, B, D); times in seconds."""
-
-    name: str
-    num_circuits: int
-    step: Callable[[Tensor], float]
-    num_parameters: int
-    times: list[float] = field(default_factory=list)
-    peak_memory: float = float("nan")
-    last_loss: float = float("nan")
-
-    @property
-    def median(self) -> float:
-        """Median milliseconds of a step, per circuit."""
-        return 1000 * statistics.median(self.times) / self.num_circuits
-
-    @property
-    def fastest(self) -> float:
-        """Milliseconds of the fastest step, per circuit."""
-        return 1000 * min(self.times) / self.num_circuits
 
 
 def load_patches() -> Tensor:
@@ -91,17 +63,7 @@ def symbolic_cirkit(x: Tensor, num_units: int) -> Circuit:
 def cirkit_contender(x: Tensor, num_units: int) -> Contender:
     """cirkit under Adam."""
     context = PipelineContext(backend="torch", semiring="lse-sum", fold=True, optimize=True)
-    circuit = context.compile(symbolic_cirkit(x, num_units))
-    optimizer = torch.optim.Adam(circuit.parameters(), lr=0.01)
-
-    def step(batch: Tensor) -> float:
-        optimizer.zero_grad()
-        loss = -circuit(batch).mean()
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return Contender("cirkit, Adam", 1, step, sum(parameter.numel() for parameter in circuit.parameters()))
+    return adam_contender(context.compile(symbolic_cirkit(x, num_units)))
 
 
 def our_contender(rule: str, graphs: list[pc.CircuitGraph]) -> Contender:
@@ -138,26 +100,6 @@ def measure_memory(contender: Contender, x: Tensor) -> None:
     measure_peak(contender, draw_batch(x, 0, contender.num_circuits))
 
 
-def measure_peak(contender: Contender, batch: Tensor) -> None:
-    """Peak resident memory of the first two steps in MiB, beyond what was there before: gradients, state, buffers."""
-    gc.collect()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    except OSError:
-        return  # not Linux: no figure
-    before = _status("VmRSS")
-    contender.step(batch)
-    contender.step(batch)
-    contender.peak_memory = (_status("VmHWM") - before) / 1024
-
-
-def _status(key: str) -> int:
-    """A figure of this process in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))
-
-
 def run(x: Tensor, num_units: int, num_steps: int) -> list[Contender]:
     """Measure all contenders at one width, step by step in turn."""
     contenders = [cirkit_contender(x, num_units)]
@@ -169,10 +111,7 @@ def run(x: Tensor, num_units: int, num_steps: int) -> list[Contender]:
             measure_memory(contenders[-1], x)
     for number in range(num_steps):  # the first steps have already been taken by the memory measurement
         for contender in contenders:
-            batch = draw_batch(x, number, contender.num_circuits)
-            start = time.perf_counter()
-            contender.last_loss = contender.step(batch)
-            contender.times.append(time.perf_counter() - start)
+            take_step(contender, draw_batch(x, number, contender.num_circuits))
     print(f"K = {num_units}: {', '.join(f'{this.name} {this.median:.2f} ms' for this in contenders)}", flush=True)
     return contenders
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import time
 from unittest import mock
 
 import torch
-from sparsity import Contender, measure_memory
+from measuring import Contender, measure_peak, take_step
+from sparsity import Trained
 
 import lvd_lightning.circuits as pc
 from lvd_lightning.circuits import grids
@@ -25,16 +25,10 @@ from lvd_lightning.circuits import grids
 NUM_CIRCUITS, BATCH_SIZE, NUM_CATEGORIES = 4, 256, 256
 
 
-class WithLeast(Contender):
-    """Circuits whose products are stored if they have fewer units than `least`."""
-
-    def __init__(self, name: str, graphs: list[pc.CircuitGraph], least: int) -> None:
-        self.least = least
-        super().__init__(name, graphs)
-
-    def __post_init__(self) -> None:
-        with mock.patch.multiple(grids, LEAST_UNITS=self.least, LEAST_LINEAR=self.least):
-            super().__post_init__()
+def contender(name: str, graphs: list[pc.CircuitGraph], least: int) -> Contender:
+    """Circuits in training whose products are stored if they have fewer units than `least`."""
+    with mock.patch.multiple(grids, LEAST_UNITS=least, LEAST_LINEAR=least):
+        return Trained(name, graphs).figures
 
 
 def make_graph(repetitions: int | None, units: int, seed: int) -> pc.CircuitGraph:
@@ -69,17 +63,15 @@ def main() -> None:
     for title, repetitions in (("RAT-SPN, 1 repetition", 1), ("RAT-SPN, 2", 2), ("Poon-Domingos", None)):
         for units in (4, 8, 16) if repetitions is None else (4, 8, 16, 32):
             graphs = [make_graph(repetitions, units, seed) for seed in range(NUM_CIRCUITS)]
-            both = [WithLeast("stored", graphs, 1 << 30), WithLeast("without", graphs, 1)]
-            for contender in both:
-                measure_memory(contender, x)
+            both = [contender("stored", graphs, 1 << 30), contender("without", graphs, 1)]
+            for found in both:
+                measure_peak(found, x)
             for _ in range(settings.steps):
-                for contender in both:
-                    start = time.perf_counter()
-                    contender.step(x)
-                    contender.times.append(time.perf_counter() - start)
-            times = " | ".join(f"{1000 * contender.median:.0f}" for contender in both)
-            memory = " | ".join(f"{contender.memory:.0f}" for contender in both)
-            size = both[0].circuit.num_parameters
+                for found in both:
+                    take_step(found, x)
+            times = " | ".join(f"{found.median:.0f}" for found in both)
+            memory = " | ".join(f"{found.peak_memory:.0f}" for found in both)
+            size = both[0].num_parameters
             print(f"| {title} | {units} | {size:,} | {times} | {memory} |", flush=True)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +25,8 @@ from cirkit.templates.utils import (
     name_to_input_layer_factory,
     parameterization_to_factory,
 )
-from em_step import Contender, measure_peak, our_contender
+from em_step import our_contender
+from measuring import Contender, adam_contender, measure_peak, take_step
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
@@ -58,17 +58,9 @@ def cirkit_contender(regions: RegionGraph, num_units: int) -> Contender:
         num_sum_units=num_units,
         factorize_multivariate=True,
     )
-    circuit = PipelineContext(backend="torch", semiring="lse-sum", fold=True, optimize=True).compile(symbolic)
-    optimizer = torch.optim.Adam(circuit.parameters(), lr=0.01)
-
-    def step(batch: Tensor) -> float:
-        optimizer.zero_grad()
-        loss = -circuit(batch).mean()
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return Contender("cirkit, Adam", 1, step, sum(parameter.numel() for parameter in circuit.parameters()))
+    return adam_contender(
+        PipelineContext(backend="torch", semiring="lse-sum", fold=True, optimize=True).compile(symbolic)
+    )
 
 
 def rat_spn(num_units: int) -> tuple[pc.CircuitGraph, RegionGraph]:
@@ -117,9 +109,7 @@ def main() -> None:
             for number in range(settings.steps):
                 batch = x[(torch.arange(BATCH_SIZE) + number * BATCH_SIZE) % len(x)]
                 for contender in contenders:
-                    start = time.perf_counter()
-                    contender.step(batch)
-                    contender.times.append(time.perf_counter() - start)
+                    take_step(contender, batch)
             for this in contenders:
                 ratio = contenders[0].median / this.median
                 lines.append(

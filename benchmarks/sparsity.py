@@ -12,46 +12,36 @@ the first two steps: gradients, the optimizer's state, and buffers, on Linux.
 """
 
 import argparse
-import ctypes
-import gc
 import os
 import platform
-import statistics
-import time
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
+from measuring import Contender, measure_peak, take_step
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
+from lvd_lightning.circuits.sparse import Layout
 
 NUM_CATEGORIES, BATCH_SIZE = 256, 256
 
 
-@dataclass
-class Contender:
-    """A circuit in training; times in seconds, memory in MiB."""
+class Trained:
+    """A circuit, or several folded ones, in training by Anemone, and what it takes."""
 
-    name: str
-    graphs: list[pc.CircuitGraph]
-    times: list[float] = field(default_factory=list)
-    memory: float = float("nan")
-
-    def __post_init__(self) -> None:
-        self.circuit = pc.Circuit(self.graphs)
+    def __init__(self, name: str, graphs: list[pc.CircuitGraph], layout: Layout = "auto") -> None:
+        self.graphs = graphs
+        self.circuit = pc.Circuit(graphs, layout=layout)
         self.optimizer = pc.Anemone(self.circuit)
+        # Not per circuit: what all of them together take.
+        self.figures = Contender(name, 1, self.step, self.circuit.num_parameters)
 
-    def step(self, x: Tensor) -> None:
+    def step(self, x: Tensor) -> float:
         """Forward, backward, update."""
         self.optimizer.zero_grad()
-        (-self.circuit.log_prob(x, head=0)).sum().backward()
+        loss = -self.circuit.log_prob(x, head=0).sum()
+        loss.backward()
         self.optimizer.step()
-
-    @property
-    def median(self) -> float:
-        """Median seconds of a step."""
-        return statistics.median(self.times)
+        return loss.item()
 
     def padding(self) -> tuple[float, float]:
         """Rows of inner units and edges of sums that are computed, over those that are live."""
@@ -79,7 +69,7 @@ def give_up_half(graph: pc.CircuitGraph, generator: torch.Generator) -> None:
             node.weight = node.weight * keep / (node.weight * keep).sum(1, keepdim=True)
 
 
-def make_pair(num_circuits: int, num_latents: int, num_variables: int) -> tuple[Contender, Contender, Tensor]:
+def make_pair(num_circuits: int, num_latents: int, num_variables: int) -> tuple[Trained, Trained, Tensor]:
     """A dense batch of HCLTs, the same with half of the units pruned, and examples (circuits, batch, variables)."""
     generator = torch.Generator().manual_seed(0)
     leaf = pc.Categorical(NUM_CATEGORIES)
@@ -87,7 +77,7 @@ def make_pair(num_circuits: int, num_latents: int, num_variables: int) -> tuple[
         pc.hclt(random_tree(num_variables, generator), num_latents, leaf, generator=generator)
         for _ in range(num_circuits)
     ]
-    dense = Contender("dense", graphs)
+    dense = Trained("dense", graphs)
     x = dense.circuit.sample(BATCH_SIZE, generator=generator)
     emptied = dense.circuit.to_graph()
     assert isinstance(emptied, list)
@@ -98,46 +88,26 @@ def make_pair(num_circuits: int, num_latents: int, num_variables: int) -> tuple[
     flows.add(x)
     pruned = pc.prune(circuit, flows, threshold=0.0)
     assert isinstance(pruned, list)
-    return dense, Contender("half pruned", pruned), x
-
-
-def measure_memory(contender: Contender, x: Tensor) -> None:
-    """Peak resident memory of the first two steps beyond what was there before."""
-    gc.collect()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    except OSError:
-        return  # not Linux: no figure
-    before = _status("VmRSS")
-    contender.step(x)
-    contender.step(x)
-    contender.memory = (_status("VmHWM") - before) / 1024
-
-
-def _status(key: str) -> int:
-    """A figure of this process in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+    return dense, Trained("half pruned", pruned), x
 
 
 def compare(title: str, num_circuits: int, num_latents: int, num_variables: int, num_steps: int) -> list[str]:
     """Rows of a Markdown table."""
     dense, pruned, x = make_pair(num_circuits, num_latents, num_variables)
-    for contender in (dense, pruned):
-        measure_memory(contender, x)
+    contenders = (dense.figures, pruned.figures)
+    for contender in contenders:
+        measure_peak(contender, x)
     for _ in range(num_steps):
-        for contender in (dense, pruned):
-            start = time.perf_counter()
-            contender.step(x)
-            contender.times.append(time.perf_counter() - start)
+        for contender in contenders:
+            take_step(contender, x)
     rows = []
     for this in (dense, pruned):
         padded_rows, padded_edges = this.padding()
+        figures, first = this.figures, dense.figures
         rows.append(
-            f"| {title} | {this.name} | {this.circuit.num_parameters:,} | {len(this.circuit.plan.layers)} | "
-            f"{padded_rows:.2f} | {padded_edges:.2f} | {1000 * this.median:.1f} | {this.median / dense.median:.2f} | "
-            f"{this.memory:.0f} | {this.memory / dense.memory:.2f} |"
+            f"| {title} | {figures.name} | {figures.num_parameters:,} | {len(this.circuit.plan.layers)} | "
+            f"{padded_rows:.2f} | {padded_edges:.2f} | {figures.median:.1f} | {figures.median / first.median:.2f} | "
+            f"{figures.peak_memory:.0f} | {figures.peak_memory / first.peak_memory:.2f} |"
         )
     return rows
 

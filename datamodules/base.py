@@ -1,5 +1,6 @@
 """The frame of every image data module: splits in memory, colour and region applied once, loaders of global batches."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TypeVar
@@ -105,11 +106,25 @@ class ImageDataModule(LightningDataModule):
         if self._images:
             return
         images = dict(self.load())
+        self._check_counts({split: len(images[split]) for split in SPLITS})
         for split in SPLITS:
-            if not len(images[split]):
-                raise ValueError(f"{type(self).__name__}: the split {split!r} has no examples; give it a larger part")
             assert tuple(images[split].shape[1:]) == self.image_shape
         self._images = images
+
+    def _check_counts(self, counts: Mapping[Split, int]) -> None:
+        """Raise a ValueError that says how many images there are and how many it takes, if a split has none."""
+        for split, count in counts.items():
+            if count:
+                continue
+            fraction = getattr(self, f"{split}_fraction", None)
+            remedy = "give more images"
+            if fraction is not None:
+                few = math.ceil(1 / fraction)
+                remedy += f", {few} or more for {split}_fraction {fraction}, or choose a larger {split}_fraction"
+            raise ValueError(
+                f"{type(self).__name__}: there are {sum(counts.values())} images, and the split {split!r} has none of "
+                f"them (train, val and test: {', '.join(map(str, counts.values()))}); each needs at least 1: {remedy}"
+            )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from typing_extensions import override
 
@@ -70,10 +70,17 @@ class Folder(ImageDataModule):
         members: dict[Split, list[str]] = {split: [] for split in SPLITS}
         for name in sorted(names, key=position_of_name):  # the first few of a split are a sample of all folders
             members[split_of_name(name, self.val_fraction, self.test_fraction)].append(name)
-        return {split: self.encode(self._decode(root, members[split], read)) for split in SPLITS}
+        unusable: dict[str, str] = {}
+        images = {split: self.encode(self._decode(members[split], read, unusable)) for split in SPLITS}
+        if unusable:
+            raise ValueError(_complaint(root, unusable, sum(len(part) for part in images.values())))
+        return images
 
-    def _decode(self, root: Path, names: Sequence[str], read: Callable[[str], bytes]) -> Pixels:
-        """Decode images in threads (Pillow works outside of Python's global lock), as bytes (N, 3, S, S)."""
+    def _decode(self, names: Sequence[str], read: Callable[[str], bytes], unusable: dict[str, str]) -> Pixels:
+        """Decode images in threads (Pillow works outside of Python's global lock), as bytes (N, 3, S, S).
+
+        unusable: what is wrong with which image, for images that could not be decoded, is added here.
+        """
         kept = [names[row] for row in self.limit(len(names))]
         pixels = np.empty((len(kept), 3, self.image_size, self.image_size), dtype=np.uint8)
 
@@ -82,7 +89,7 @@ class Folder(ImageDataModule):
                 try:
                     pixels[row] = decode_image(read(kept[row]), self.image_size)
                 except (*DECODE_ERRORS, zipfile.BadZipFile) as error:
-                    raise ValueError(f"{root / kept[row]}: {error}") from error
+                    unusable[kept[row]] = "its contents are no image" if _is_no_image(error) else str(error)
 
         with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
             for _ in pool.map(decode_block, range(0, len(kept), DECODE_BLOCK)):
@@ -119,6 +126,22 @@ def decode_image(data: bytes, image_size: int) -> Pixels:
     if side > image_size:
         square = square.resize((image_size, image_size), Image.Resampling.LANCZOS)
     return np.asarray(square).transpose(2, 0, 1)
+
+
+def _is_no_image(error: Exception) -> bool:
+    return isinstance(error, UnidentifiedImageError)  # its own message names an object in memory
+
+
+def _complaint(root: Path, unusable: Mapping[str, str], count: int) -> str:
+    """What is wrong with the first image by name, how many there are, and what to do."""
+    first, *others = sorted(unusable)
+    if not others:
+        return f"{root / first}: {unusable[first]}; remove this file or replace it by an intact one"
+    also = ", ".join(others[:5]) + (" ..." if len(others) > 5 else "")
+    return (
+        f"{root / first}: {unusable[first]}; {len(unusable)} of {count} images cannot be used (also {also}): remove "
+        "these files or replace them by intact ones"
+    )
 
 
 def _is_image(path: PurePosixPath) -> bool:

@@ -1,5 +1,6 @@
 """The command line: `fit` runs an experiment, `validate` and `test` print what its trained circuit reaches."""
 
+import argparse
 import re
 import sys
 import warnings
@@ -18,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lvd_lightning.configuration import experiment_from, merge
 from lvd_lightning.experiment import CHANGED, STAGES, Experiment
 from lvd_lightning.modules.stage import StageModule
+from lvd_lightning.shared_values import check_shared
 
 __all__ = ["CONFIG_FOLDER", "find_config", "main", "one_line", "parse", "run"]
 
@@ -67,7 +69,12 @@ def find_config(name: str) -> Path:
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """The command, the resolved configuration of the experiment, and the options that are not part of it."""
+    """The command, the resolved configuration of the experiment, and the options that are not part of it.
+
+    Raises:
+        ArgumentError: an argument that no command takes, or a value of a wrong type.
+        ValueError: a shared value that nothing knows (see `check_shared`).
+    """
     parser = ArgumentParser(parser_mode="omegaconf+", exit_on_error=False, description=__doc__, prog="train.py")
     commands = parser.add_subcommands(dest="command")
     for name, text in _COMMANDS.items():
@@ -79,8 +86,16 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, dict[str, Any], 
     chosen.pop("config", None)
     dumped = _command_parser(command, "").dump(chosen, skip_validation=True)
     config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(dumped)))
+    check_shared(config["shared"], _config_files(arguments), sys.argv[1:] if arguments is None else arguments)
     config["stages"] = {name: settings for name, settings in config["stages"].items() if settings not in ({}, _EMPTY)}
     return command, config, options
+
+
+def _config_files(arguments: Sequence[str] | None) -> list[Path]:
+    """The files that --config names, in order."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config", action="append", default=[])
+    return [find_config(name) for name in parser.parse_known_args(arguments)[0].config]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from lvd_lightning.modules.assembled import AssembledCircuit
 from lvd_lightning.modules.stage import DONE_MARKER, StageContext, StageModule, derive_seed
 from lvd_lightning.ranks import Ranks
 from lvd_lightning.report import write_report
+from lvd_lightning.run_lock import locked
 
 __all__ = ["Pipeline"]
 
@@ -68,19 +70,24 @@ class Pipeline:
         """Run every stage that is not finished, or the stage `only`.
 
         changed: what to do when the run directory was begun with another configuration, see `adopt_run_directory`.
+
+        Raises:
+            ValueError: another process is working on the run directory.
         """
         stages = self.experiment.stages if only is None else (self.experiment.stage(only),)
         for stage in stages:
             self._check(stage)
-        self.ranks.on_first(partial(adopt_run_directory, self.experiment, changed))
-        for stage in stages:
-            try:
-                self._run_stage(stage)
-            except Exception as error:
-                self._keep_details(stage, error)
-                raise
-        if only is None:
-            self._evaluate()
+        with ExitStack() as held:
+            self.ranks.on_first(partial(held.enter_context, locked(self.experiment.run_dir)))
+            self.ranks.on_first(partial(adopt_run_directory, self.experiment, changed))
+            for stage in stages:
+                try:
+                    self._run_stage(stage)
+                except Exception as error:
+                    self._keep_details(stage, error)
+                    raise
+            if only is None:
+                self._evaluate()
 
     def print_bpd(self, split: str) -> None:
         """Print what the run's final circuit reaches on "val" or "test"; nothing is written."""

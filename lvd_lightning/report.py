@@ -1,6 +1,7 @@
 """The report of a run: a table, pictures, summary.md for people and summary.json for scripts."""
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from lvd_lightning.modules.assignments import assignments_folder
 from lvd_lightning.modules.stage import DONE_MARKER, ImageData, derive_seed
 from lvd_lightning.pictures import cluster_picture, curve_picture, gap_picture, inpainting_picture, sample_picture
 
-__all__ = ["print_table", "summarize", "table_rows", "write_report"]
+__all__ = ["print_table", "summarize", "table_rows", "worse_than_uniform", "write_report"]
 
 Row = Mapping[str, Any]
 
 _COLUMNS = ("model", "train bpd", "val bpd", "test bpd", "parameters", "seconds")
+# What knows nothing about a byte needs for it.
+UNIFORM_BPD = 8.0
 _PICTURES = {
     "training.png": "Bits per dimension over time",
     "gap.png": "Teacher, LVD objective and student on the test images",
@@ -44,6 +47,9 @@ def write_report(experiment: Experiment, data: ImageData, device: torch.device) 
         write_atomically(folder / "summary.md", _markdown(run_dir.name, rows, summary, evaluation, folder))
         write_atomically(folder / "summary.json", json.dumps(summary, indent=2))
     print_table(run_dir.name, rows, protocol_note(data.lossy, data.region))
+    worse = worse_than_uniform(rows)
+    if worse:
+        warnings.warn(worse, stacklevel=2)
     print(f"report: {folder}", flush=True)
 
 
@@ -74,7 +80,10 @@ def summarize(run_dir: Path, stages: Iterable[str], data: ImageData) -> dict[str
 
 
 def table_rows(run_dir: Path, stages: Sequence[str]) -> list[Row]:
-    """One row per model: bits per dimension on each split, parameters, and the seconds that led to it."""
+    """One row per model: bits per dimension on each split, parameters, and the seconds that led to it.
+
+    is_bound: whether its figures are bounds of a likelihood and not one.
+    """
     evaluation = _figures(run_dir / EVALUATE)
     circuits = evaluation.get("circuits", {})
     rows: list[Row] = []
@@ -92,6 +101,7 @@ def table_rows(run_dir: Path, stages: Sequence[str]) -> list[Row]:
                 {
                     "model": title,
                     **figures,
+                    "is_bound": key in ("teacher_elbo", "lvd_objective"),
                     "parameters": None if key == "teacher_elbo" else evaluation.get("num_parameters"),
                     "seconds": sum(list(seconds.values())[:until]),
                 }
@@ -101,6 +111,7 @@ def table_rows(run_dir: Path, stages: Sequence[str]) -> list[Row]:
         rows.append(
             {
                 "model": titles.get(name, f"baseline, {name}"),
+                "is_bound": False,
                 "train": figures.get("train_bpd"),
                 "val": figures.get("val_bpd"),
                 "test": figures.get("bpd"),
@@ -123,6 +134,18 @@ def print_table(name: str, rows: Sequence[Row], note: str) -> None:
     Console().print(table)
 
 
+def worse_than_uniform(rows: Sequence[Row]) -> str:
+    """One line about models whose validation figure says that guessing every byte would do better; else empty."""
+    known = [row for row in rows if row["val"] is not None and not row["is_bound"]]
+    bad = [f"{row['model']} {row['val']:.4f}" for row in known if row["val"] > UNIFORM_BPD]
+    if not bad:
+        return ""
+    return (
+        f"validation bpd above {UNIFORM_BPD:g}, worse than a uniform distribution over bytes: {', '.join(bad)}; train "
+        "for longer, on more images, or with another learning rate"
+    )
+
+
 def _cells(row: Row, note: str) -> list[str]:
     figures = ["" if row[split] is None else f"{row[split]:.4f}{note}" for split in ("train", "val", "test")]
     parameters = "" if row["parameters"] is None else f"{row['parameters']:,}"
@@ -138,6 +161,9 @@ def _markdown(name: str, rows: Sequence[Row], summary: Row, evaluation: Row, fol
     if rows:
         lines += ["", f"| {' | '.join(_COLUMNS)} |", f"|{'---|' + '---:|' * (len(_COLUMNS) - 1)}"]
         lines += [f"| {' | '.join(_cells(row, note))} |" for row in rows]
+    worse = worse_than_uniform(rows)
+    if worse:
+        lines += ["", f"**{worse[0].upper()}{worse[1:]}.**"]
     if "num_train" in evaluation:
         lines += [
             "",

@@ -13,6 +13,8 @@ from omegaconf import OmegaConf
 
 from lvd_lightning.cli import CONFIG_FOLDER, find_config, main, one_line, parse
 from lvd_lightning.configuration import experiment_from, merge
+from lvd_lightning.run_lock import locked
+from lvd_lightning.shared_values import check_shared, references
 
 BASE = """
 name: base
@@ -139,6 +141,51 @@ class TestStages:
         assert [stage.config for stage in here.stages] == [stage.config for stage in there.stages]
 
 
+class TestSharedValues:
+    """A misspelt shared value would be read by nothing, and the run be another one than meant."""
+
+    @pytest.mark.parametrize("command", ["fit", "test"])
+    def test_misspelt_on_the_command_line(self, base: str, capsys: pytest.CaptureFixture[str], command: str) -> None:
+        assert main([command, "--config", base, "--shared.num_cluster=3"]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("error: shared.num_cluster (from the command line): there is no such shared value")
+        assert "did you mean shared.num_clusters? known are color, num_clusters, patch_size, region" in lines[0]
+
+    def test_misspelt_in_an_overlay(self, base: str, capsys: pytest.CaptureFixture[str]) -> None:
+        Path("over.yaml").write_text("shared: {pach_size: 2}\n")
+        assert main(["fit", "--config", base, "--config=over.yaml"]) == 2
+        error = capsys.readouterr().err
+        assert "shared.pach_size (over.yaml): there is no such shared value in base.yaml, and nothing refers" in error
+        assert "did you mean shared.patch_size?" in error
+
+    def test_without_anything_near(self, base: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["fit", "--config", base, "--shared.depth=2"]) == 2
+        assert "as ${shared.depth}; known are color, num_clusters, patch_size, region" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("reference", ["${shared.layers}", "${..shared.layers}", "${shared[layers]}"])
+    def test_a_new_one_that_something_refers_to(self, base: str, reference: str) -> None:
+        assert references(f"a: 1\nb: x{reference}\n") == ["layers"]
+        if reference.startswith("${shared"):
+            model = f"{{init_args: {{num_layers: '{reference}'}}}}"
+            Path("over.yaml").write_text(f"shared: {{layers: 2}}\nstages: {{teacher: {{model: {model}}}}}\n")
+            config = resolved("--config", base, "--config", "over.yaml")
+            assert config["stages"]["teacher"]["model"]["init_args"]["num_layers"] == 2
+
+    def test_a_new_one_that_the_command_line_refers_to(self, base: str) -> None:
+        shared, reference = {"patch_size": 4, "rounds": 2}, "--stages.latents.iterations=${shared.rounds}"
+        check_shared(shared, [Path(base)], [reference])
+        with pytest.raises(ValueError, match="shared.rounds"):
+            check_shared(shared, [Path(base)], ["--shared.rounds=2"])
+
+    def test_one_that_an_overlay_needs_no_longer(self, base: str) -> None:
+        Path("over.yaml").write_text("stages: {latents: null}\n")
+        assert (
+            resolved("--config", base, "--config", "over.yaml", "--shared.num_clusters=3")["shared"]["num_clusters"]
+            == 3
+        )
+
+
 def test_wandb_is_offline_without_an_account_and_keeps_its_id(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
@@ -260,6 +307,14 @@ def test_fit_continues_and_asks_when_the_config_has_changed(base: str, capsys: p
     assert main([*changed, "--changed=restart"]) == 0
     assert "teacher: finished before, skipped" in capsys.readouterr().out
     assert OmegaConf.load("runs/base/config.yaml").stages.latents.iterations == 3
+
+
+def test_a_run_that_another_process_works_on(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(Path("runs/base")):
+        assert main(["fit", "--config", base]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: another process is working on runs/base (process ")
 
 
 def test_stages_that_come_or_go_are_noticed(base: str, capsys: pytest.CaptureFixture[str]) -> None:

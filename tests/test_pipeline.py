@@ -6,15 +6,15 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.processes import as_script, exit_codes
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
@@ -356,54 +356,28 @@ def test_scores_that_are_not_numbers_are_never_best(tmp_path: Path) -> None:
     assert highest.is_better(4.0)
 
 
-def as_script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run this file."""
-    return subprocess.run(
-        [sys.executable, __file__, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-    )
-
-
 def test_two_processes_make_one_run(tmp_path: Path) -> None:
-    first = as_script(str(tmp_path), "two processes")
+    first = as_script(__file__, str(tmp_path), "two processes")
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("done in") == len(KILLS)
     assert all((tmp_path / "run" / name / "done.json").is_file() for name, _ in KILLS)
     assert [row["epoch"] for row in read_metrics(tmp_path / "run/tuned/metrics.csv") if row["val/bpd"]] == list("012")
     (tmp_path / "run/tuned/done.json").unlink()
-    again = as_script(str(tmp_path), "two processes")
+    again = as_script(__file__, str(tmp_path), "two processes")
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("finished before, skipped") == len(KILLS) - 1
     assert "tuned: goes on after epoch 3" in again.stdout
 
 
 def test_killed_in_every_stage_equals_uninterrupted(tmp_path: Path) -> None:
-    result = as_script(str(tmp_path))
+    result = as_script(__file__, str(tmp_path))
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1]) == {"killed": [-signal.SIGKILL] * len(KILLS), "whole": []}
+    assert json.loads(result.stdout.splitlines()[-1]) == {"killed": [-signal.SIGKILL] * len(KILLS) + [0], "whole": [0]}
     whole, killed = record(tmp_path / "whole/run"), record(tmp_path / "killed/run")
     assert len(list((tmp_path / "killed").glob("killed-*"))) == len(KILLS)
     assert list(whole) == list(killed)
     for name in whole:
         assert whole[name] == killed[name], name
-
-
-def starts_until_done(work: Callable[[], None]) -> list[int]:
-    """Do the work in a forked process until one ends well; the exit codes of those that did not."""
-    codes: list[int] = []
-    while len(codes) <= len(KILLS):
-        child = os.fork()
-        if child == 0:
-            work()
-            sys.stdout.flush()
-            os._exit(0)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if code == 0:
-            break
-        codes.append(code)
-    return codes
 
 
 if __name__ == "__main__":
@@ -415,7 +389,8 @@ if __name__ == "__main__":
     (folder / "whole").mkdir()
     (folder / "killed").mkdir()
     kinds = {"killed": True, "whole": False}
-    ends = {
-        kind: starts_until_done(partial(run, experiment(folder / kind / "run", kill))) for kind, kill in kinds.items()
-    }
+    ends = {}
+    for kind, kill in kinds.items():
+        settings = experiment(folder / kind / "run", kill)
+        ends[kind] = exit_codes(lambda settings=settings: run(settings) or 0, most=len(KILLS) + 1)
     print(json.dumps(ends))

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,23 @@ def test_table_adds_up_seconds_and_leaves_absent_figures_empty(tmp_path: Path, r
     assert rows["distilled circuit"]["seconds"] == 11.0
     assert rows["finetuned circuit"]["seconds"] == 21.0
     assert (rows["baseline, EM"]["test"], rows["baseline, EM"]["train"]) == (7.5, None)
+
+
+def test_a_model_that_is_worse_than_uniform_is_one_line(tmp_path: Path) -> None:
+    experiment, data = finished_run(tmp_path)
+    good, bad = {"val_bpd": 8.0, "test_bpd": 8.0}, {"val_bpd": 8.5, "test_bpd": 8.5}
+    circuits = {"lvd_objective": bad, "distilled": good, "finetuned": good}  # the first is a bound
+    mark_done(experiment.run_dir / EVALUATE, {"seconds": 1.0, "circuits": circuits})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_report(experiment, data, torch.device("cpu"))
+    shutil.rmtree(experiment.run_dir / "report")
+    mark_done(experiment.run_dir / EVALUATE, {"seconds": 1.0, "circuits": {**circuits, "finetuned": bad}})
+    with pytest.warns(UserWarning, match="validation bpd above 8, .*: finetuned circuit 8.5000; train") as caught:
+        write_report(experiment, data, torch.device("cpu"))
+    (line,) = {str(found.message) for found in caught if "bpd" in str(found.message)}
+    assert "\n" not in line
+    assert "**Validation bpd above 8" in (experiment.run_dir / "report" / "summary.md").read_text()
 
 
 def test_what_a_run_has_not_is_absent(tmp_path: Path) -> None:

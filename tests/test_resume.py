@@ -1,17 +1,17 @@
 """A run of all real stages that is killed in each of them; run as a script, it is that run."""
 
-import csv
 import json
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.processes import as_script, exit_codes
+from helpers.run_content import content
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 STAGES = ("teacher", "latents", "conditional", "prior", "finetune", "baseline")
@@ -75,50 +75,8 @@ def fit(run_dir: Path) -> int:
     return main([*ARGUMENTS, callback, f"--name={run_dir.name}", f"--run_dir={run_dir.parent}"])
 
 
-def exit_codes(work: Callable[[], int]) -> list[int]:
-    """Exit codes of forked processes that do the work, until one ends well."""
-    codes: list[int] = []
-    while not codes or (codes[-1] and len(codes) < 12):
-        child = os.fork()
-        if child == 0:
-            code = work()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    return codes
-
-
-def without_times(value: Any) -> Any:
-    """Plain values to compare, without what a clock said."""
-    if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if "seconds" not in str(key)}
-    if isinstance(value, (list, tuple)):
-        return [without_times(item) for item in value]
-    return value.tolist() if isinstance(value, torch.Tensor) else value
-
-
-def content(path: Path) -> Any:
-    """What a file holds, but times."""
-    if path.suffix == ".ckpt":
-        checkpoint = torch.load(path, weights_only=True)
-        kept = ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step")
-        return without_times({key: checkpoint[key] for key in kept})
-    if path.suffix == ".csv":
-        with path.open() as file:
-            return without_times(list(csv.DictReader(file)))
-    if path.suffix == ".json":
-        return without_times(json.loads(path.read_text()))
-    return path.read_bytes()
-
-
 def test_run_that_is_killed_in_every_stage_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-    )
+    result = as_script(__file__, str(tmp_path))
     assert result.returncode == 0, result.stderr
     codes = json.loads(result.stdout.splitlines()[-1])
     assert codes == {"killed": [-signal.SIGKILL] * 8 + [0], "whole": [0]}, result.stderr
@@ -137,5 +95,5 @@ def test_run_that_is_killed_in_every_stage_ends_as_an_uninterrupted_one(tmp_path
 if __name__ == "__main__":
     # This process imports everything and computes nothing, so that the forked ones can.
     import_module("lvd_lightning.pipeline")
-    runs = {name: exit_codes(lambda name=name: fit(Path(sys.argv[1]) / name)) for name in ("whole", "killed")}
+    runs = {name: exit_codes(partial(fit, Path(sys.argv[1]) / name), most=12) for name in ("whole", "killed")}
     print(json.dumps(runs))

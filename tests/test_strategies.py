@@ -3,18 +3,16 @@
 The script imports everything, then forks the ranks, which see each other as torchrun's do.
 """
 
-import importlib.util
 import json
-import os
-import socket
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from helpers.processes import as_script, fork_ranks
+from helpers.small_runs import Run, SmallImages
 from torch import Tensor
 
 from lvd_lightning.modules import CircuitBaseline, ConditionalStudent, JointStudent, PriorStudent
@@ -34,18 +32,6 @@ def students() -> dict[str, Any]:
         "finetune": JointStudent(margin=1e4, posterior_floor=0.0, slots=20.0, val_images=20),
         "baseline": CircuitBaseline(num_latents=2, seconds=0.1, batch_size=51, val_images=20),
     }
-
-
-def small_runs() -> ModuleType:
-    """The fixtures of the module tests, which have small runs: a script gets no fixtures."""
-    path = Path(__file__).parent / "modules" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("small_runs", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def train_all(run: Any, ranks: Ranks) -> dict[str, Any]:
@@ -77,21 +63,15 @@ def train_all(run: Any, ranks: Ranks) -> dict[str, Any]:
     return metrics
 
 
-def new_run(folder: Path, kind: Any) -> Any:
-    return kind.Run(folder, kind.SmallImages(num_train=63, num_val=23, batch_size=20))
+def new_run(folder: Path) -> Run:
+    return Run(folder, SmallImages(num_train=63, num_val=23, batch_size=20))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs, by one process and by two."""
     folder = tmp_path_factory.mktemp("strategies")
-    result = subprocess.run(
-        [sys.executable, __file__, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-    )
+    result = as_script(__file__, str(folder))
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -147,41 +127,21 @@ def test_ranks_agree_on_the_plan(folder: Path) -> None:
     assert metrics(folder, "two-0")["plan"] == metrics(folder, "two-1")["plan"] == written["steps"]
 
 
-def run_rank(folder: Path, kind: Any, rank: int, port: int) -> None:
-    os.environ.update(
-        TORCHELASTIC_RUN_ID="test",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "2"),
-        **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
-        GROUP_RANK="0",
-    )
+def run_rank(folder: Path, rank: int) -> None:
     ranks = Ranks({"accelerator": "cpu", "devices": 2})
-    run = new_run(folder / "two", kind) if rank == 0 else None
+    run = new_run(folder / "two") if rank == 0 else None
     ranks.wait()
-    run = run or new_run(folder / "two", kind)
+    run = run or new_run(folder / "two")
     (folder / f"two-{rank}.json").write_text(json.dumps(train_all(run, ranks)))
     ranks.close()
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    kind = small_runs()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            run_rank(folder, kind, rank, port)
-            sys.stdout.flush()
-            os._exit(0)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    found = train_all(new_run(folder / "one", kind), Ranks({"accelerator": "cpu", "devices": 1}))
+    code = fork_ranks(partial(run_rank, folder))
+    found = train_all(new_run(folder / "one"), Ranks({"accelerator": "cpu", "devices": 1}))
     (folder / "one.json").write_text(json.dumps(found))
-    sys.exit(max(map(abs, codes)))
+    sys.exit(code)
 
 
 if __name__ == "__main__":

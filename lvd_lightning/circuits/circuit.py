@@ -5,7 +5,7 @@ Shapes: G circuits, B batch, D variables, H heads, F folded nodes, V and E the r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lvd_lightning.circuits import fused_gpu, layers, queries
+from lvd_lightning.circuits.checks import check_type, described, is_whole
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 from lvd_lightning.circuits.kronecker import KroneckerLayer
 from lvd_lightning.circuits.late_checks import LateCheck, is_late
@@ -70,8 +71,10 @@ class Circuit(nn.Module):
         layout: Layout = "auto",
     ) -> None:
         super().__init__()
-        self.batched = not isinstance(graph, CircuitGraph)
-        graphs = [graph] if isinstance(graph, CircuitGraph) else list(graph)
+        self.batched = isinstance(graph, Iterable)
+        graphs = list(graph) if isinstance(graph, Iterable) else [graph]
+        for number, found in enumerate(graphs):
+            check_type(f"Circuit: graph[{number}]" if self.batched else "Circuit: graph", found, CircuitGraph)
         if not graphs:
             raise ValueError("Circuit: got an empty list of graphs, expected at least one")
         if parameterization not in ("probabilities", "logits"):
@@ -303,10 +306,10 @@ class Circuit(nn.Module):
             raise ValueError(f"x: expected a tensor of shape {self._expected_shape()}, got {_describe(x)}")
         if shape[-1] != self.num_variables or (len(shape) == 3 and shape[0] != self.num_circuits):
             raise ValueError(f"x: expected shape {self._expected_shape()}, got {tuple(x.shape)}")
-        if observed is not None and (observed.dtype != torch.bool or observed.shape != shape):
-            raise ValueError(
-                f"observed: expected a bool tensor of shape {tuple(shape)}, got {_describe(observed)} {observed.dtype}"
-            )
+        if observed is not None and not (
+            isinstance(observed, Tensor) and observed.dtype == torch.bool and observed.shape == shape
+        ):
+            raise ValueError(f"observed: expected a bool tensor of shape {tuple(shape)}, got {described(observed)}")
         if x.device != self.device:
             raise ValueError(f"x: is on {x.device}, the circuit is on {self.device}; move one of them")
         shared = len(shape) == 2
@@ -384,6 +387,8 @@ class Circuit(nn.Module):
                 )
             index = head.to(self.device, torch.int64).view(self.num_circuits, size)
         else:
+            if not is_whole(head):
+                raise ValueError(f"head: expected an int or an integer tensor, got {described(head)}")
             return torch.full((self.num_circuits, size), self._check_head(int(head)), device=self.device)
         if late and is_late(head.device):
             self.checks.add(len(self.plan.inputs), [((index < 0) | (index >= self.num_heads)).any()])

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lvd_lightning.circuits.checks import check_number, described
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.distributions.base import may_ask
@@ -36,15 +37,14 @@ class _CircuitOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, module: nn.Module | Iterable[dict[str, Any]], defaults: dict[str, Any]) -> None:
+        if not isinstance(module, (nn.Module, Iterable)):
+            raise ValueError(self._expected(module))
         wanted = [{"params": module}] if isinstance(module, nn.Module) else list(module)
         groups: list[dict[str, Any]] = []
         self.circuits: list[Circuit] = []
         for group in wanted:
             if not isinstance(group, Mapping) or not isinstance(group.get("params"), nn.Module):
-                raise ValueError(
-                    f"{type(self).__name__}: expected a module, or groups {{'params': module, 'lr': ...}}, got "
-                    f"{type(group).__name__}; tensors alone do not say which circuit they belong to"
-                )
+                raise ValueError(f"{self._expected(group)}; tensors alone do not say which circuit they belong to")
             for circuit in group["params"].modules():
                 if isinstance(circuit, Circuit) and not any(circuit is known for known in self.circuits):
                     if circuit.parameterization != "probabilities":
@@ -55,16 +55,22 @@ class _CircuitOptimizer(torch.optim.Optimizer):
                     self.circuits.append(circuit)
                     groups.append({**group, "params": list(circuit.tables)})
         if not groups:
-            raise ValueError(f"{type(self).__name__}: found no Circuit in the module")
+            places = ", ".join(type(group["params"]).__name__ for group in wanted) or "an empty list"
+            raise ValueError(
+                f"{type(self).__name__}: found no Circuit in {places}; its tables are all that {type(self).__name__} "
+                "trains, other parameters need a gradient optimizer"
+            )
         super().__init__(groups, defaults)
         for group in self.param_groups:
             self._check(group)
 
+    def _expected(self, got: Any) -> str:
+        name = type(self).__name__
+        return f"{name}: expected a module, or groups {{'params': module, 'lr': ...}}, got {described(got)}"
+
     def _check(self, group: dict[str, Any]) -> None:
-        if not 0 < group["lr"] <= 1:
-            raise ValueError(f"lr: the EM step size must lie in (0, 1], got {group['lr']}")
-        if group["pseudocount"] < 0:
-            raise ValueError(f"pseudocount: must be 0 or larger, got {group['pseudocount']}")
+        check_number("lr", group["lr"], 0, 1, above_low=True, meaning=", the EM step size")
+        check_number("pseudocount", group["pseudocount"], 0, meaning=", a number of examples")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

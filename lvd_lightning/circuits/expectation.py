@@ -6,18 +6,16 @@ Shapes: G circuits, B batch, D variables, C values of a variable, F folded nodes
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lvd_lightning.circuits.checks import check_type, described
+from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import Distribution, Gaussian
+from lvd_lightning.circuits.layers import InputLayer
 from lvd_lightning.circuits.queries import nothing_observed, unit_posteriors
-
-if TYPE_CHECKING:
-    from lvd_lightning.circuits.circuit import Circuit
-    from lvd_lightning.circuits.layers import InputLayer
 
 __all__ = ["expectation"]
 
@@ -52,8 +50,14 @@ def expectation(
 
     Raises:
         ValueError: f has too few values or the wrong shape, Gaussian variables get a table, or a row of x has
-            probability zero.
+            probability zero, or a graph is given in place of a circuit.
     """
+    check_type("expectation: circuit", circuit, Circuit)
+    if not isinstance(f, Tensor) and not callable(f):
+        raise ValueError(
+            f"expectation: f: expected a tensor (variables, values) or a function of (values, variables), got "
+            f"{described(f)}"
+        )
     known, mask = nothing_observed(circuit, 1) if x is None else (x, observed)
     batch = circuit.prepare(known, mask)
     space = unit_posteriors(circuit, batch, circuit.head_index(head, batch.size))

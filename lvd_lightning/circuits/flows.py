@@ -11,6 +11,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lvd_lightning.circuits.checks import check_type
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 
@@ -38,6 +39,7 @@ class Flows:
     """
 
     def __init__(self, circuit: Circuit) -> None:
+        check_type("Flows: circuit", circuit, Circuit)
         self.circuit = circuit
         self.num_examples = torch.zeros(circuit.num_circuits, dtype=torch.float64, device=circuit.device)
         self.tables = [
@@ -51,7 +53,13 @@ class Flows:
             for number, group in enumerate(circuit.plan.groups)
             for row, owner in enumerate(group.owners)
         }
+        self._added = False
         self._reduced = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no examples were added, not even ones of weight 0, here or (once summed) on any rank."""
+        return not self._added and not bool(self.num_examples.any())
 
     @torch.no_grad()
     def add(
@@ -87,6 +95,7 @@ class Flows:
         size = x.shape[axis]
         head_GB = self.circuit.head_index(head, size)
         weight_GB = self._weights(weight, head_GB)
+        self._added = True
         for low in range(0, size, chunk_size):
             length = min(chunk_size, size - low)
             part = slice(low, low + length)

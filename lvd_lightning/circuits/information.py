@@ -14,17 +14,15 @@ Shapes: G circuits, P parameter rows, K units, S numbers per unit.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lvd_lightning.circuits.checks import check_type
+from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import Distribution, Gaussian
 from lvd_lightning.circuits.graph import CircuitGraph
 from lvd_lightning.circuits.plan import LOG_ZERO, ParameterGroup
-
-if TYPE_CHECKING:
-    from lvd_lightning.circuits.circuit import Circuit
 
 __all__ = ["entropy", "kl"]
 
@@ -42,8 +40,9 @@ def entropy(circuit: Circuit, head: int | Tensor = 0) -> Tensor:
         A number; for a batch of circuits (G,).
 
     Raises:
-        ValueError: a circuit has no such head.
+        ValueError: a graph in place of a circuit, or a circuit has no such head.
     """
+    check_type("entropy: circuit", circuit, Circuit)
     terms = [
         _entropies(group, circuit.dense(number, table))
         for number, (group, table) in enumerate(zip(circuit.plan.groups, circuit.probabilities(), strict=True))
@@ -65,8 +64,10 @@ def kl(p: Circuit, q: Circuit, head: int | Tensor = 0) -> Tensor:
         A number; for a batch of circuits (G,).
 
     Raises:
-        ValueError: the structures differ, or a circuit has no such head.
+        ValueError: graphs in place of circuits, the structures differ, or a circuit has no such head.
     """
+    check_type("kl: p", p, Circuit)
+    check_type("kl: q", q, Circuit)
     _check_same(p, q)
     p, q = _all_dense(p), _all_dense(q)  # else their nodes may be grouped differently
     tables = zip(p.plan.groups, p.probabilities(), q.probabilities(), strict=True)

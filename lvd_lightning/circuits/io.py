@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lvd_lightning.circuits.checks import check_type
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import (
     Bernoulli,
@@ -38,7 +39,10 @@ def save(circuit: Circuit, path: str | Path) -> Path:
 
     The file appears under its name only when it is complete.
     """
+    check_type("save: circuit", circuit, Circuit)
     path = _with_suffix(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; give the name of a file to write")
     graphs = circuit.to_graph()
     found = graphs if isinstance(graphs, list) else [graphs]
     packer = _Packer()
@@ -60,9 +64,12 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Circuit:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, incomplete, of a newer format, or no circuit.
+        ValueError: the file is damaged, incomplete, of a newer format, no circuit, or a directory.
     """
-    path = _with_suffix(path)
+    given, path = Path(path).expanduser(), _with_suffix(path)
+    if not path.is_file() and given.is_dir():
+        files = sorted(found.name for found in given.glob("*.safetensors"))
+        raise ValueError(f"{given} is a directory, expected a circuit's file; in it: {', '.join(files[:8]) or 'none'}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such circuit file")
     try:

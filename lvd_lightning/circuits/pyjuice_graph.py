@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lvd_lightning.circuits.checks import check_type
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import Bernoulli, Categorical, Distribution, Gaussian
 from lvd_lightning.circuits.graph import CircuitGraph, Node
@@ -51,6 +52,7 @@ def to_pyjuice(circuit: Circuit, *, max_block_size: int = 1024) -> Any:
         ValueError: an input of another distribution, or a block size that is no power of two.
         ImportError: PyJuice is not installed.
     """
+    check_type("to_pyjuice: circuit", circuit, Circuit)
     if max_block_size < 1 or max_block_size & (max_block_size - 1):
         raise ValueError(f"max_block_size: expected a power of two, got {max_block_size}")
     juice = _import_pyjuice("to_pyjuice")

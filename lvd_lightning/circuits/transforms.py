@@ -5,7 +5,6 @@ Shapes: P parameter rows, N units of a node, M units of all its children togethe
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lvd_lightning.circuits.checks import check_number, check_type
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.doubling import Doubling, find_split, flag
 from lvd_lightning.circuits.flows import Flows
@@ -24,6 +24,7 @@ from lvd_lightning.circuits.surgery import OpenGraph, open_circuit
 __all__ = ["grow", "prune"]
 
 Array = NDArray[Any]
+_NOTHING = "flows: no examples were added, so there is nothing to decide by; count them first: flows.add(x)"
 
 
 def prune(circuit: Circuit, flows: Flows, threshold: float = 1e-4) -> CircuitGraph | list[CircuitGraph]:
@@ -42,18 +43,23 @@ def prune(circuit: Circuit, flows: Flows, threshold: float = 1e-4) -> CircuitGra
     Args:
         circuit: whose parameters are pruned.
         flows: of a data set, counted in this circuit.
-        threshold: tau, in flow per example.
+        threshold: tau, in flow per example, from 0 to 1.
 
     Returns:
         A graph on the CPU, for a batch of circuits a list of them.
+
+    Raises:
+        ValueError: a threshold of another range, flows of another structure, or flows (of a circuit that is no batch)
+            to which no example was added.
 
     References:
         Dang, Liu and Van den Broeck, Sparse Probabilistic Circuits via Pruning and Growing, 2022 (arXiv 2211.12551),
         section 3.
     """
-    flows.check(circuit)
-    if not 0 <= threshold < math.inf:
-        raise ValueError(f"threshold: must be 0 or larger and finite, got {threshold}")
+    _check_flows("prune", circuit, flows)
+    check_number("threshold", threshold, 0, 1, meaning=", flow per example")
+    if flows.is_empty and not circuit.batched:
+        raise ValueError(_NOTHING)
     opened = open_circuit(circuit)
     for number, group in enumerate(circuit.plan.groups):
         if group.kind == "sum":
@@ -107,16 +113,16 @@ def grow(
 
     Raises:
         ValueError: heads that do not exist or come twice, a negative sigma, a generator of another device, flows of
-            another structure, or a circuit with Kronecker products (growth is defined for Hadamard products).
+            another structure or to which nothing was added, or a circuit with Kronecker products (growth is defined
+            for Hadamard products).
 
     References:
         Liu et al., Understanding the Distillation Process from Deep Generative Models to Tractable Probabilistic
         Circuits, 2023, Algorithm 1.
     """
-    flows.check(circuit)
+    _check_flows("grow", circuit, flows)
     wanted = _check_heads(circuit, heads)
-    if not 0 <= sigma < math.inf:
-        raise ValueError(f"sigma: must be 0 or larger and finite, got {sigma}")
+    check_number("sigma", sigma, 0, meaning=", a standard deviation")
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(f"generator: must be a generator of the CPU, got one of {generator.device}")
     seeds = torch.randint(1 << 62, (circuit.num_circuits,), generator=generator).tolist()
@@ -127,6 +133,8 @@ def grow(
             graphs.append(graph.closed())
             continue
         _check_growth(graph, g)
+        if flows.is_empty:
+            raise ValueError(_NOTHING)
         mean_flow = np.concatenate(flow[g]) / max(examples[g], 1e-300)
         split = find_split(graph, flag(graph, mean_flow, wanted[g]))
         graphs.append(Doubling(graph, split, wanted[g], sigma, np.random.default_rng(seeds[g])).run())
@@ -153,6 +161,12 @@ def _surviving_edges(circuit: Circuit, flows: Flows, number: int, threshold: flo
     lossless_PN1 = ((table == 0) | keep_PNM).all(-1, keepdim=True)
     total_PN1 = torch.where(lossless_PN1, 1.0, kept_PNM.sum(-1, keepdim=True))
     return (kept_PNM / total_PN1).to(table.dtype).cpu().numpy(), keep_PNM.cpu().numpy()
+
+
+def _check_flows(caller: str, circuit: Circuit, flows: Flows) -> None:
+    check_type(f"{caller}: circuit", circuit, Circuit)
+    check_type(f"{caller}: flows", flows, Flows)
+    flows.check(circuit)
 
 
 def _check_heads(circuit: Circuit, heads: Sequence[Any]) -> list[list[int]]:

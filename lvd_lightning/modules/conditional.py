@@ -32,6 +32,8 @@ from lvd_lightning.modules.training import EMStudent, Rule, check_at_least
 
 __all__ = ["ConditionalStudent"]
 
+_PRIOR = "assembled.prior."
+
 
 class ConditionalStudent(EMStudent):
     """A circuit over patches for every cluster of stage latents (tied over positions), or a set of them per position.
@@ -186,16 +188,23 @@ class ConditionalStudent(EMStudent):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What the state_dict does not hold: structure, heads of the training patches, rounds of growth so far."""
+        """What the state_dict does not hold: structure, heads of the training patches, rounds of growth so far.
+
+        The prior, K x K numbers for every patch, is left out: it follows from the heads by counting.
+        """
         text, tensors = pack_structure(self.assembled.conditional.structures)
         checkpoint["growing"] = {"structure": text, "tensors": tensors, "heads": self.heads_NP, "round": self.round}
+        for name in [name for name in checkpoint.get("state_dict", {}) if name.startswith(_PRIOR)]:
+            del checkpoint["state_dict"][name]
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the circuits of a checkpoint, whose parameters are loaded next."""
+        """Build the circuits of a checkpoint, whose parameters are loaded next, and count their prior."""
         found = checkpoint["growing"]
         self.round = int(found["round"])
         self._assemble(unpack_structure(found["structure"], found["tensors"]), found["heads"])
+        for name, counted in self.assembled.prior.state_dict(prefix=_PRIOR).items():
+            checkpoint["state_dict"].setdefault(name, counted)  # older checkpoints have it
 
     @property
     def context(self) -> StageContext:

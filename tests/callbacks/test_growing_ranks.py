@@ -3,18 +3,16 @@
 The script imports everything, then forks the ranks, which see each other as torchrun's do.
 """
 
-import importlib.util
 import json
-import os
-import socket
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from helpers.processes import as_script, fork_ranks
+from helpers.small_runs import Run, SmallImages
 
 from callbacks import GrowClusters, Prune, ReassignClusters
 from lvd_lightning.bookkeeping import MetricsFile, read_metrics
@@ -24,27 +22,15 @@ from lvd_lightning.ranks import Ranks
 from lvd_lightning.strategies import EMStrategy
 
 EPOCHS = 5
-ROOT = Path(__file__).parents[2]
 
 
-def small_runs() -> ModuleType:
-    """The fixtures of the module tests, which have small runs: a script gets no fixtures."""
-    spec = importlib.util.spec_from_file_location("small_runs", ROOT / "tests" / "modules" / "conftest.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def train(folder: Path, name: str, kind: Any, ranks: Ranks) -> None:
+def train(folder: Path, name: str, ranks: Ranks) -> None:
     """Two rounds of all edits; leaves what came out of them."""
-    data = kind.SmallImages(num_train=163, num_val=23, batch_size=40, num_states=5)
+    data = SmallImages(num_train=163, num_val=23, batch_size=40, num_states=5)
     data.z = {split: (z >= 2).long() for split, z in data.z.items()}
-    run = kind.Run(folder / name, data, 2) if ranks.is_first else None
+    run = Run(folder / name, data, 2) if ranks.is_first else None
     ranks.wait()
-    run = run or kind.Run(folder / name, data, 2)
+    run = run or Run(folder / name, data, 2)
     module = ConditionalStudent(3, num_heads=2, min_examples=1, slots=4.0, val_images=20, round_epochs=2)
     module.begin_stage(run.context("conditional"))
     metrics = run.folder / "conditional" / "metrics.csv"
@@ -102,13 +88,7 @@ def agreement(ranks: Ranks) -> dict[str, Any]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs, by one process and by two."""
     folder = tmp_path_factory.mktemp("growing")
-    result = subprocess.run(
-        [sys.executable, __file__, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-    )
+    result = as_script(__file__, str(folder))
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -169,38 +149,18 @@ def test_a_single_process_agrees_with_itself() -> None:
     assert from_first(x) is x
 
 
-def run_rank(folder: Path, kind: Any, rank: int, port: int) -> None:
-    os.environ.update(
-        TORCHELASTIC_RUN_ID="test",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "2"),
-        **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
-        GROUP_RANK="0",
-    )
+def run_rank(folder: Path, rank: int) -> None:
     ranks = Ranks({"accelerator": "cpu", "devices": 2})
     (folder / f"agreement-{rank}.json").write_text(json.dumps(agreement(ranks)))
-    train(folder, "two", kind, ranks)
+    train(folder, "two", ranks)
     ranks.close()
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    kind = small_runs()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            run_rank(folder, kind, rank, port)
-            sys.stdout.flush()
-            os._exit(0)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    train(folder, "one", kind, Ranks({"accelerator": "cpu", "devices": 1}))
-    sys.exit(max(map(abs, codes)))
+    code = fork_ranks(partial(run_rank, folder))
+    train(folder, "one", Ranks({"accelerator": "cpu", "devices": 1}))
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,18 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from helpers.processes import as_script, exit_codes
+from helpers.run_content import content
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lvd_lightning.bookkeeping import read_metrics
-
-ROOT = Path(__file__).parents[2]
 ROUNDS = (
     "{class_path: callbacks.Prune, init_args: {every_n_epochs: 1, threshold: 0.001}}",
     "{class_path: callbacks.ReassignClusters, init_args: {every_n_epochs: 1, last_epoch: 2}}",
@@ -52,49 +50,21 @@ def fit(run_dir: Path) -> int:
     return max(main([*arguments, f"--stage={stage}"]) for stage in ("latents", "conditional"))
 
 
-def exit_codes(work: Callable[[], int]) -> list[int]:
-    """Exit codes of forked processes that do the work, until one ends well."""
-    codes: list[int] = []
-    while not codes or (codes[-1] and len(codes) < 6):
-        child = os.fork()
-        if child == 0:
-            code = work()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    return codes
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether plain values with tensors in them are equal, but for what a clock said."""
-    if isinstance(one, dict):
-        names = [name for name in one if "seconds" not in str(name)]
-        return all(same(one[name], other[name]) for name in names) and one.keys() == other.keys()
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
-
-
 def test_run_that_is_killed_in_every_round_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-    )
+    result = as_script(__file__, str(tmp_path))
     assert result.returncode == 0, result.stderr
     codes = json.loads(result.stdout.splitlines()[-1])
     assert codes == {"killed": [-signal.SIGKILL] * 2 + [0], "whole": [0]}, result.stderr
     whole, killed = (tmp_path / name / "conditional" for name in ("whole", "killed"))
     for name in ("last.ckpt", "best.ckpt"):
-        one, other = (torch.load(folder / name, weights_only=True) for folder in (whole, killed))
+        one, other = (content(folder / name) for folder in (whole, killed))
+        assert {"state_dict", "growing", "optimizer_states", "lr_schedulers", "epoch", "global_step"} == set(one)
         assert one["growing"]["round"] == (2 if name == "last.ckpt" else one["growing"]["round"])
-        for key in ("state_dict", "growing", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
-            assert same(one[key], other[key]), key
-    rows, others = (read_metrics(folder / "metrics.csv") for folder in (whole, killed))
+        for key, value in one.items():
+            assert value == other[key], key
+    rows, others = (content(folder / "metrics.csv") for folder in (whole, killed))
     assert sum(bool(row.get("GrowClusters/grown")) for row in rows) == 2
-    assert same(rows, others)
+    assert rows == others
     for name in ("assignments_train.npy", "assignments_val.npy", "assignments_test.npy"):
         assert np.array_equal(np.load(whole / name), np.load(killed / name))
     names = [path.name for path in sorted((whole / "pictures").iterdir())]
@@ -107,5 +77,5 @@ def test_run_that_is_killed_in_every_round_ends_as_an_uninterrupted_one(tmp_path
 if __name__ == "__main__":
     # This process imports everything and computes nothing, so that the forked ones can.
     import_module("lvd_lightning.pipeline")
-    runs = {name: exit_codes(lambda name=name: fit(Path(sys.argv[1]) / name)) for name in ("whole", "killed")}
+    runs = {name: exit_codes(partial(fit, Path(sys.argv[1]) / name), most=6) for name in ("whole", "killed")}
     print(json.dumps(runs))

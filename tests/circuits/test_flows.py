@@ -1,7 +1,6 @@
 """Flows of a data set against enumeration: per edge and per unit, in chunks, in batches of circuits, on two ranks."""
 
 import copy
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.processes import free_port
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
@@ -234,9 +234,7 @@ def count_part(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_processes_count_what_one_counts(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     torch.multiprocessing.spawn(count_part, (port, str(tmp_path)), nprocs=2)
     flows = part_of_flows(slice(0, 13))
     expected = [flows.num_examples, flows.inner_E, *(table for table in flows.tables if table is not None)]

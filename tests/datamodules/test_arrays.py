@@ -135,3 +135,13 @@ def test_missing_files_and_contradictory_settings(tmp_path: Path) -> None:
     for settings in ({}, {"path": "a.npy", "train": "b.npy"}, {"train": "a.npy", "test": "b.npy"}):
         with pytest.raises(ValueError, match="path alone or the other three"):
             Arrays(**settings)
+
+
+def test_too_few_images_say_how_many_it_takes(tmp_path: Path) -> None:
+    np.save(tmp_path / "few.npy", np.zeros((4, 8, 8, 3), dtype=np.uint8))
+    message = (
+        r"Arrays: there are 4 images, and the split 'val' has none of them \(train, val and test: 3, 0, 1\); each "
+        "needs at least 1: give more images, 10 or more for val_fraction 0.1, or choose a larger val_fraction"
+    )
+    with pytest.raises(ValueError, match=message):
+        Arrays(str(tmp_path / "few.npy"), image_size=8, test_fraction=0.25).setup()

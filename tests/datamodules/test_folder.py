@@ -122,8 +122,8 @@ def test_the_camera_s_orientation_is_applied() -> None:
 @pytest.mark.parametrize(
     ("contents", "reason"),
     [
-        (b"no image at all", "cannot identify"),
-        (b"", "cannot identify"),
+        (b"no image at all", "its contents are no image"),
+        (b"", "its contents are no image"),
         (encoded(picture(0, 32, 32))[:-1500], "trunca|broken"),
         (encoded(picture(0, 64, 64), "JPEG")[:1500], "truncated"),
         (encoded(picture(0, 7, 20)), "7 x 20 pixels, smaller than image_size 8"),
@@ -132,10 +132,24 @@ def test_the_camera_s_orientation_is_applied() -> None:
 )
 def test_a_bad_image_is_named(folder: Path, contents: bytes, reason: str) -> None:
     (folder / "cats" / "bad.jpg").write_bytes(contents)
-    with pytest.raises(ValueError, match=rf"cats/bad\.jpg: .*({reason})"):
+    remedy = "remove this file or replace it by an intact one$"
+    with pytest.raises(ValueError, match=rf"^{folder}/cats/bad\.jpg: .*({reason}).*{remedy}"):
         Folder(str(folder), image_size=8).setup()
     with pytest.raises(ValueError, match=rf"cats/bad\.jpg: .*({reason})"):
         Folder(str(archive_of(folder)), image_size=8).setup()
+
+
+def test_all_bad_images_are_counted(folder: Path) -> None:
+    """They may be in any split; one start of the run names them all."""
+    for number in range(9):
+        file = folder / "dogs" / "small" / f"{number}.png"
+        file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(
+        ValueError, match=r"dogs/small/0\.png: .*; 9 of 60 images cannot be used .*remove these"
+    ) as caught:
+        Folder(str(folder), image_size=8).setup()
+    also = "(also dogs/small/1.png, dogs/small/2.png, dogs/small/3.png, dogs/small/4.png, dogs/small/5.png ...)"
+    assert also in str(caught.value)
 
 
 def test_damaged_archives_are_named(folder: Path) -> None:
@@ -161,5 +175,5 @@ def test_nothing_there_and_nothing_in_it(tmp_path: Path, folder: Path) -> None:
         Folder(str(folder / "notes.txt")).setup()
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "0.png").write_bytes(encoded(picture(0)))
-    with pytest.raises(ValueError, match="has no examples"):
+    with pytest.raises(ValueError, match="Folder: there are 1 images, .*each needs at least 1: give more images"):
         Folder(str(tmp_path / "one"), image_size=8).setup()

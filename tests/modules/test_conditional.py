@@ -182,6 +182,7 @@ def test_checkpoints_hold_plain_types_and_continue(run: Any) -> None:
     trainer.save_checkpoint(path)
     checkpoint = torch.load(path, weights_only=True)
     again = run.begin("conditional", ConditionalStudent(2))
+    again.on_load_checkpoint(checkpoint)
     again.load_state_dict(checkpoint["state_dict"])
     assert objective(again, run) == objective(module, run)
     other = run.begin("conditional", ConditionalStudent(2))
@@ -189,3 +190,36 @@ def test_checkpoints_hold_plain_types_and_continue(run: Any) -> None:
     trainer.fit(other, datamodule=run.data, ckpt_path=path, weights_only=True)
     assert trainer.current_epoch == 2
     assert objective(other, run) < objective(module, run)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_checkpoints_leave_out_the_prior_which_counts_give(run: Any, tied: bool) -> None:
+    """With K values a prior over P patches has P K^2 numbers, hundreds of megabytes where K is in the thousands."""
+    module = ConditionalStudent(2, tied=tied)
+    trainer = run.train("conditional", module, 1)
+    path = run.folder / "epoch.ckpt"
+    trainer.save_checkpoint(path)
+    content = torch.load(path, weights_only=True)
+    assert not [name for name in content["state_dict"] if "prior" in name]
+    again = run.begin("conditional", ConditionalStudent(2, tied=tied))
+    again.on_load_checkpoint(content)
+    again.load_state_dict(content["state_dict"])
+    expected = module.state_dict()
+    assert [name for name in expected if name.startswith("assembled.prior.")]
+    for name, found in again.state_dict().items():
+        assert torch.equal(found, expected[name]), name
+
+
+def test_checkpoints_that_have_a_prior_still_load(run: Any) -> None:
+    module = ConditionalStudent(2)
+    trainer = run.train("conditional", module, 1)
+    path = run.folder / "epoch.ckpt"
+    trainer.save_checkpoint(path)
+    content = torch.load(path, weights_only=True)
+    table = module.assembled.prior.tables[0].detach().roll(1, -1)
+    older = {**module.state_dict(), "assembled.prior.tables.0": table}
+    again = run.begin("conditional", ConditionalStudent(2))
+    content["state_dict"] = older
+    again.on_load_checkpoint(content)
+    again.load_state_dict(content["state_dict"])
+    assert torch.equal(again.assembled.prior.tables[0], table)

@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import os
-import socket
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from helpers.processes import free_port
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
@@ -203,9 +203,7 @@ def _train_on_rank(rank: int, folder: Path, kind: Any, port: int) -> None:
 
 def test_two_ranks_train_one_teacher(make_run: Any, tmp_path: Path) -> None:
     make_run(tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     mp.start_processes(_train_on_rank, args=(tmp_path, make_run, port), nprocs=2, start_method="fork")
     first, second = (torch.load(tmp_path / f"teacher{rank}.pt", weights_only=True) for rank in range(2))
     for name, tensor in first.items():

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lvd_lightning.circuits.checks import check_type
+
 __all__ = ["center_root", "chow_liu_tree", "chow_liu_trees", "maximum_spanning_tree", "mutual_information"]
 
 _BLOCK_COLUMNS = 4096  # one-hot columns of a block of variables: a block of joint counts takes 64 MiB
@@ -70,6 +72,8 @@ def chow_liu_trees(
         raise ValueError("x_list holds no data set: pass at least one tensor of shape (N, D)")
     if weights is not None and len(weights) != len(x_list):
         raise ValueError(f"weights holds {len(weights)} tensors, expected one per data set ({len(x_list)})")
+    for x_ND in x_list:
+        check_type("x", x_ND, Tensor)
     if num_categories is None:
         num_categories = 1 + max([0, *(int(x.max()) for x in x_list if x.numel())])
     mi_list = []

@@ -5,9 +5,12 @@ Shapes: N examples, D variables, H latent states, C categories.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from lvd_lightning.circuits.checks import as_indices, check_type
 from lvd_lightning.circuits.distributions import Categorical
 from lvd_lightning.circuits.graph import CircuitGraph
 from lvd_lightning.circuits.structures.counting import check_heads, smooth_leaves
@@ -18,7 +21,7 @@ __all__ = ["hclt_from_data"]
 
 def hclt_from_data(
     x: Tensor,
-    parents: Tensor,
+    parents: Tensor | Sequence[int],
     num_latents: int,
     leaf: Categorical,
     *,
@@ -52,6 +55,8 @@ def hclt_from_data(
         raise ValueError(f"leaf: expected Categorical or Bernoulli, whose values can be counted, got {leaf}")
     if not smoothing > 0:
         raise ValueError(f"smoothing: must be positive, or some parameters are zero for good, got {smoothing}")
+    check_type("hclt_from_data: x", x, Tensor)
+    parents = as_indices("hclt_from_data: parents", parents)
     graph = hclt(parents, num_latents, leaf, num_heads, generator=generator)
     if x.ndim != 2 or len(x) == 0 or x.shape[1] != len(parents):
         raise ValueError(f"x: expected integers of shape (examples, {len(parents)}), got {tuple(x.shape)}")

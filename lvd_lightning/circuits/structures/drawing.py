@@ -8,7 +8,7 @@ from torch import Tensor
 from lvd_lightning.circuits.distributions import Distribution, SoftEvidence
 from lvd_lightning.circuits.graph import CircuitGraph
 
-__all__ = ["add_leaf", "add_mixture", "check_counts", "random_rows"]
+__all__ = ["add_leaf", "add_mixture", "random_rows"]
 
 
 def random_rows(shape: tuple[int, ...], generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
@@ -57,10 +57,3 @@ def add_leaf(
         return graph.add_input(variable, leaf, num_units, tied_to=like)
     params = leaf.initial(num_units, generator=generator).to(dtype)
     return graph.add_input(variable, leaf, num_units, params=params)
-
-
-def check_counts(caller: str, **counts: int) -> None:
-    """Raise a ValueError that names the first count below 1."""
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{caller}: {name} must be at least 1, got {count}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from lvd_lightning.circuits.checks import as_indices, check_counts, check_leaf
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 from lvd_lightning.circuits.structures.drawing import random_rows
@@ -15,7 +16,7 @@ __all__ = ["hclt"]
 
 
 def hclt(
-    parents: Tensor,
+    parents: Tensor | Sequence[int],
     num_latents: int,
     leaf: Distribution | Sequence[Distribution],
     num_heads: int = 1,
@@ -31,7 +32,7 @@ def hclt(
     themselves (a Chow-Liu tree over z).
 
     Args:
-        parents: int (D,), the parent of every variable, -1 at the root (see `chow_liu_tree`).
+        parents: int (D,), the parent of every variable, -1 at the root (see `chow_liu_tree`); a list will do.
         num_latents: states of each latent.
         leaf: input distribution of every variable, or a list of D of them, one for each; then none is soft evidence.
         num_heads: rows p(y_root | head), one circuit each, that share everything below.
@@ -39,14 +40,18 @@ def hclt(
     Returns:
         The graph; `latents[v]` is the node whose unit k stands for y_v = k.
 
+    Raises:
+        ValueError: parents that are no tree, a count that is no whole number of at least 1, or a leaf that is no
+            distribution.
+
     References:
         Liu and Van den Broeck, Tractable Regularization of Probabilistic Circuits, 2021 (arXiv 2106.02264), section 5.
     """
-    order = _topological(parents)
-    if num_latents < 1 or num_heads < 1:
-        raise ValueError(f"hclt: num_latents and num_heads must be at least 1, got {num_latents} and {num_heads}")
+    parent_list = as_indices("hclt: parents", parents).tolist()
+    order = _topological(parent_list)
+    check_counts("hclt", num_latents=num_latents, num_heads=num_heads)
     dtype = dtype or torch.get_default_dtype()
-    size = len(parents)
+    size = len(parent_list)
     families = _families(leaf, size)
     leaves = _leaf_parameters(families, num_latents, generator, dtype)
     states = getattr(families[0], "num_states", num_latents) if families[0].is_evidence else num_latents
@@ -55,7 +60,6 @@ def hclt(
     emissions = random_rows((size, num_latents, states), generator, dtype) if emission else None
     graph = CircuitGraph()
     above: list[list[int]] = [[] for _ in range(size)]
-    parent_list = parents.tolist()
     for v in order:
         node = Node("input", states, variable=v, distribution=families[v], params=leaves[v])
         below = _append(graph, node)
@@ -80,7 +84,12 @@ def _families(leaf: Distribution | Sequence[Distribution], size: int) -> list[Di
     """The distribution of every variable."""
     if isinstance(leaf, Distribution):
         return [leaf] * size
+    given: object = leaf
+    if not isinstance(given, Iterable):
+        check_leaf("hclt: leaf", given)
     found = list(leaf)
+    for variable, family in enumerate(found):
+        check_leaf(f"hclt: leaf: of variable {variable}", family)
     if len(found) != size or any(family.is_evidence for family in found):
         raise ValueError(f"hclt: leaf: expected one distribution, or {size} without soft evidence, got {found}")
     return found
@@ -99,21 +108,23 @@ def _leaf_parameters(
     return [family.initial(num_units, generator=generator).to(dtype) for family in families]
 
 
-def _topological(parents: Tensor) -> list[int]:
+def _topological(parents: list[int]) -> list[int]:
     """Variables with children before parents; raises if `parents` is not one tree."""
-    if parents.ndim != 1 or parents.is_floating_point() or len(parents) == 0:
-        raise ValueError(f"parents: expected an integer tensor of shape (variables,), got {tuple(parents.shape)}")
-    found = parents.tolist()
-    roots = [v for v, parent in enumerate(found) if parent == -1]
-    if len(roots) != 1 or any(not -1 <= parent < len(found) for parent in found):
-        raise ValueError(f"parents: expected one root (-1) and indices below {len(found)}, got {len(roots)} roots")
-    children: list[list[int]] = [[] for _ in found]
-    for v, parent in enumerate(found):
+    roots = [v for v, parent in enumerate(parents) if parent == -1]
+    for v, parent in enumerate(parents):
+        if not -1 <= parent < len(parents):
+            raise ValueError(
+                f"hclt: parents: variable {v} has parent {parent}, expected -1 (the root) or 0..{len(parents) - 1}"
+            )
+    if len(roots) != 1:
+        raise ValueError(f"hclt: parents: expected one root (-1), got {len(roots)}: variables {roots[:8]}")
+    children: list[list[int]] = [[] for _ in parents]
+    for v, parent in enumerate(parents):
         if parent >= 0:
             children[parent].append(v)
     order = [roots[0]]
     for v in order:
         order.extend(children[v])
-    if len(order) != len(found):
-        raise ValueError("parents: contains a cycle; expected a tree")
+    if len(order) != len(parents):
+        raise ValueError(f"hclt: parents: variables {sorted(set(range(len(parents))) - set(order))[:8]} form a cycle")
     return order[::-1]

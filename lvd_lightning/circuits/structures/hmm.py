@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from lvd_lightning.circuits.checks import check_counts, check_leaf, described
 from lvd_lightning.circuits.distributions import Categorical, Distribution
 from lvd_lightning.circuits.graph import CircuitGraph
-from lvd_lightning.circuits.structures.drawing import add_leaf, add_mixture, check_counts
+from lvd_lightning.circuits.structures.drawing import add_leaf, add_mixture
 
 __all__ = ["hmm"]
 
@@ -43,7 +44,8 @@ def hmm(
         The graph; `latents[t]` is the node whose unit k stands for z_t = k.
 
     Raises:
-        ValueError: a count below 1, or not exactly one of `num_tokens` and `leaf`.
+        ValueError: a count that is no whole number of at least 1, a leaf that is no distribution, or not exactly one of
+            `num_tokens` and `leaf`.
 
     References:
         Rabiner, A Tutorial on Hidden Markov Models and Selected Applications in Speech Recognition, 1989; as a circuit
@@ -53,9 +55,14 @@ def hmm(
     check_counts("hmm", length=length, num_states=num_states, num_heads=num_heads)
     if (num_tokens is None) == (leaf is None):
         raise ValueError(f"hmm: give either num_tokens or leaf, got num_tokens={num_tokens} and leaf={leaf}")
+    if isinstance(num_tokens, Distribution):
+        raise ValueError(
+            f"hmm: num_tokens must be a whole number, got {described(num_tokens)}; give a distribution as leaf=..."
+        )
     if num_tokens is not None:
         check_counts("hmm", num_tokens=num_tokens)
         leaf = Categorical(num_tokens)
+    check_leaf("hmm: leaf", leaf)
     assert leaf is not None
     dtype = dtype or torch.get_default_dtype()
     graph = CircuitGraph()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from lvd_lightning.circuits.checks import check_counts, check_type, described
 from lvd_lightning.circuits.graph import CircuitGraph
-from lvd_lightning.circuits.structures.drawing import check_counts
 
 __all__ = ["mixture"]
 
@@ -40,10 +40,14 @@ def mixture(
     Raises:
         ValueError: no graphs, graphs over different variables, weights of another shape, negative or not finite.
     """
-    graphs = list(graphs)
     check_counts("mixture", num_heads=num_heads)
+    if not isinstance(graphs, Iterable):
+        raise ValueError(f"mixture: graphs: expected a list of graphs, got {described(graphs)}")
+    graphs = list(graphs)
     if not graphs:
         raise ValueError("mixture: graphs is empty, expected at least one")
+    for number, found in enumerate(graphs):
+        check_type(f"mixture: graphs[{number}]", found, CircuitGraph)
     scopes = [_variables(found) for found in graphs]
     odd = [i for i, scope in enumerate(scopes) if scope != scopes[0]]
     if odd:
@@ -71,11 +75,18 @@ def _weights(
     dtype = torch.get_default_dtype() if first is None else first.dtype
     if weights is None:
         return torch.rand(num_heads, width, generator=generator, dtype=dtype) + 0.05
-    given = torch.as_tensor(weights, dtype=dtype)
+    try:
+        given = torch.as_tensor(weights, dtype=dtype)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"mixture: weights must be numbers in rows of one length, got {described(weights)}") from error
     if tuple(given.shape) not in ((width,), (num_heads, width)):
         raise ValueError(
             f"mixture: weights must have shape ({width},) or ({num_heads}, {width}), as the graphs have {width} heads "
             f"together; got {tuple(given.shape)}"
+        )
+    if not bool(given.isfinite().all()) or bool((given < 0).any()) or not bool((given.sum(-1) > 0).all()):
+        raise ValueError(
+            f"mixture: weights must be finite and non-negative, with a positive sum in every row, got {given.tolist()}"
         )
     return given.expand(num_heads, width).clone()
 

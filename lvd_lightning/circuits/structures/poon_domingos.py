@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from lvd_lightning.circuits.checks import are_whole, check_counts, described
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.graph import CircuitGraph
-from lvd_lightning.circuits.structures.drawing import check_counts
 from lvd_lightning.circuits.structures.regions import ProductKind, region_circuit
 
 __all__ = ["poon_domingos"]
@@ -61,11 +61,16 @@ def poon_domingos(
         Poon and Domingos, Sum-Product Networks: A New Deep Architecture, 2011, section 4; Peharz et al., Einsum
         Networks: Fast and Scalable Learning of Tractable Probabilistic Circuits, 2020 (arXiv 2004.06231), section 4.
     """
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"poon_domingos: shape must be (rows, columns, channels), each at least 1, got {shape}")
+    if not are_whole(shape) or len(shape) != 3 or min(shape) < 1:
+        raise ValueError(
+            f"poon_domingos: shape must be (rows, columns, channels), each at least 1, got {described(shape)}"
+        )
     check_counts("poon_domingos", num_units=num_units)
     height, width, channels = shape
-    steps = [delta] if isinstance(delta, int) else list(delta)
+    steps = [delta] if isinstance(delta, int) else delta
+    if not are_whole(steps):
+        raise ValueError(f"poon_domingos: delta must be whole numbers, one or several, got {described(delta)}")
+    steps = list(steps)
     if not steps or min(steps) < 1 or min(steps) >= max(height, width, 2):
         raise ValueError(
             f"poon_domingos: delta must be at least 1 and one step smaller than a side of the image, "

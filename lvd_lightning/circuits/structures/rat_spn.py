@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from lvd_lightning.circuits.checks import check_counts
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.graph import CircuitGraph
-from lvd_lightning.circuits.structures.drawing import check_counts
 from lvd_lightning.circuits.structures.regions import ProductKind, region_circuit
 
 __all__ = ["rat_spn"]
@@ -55,7 +55,8 @@ def rat_spn(
         region exclude each other, so posteriors are joint ones with reaching them.
 
     Raises:
-        ValueError: a count below 1, or an unknown product.
+        ValueError: a count that is no whole number of at least 1, a leaf that is no distribution, or an unknown
+            product.
 
     References:
         Peharz et al., Random Sum-Product Networks: A Simple and Effective Approach to Probabilistic Deep Learning,

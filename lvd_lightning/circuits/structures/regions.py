@@ -11,9 +11,10 @@ from typing import Literal, TypeVar
 
 import torch
 
+from lvd_lightning.circuits.checks import check_counts, check_leaf
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.graph import CircuitGraph
-from lvd_lightning.circuits.structures.drawing import add_leaf, add_mixture, check_counts
+from lvd_lightning.circuits.structures.drawing import add_leaf, add_mixture
 
 __all__ = ["ProductKind", "region_circuit"]
 
@@ -55,6 +56,7 @@ def region_circuit(
         The graph; `latents[i]` is the product node of the i-th partition.
     """
     check_counts(caller, num_sums=num_sums, num_leaves=num_leaves, num_heads=num_heads)
+    check_leaf(f"{caller}: leaf", leaf)
     if product not in ("hadamard", "kronecker"):
         raise ValueError(f"{caller}: product must be 'hadamard' or 'kronecker', got {product!r}")
     dtype = dtype or torch.get_default_dtype()

@@ -1,0 +1,115 @@
+"""What arguments of the library have to be, said in one place: a wrong one is a ValueError that says what came.
+
+Every message begins with `where`, the function and the argument, as in "hmm: leaf".
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvd_lightning.circuits.distributions import Distribution
+
+__all__ = [
+    "are_whole",
+    "as_indices",
+    "check_counts",
+    "check_leaf",
+    "check_number",
+    "check_type",
+    "described",
+    "is_whole",
+]
+
+#: What to do where the one came and the other was expected.
+_REMEDIES = {
+    ("CircuitGraph", "Circuit"): "; compile it first: Circuit(graph)",
+    ("Circuit", "CircuitGraph"): "; give its graph: circuit.to_graph()",
+}
+
+
+def described(value: Any) -> str:
+    """A value as a message names it: never long, and a class is told from its instances."""
+    if isinstance(value, type):
+        return f"the class {value.__name__} itself"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+    if value is None or isinstance(value, (bool, int, float, str, list, tuple, Distribution)):
+        text = repr(value)
+        return text if len(text) <= 80 else f"{text[:80]} ..."
+    return type(value).__name__
+
+
+def check_type(where: str, value: Any, kind: type) -> None:
+    """Raise a ValueError unless `value` is an instance of `kind`."""
+    if not isinstance(value, kind):
+        remedy = _REMEDIES.get((type(value).__name__, kind.__name__), "")
+        name = "tensor" if kind is Tensor else kind.__name__
+        raise ValueError(f"{where}: expected a {name}, got {described(value)}{remedy}")
+
+
+def check_leaf(where: str, leaf: Any) -> None:
+    """Raise a ValueError unless `leaf` is a distribution (and not its class)."""
+    if not isinstance(leaf, Distribution):
+        raise ValueError(f"{where}: expected a distribution such as Categorical(256), got {described(leaf)}")
+
+
+def check_counts(caller: str, **counts: Any) -> None:
+    """Raise a ValueError that names the first argument that is no whole number of at least 1."""
+    for name, count in counts.items():
+        if not is_whole(count):
+            raise ValueError(f"{caller}: {name} must be a whole number of at least 1, got {described(count)}")
+        if count < 1:
+            raise ValueError(f"{caller}: {name} must be at least 1, got {count}")
+
+
+def check_number(
+    where: str, value: Any, low: float, high: float = math.inf, *, above_low: bool = False, meaning: str = ""
+) -> None:
+    """Raise a ValueError unless `value` is a number from `low` to `high`; NaN and infinity never are.
+
+    above_low: `low` itself is not in the range. meaning: what the number is, for the message.
+    """
+    try:
+        fits = (low < value if above_low else low <= value) and value <= high and value < math.inf
+    except (TypeError, ValueError, RuntimeError):  # of text, arrays, tensors of several numbers
+        fits = False
+    if not fits or isinstance(value, bool):
+        interval = f"{'(' if above_low else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
+        raise ValueError(f"{where}: must be a number in {interval}{meaning}, got {described(value)}")
+
+
+def are_whole(values: Any) -> bool:
+    """Whether these are several whole numbers (of Python, or of arrays)."""
+    return isinstance(values, Iterable) and not isinstance(values, str) and all(is_whole(value) for value in values)
+
+
+def as_indices(where: str, values: Tensor | Sequence[int]) -> Tensor:
+    """Whole numbers, from a tensor (whose device stays), an array or a sequence, as int64 (n,), n at least 1.
+
+    Raises:
+        ValueError: they are no whole numbers, or not of one dimension, or none at all.
+    """
+    found: Any = values
+    is_row = isinstance(found, Iterable) and getattr(found, "ndim", 1) == 1
+    if is_row and not isinstance(found, Tensor):
+        found = list(found)
+    if not is_row or not len(found) or not are_whole(found[:1] if isinstance(found, Tensor) else found):
+        raise ValueError(f"{where}: expected a list or an integer tensor of shape (n,), got {described(values)}")
+    if isinstance(found, Tensor):
+        return found.long()
+    return torch.tensor([operator.index(value) for value in found], dtype=torch.int64)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether this is a whole number, of Python, of an array or in a tensor; False and True are not."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool) and not (isinstance(value, Tensor) and value.dtype == torch.bool)

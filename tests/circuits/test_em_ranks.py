@@ -1,0 +1,94 @@
+"""CircuitEM and Anemone across two processes."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from helpers.em_steps import step
+from helpers.processes import free_port
+from torch import Tensor
+
+import lvd_lightning.circuits as pc
+
+SPLITS = {"uneven": (9, 4), "one-empty": (13, 0)}
+
+
+DISTRIBUTED_LEAVES = {
+    "categorical": pc.Categorical(3),
+    "gaussian": pc.Gaussian(),
+    "binomial": pc.Binomial(2),
+    "logistic": pc.DiscretizedLogistic(3),
+    "single": pc.Binomial(2),  # parameters in single precision beside statistics in double
+}
+
+
+RULES = ("CircuitEM", "Anemone")
+
+
+def distributed_circuit(leaf: str) -> pc.Circuit:
+    torch.manual_seed(0)
+    distribution = DISTRIBUTED_LEAVES[leaf]
+    parents = ([-1, 0, 1], [1, -1, 1])
+    return pc.Circuit(
+        [pc.hclt(torch.tensor(p), 3, distribution, heads) for p, heads in zip(parents, (1, 2), strict=True)]
+    )
+
+
+def distributed_data(leaf: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(0, 3, (2, 2, 13, 3), generator=generator)  # (steps, G, B, D)
+    return (x + 0.5 * torch.rand(x.shape, generator=generator) if leaf == "gaussian" else x), torch.rand(2, 13)
+
+
+def train(rule: str, leaf: str, part: slice) -> torch.nn.Module:
+    """Two steps on a part of the examples; of two circuits under one optimizer the second rests in the second step."""
+    circuit, beside = distributed_circuit(leaf), distributed_circuit(leaf)
+    if leaf == "single":
+        circuit, beside = circuit.float(), beside.float()
+    module = torch.nn.ModuleDict({"learning": circuit, "resting": beside})
+    optimizer = getattr(pc, rule)(module, lr=0.5, pseudocount=0.1)
+    x, weights = distributed_data(leaf)
+    for number in range(2):
+        found = circuit.log_prob(x[number, :, part], head=0)
+        if number == 0:
+            found = found + beside.log_prob(x[number, :, part], head=0)
+        step(optimizer, -(weights[number, part] * found).sum())
+    return module
+
+
+def train_part(rank: int, port: int, folder: str) -> None:
+    """One process of two: trains on its part of every batch, for every split, leaf and rule."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    results = {}
+    for (name, sizes), leaf, rule in itertools.product(SPLITS.items(), DISTRIBUTED_LEAVES, RULES):
+        part = slice(rank * sizes[0], rank * sizes[0] + sizes[rank])
+        results[f"{name}-{leaf}-{rule}"] = train(rule, leaf, part).state_dict()
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+    """What each of two processes has learnt, per split, leaf and rule."""
+    folder = tmp_path_factory.mktemp("ranks")
+    port = free_port()
+    torch.multiprocessing.spawn(train_part, (port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("circuit", ["learning", "resting"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("leaf", DISTRIBUTED_LEAVES)
+@pytest.mark.parametrize("split", SPLITS)
+def test_two_processes_equal_one(split: str, leaf: str, rule: str, circuit: str, two_ranks: list[Any]) -> None:
+    """Steps on unevenly split examples, or with an empty part, are the steps on all of them in one process."""
+    first, second = (part[f"{split}-{leaf}-{rule}"] for part in two_ranks)
+    expected = {key: v for key, v in train(rule, leaf, slice(0, 13)).state_dict().items() if key.startswith(circuit)}
+    assert expected
+    for key, value in expected.items():
+        assert torch.equal(first[key], second[key])
+        rtol, atol = (1e-4, 1e-6) if leaf == "single" else (1e-9, 1e-12)
+        torch.testing.assert_close(first[key], value, rtol=rtol, atol=atol)

@@ -1,0 +1,79 @@
+"""Tests of several processes: a test file run as a script, runs that are killed, two ranks."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["as_script", "exit_codes", "fork_ranks", "free_port"]
+
+TESTS = Path(__file__).parents[1]
+
+
+def as_script(file: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a test file as a script, with one thread, and wait for it."""
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), *sys.path])
+    return subprocess.run(
+        [sys.executable, file, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )
+
+
+def exit_codes(work: Callable[[], int], most: int) -> list[int]:
+    """Exit codes of forked processes that do the work, one after another until one ends well, or `most` of them.
+
+    The process that calls has to have imported everything and computed nothing, so that the forked ones can.
+    """
+    codes: list[int] = []
+    while not codes or (codes[-1] and len(codes) < most):
+        codes.append(_waited(_forked(work)))
+    return codes
+
+
+def fork_ranks(work: Callable[[int], None]) -> int:
+    """Do `work(rank)` in two forked processes that see each other as torchrun's do; the worst exit code."""
+    port = free_port()
+
+    def as_rank(rank: int) -> int:
+        os.environ.update(
+            TORCHELASTIC_RUN_ID="test",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "2"),
+            **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
+            GROUP_RANK="0",
+        )
+        work(rank)
+        return 0
+
+    children = [_forked(lambda rank=rank: as_rank(rank)) for rank in range(2)]
+    return max(abs(_waited(child)) for child in children)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _forked(work: Callable[[], int]) -> int:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = work()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return child
+
+
+def _waited(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
