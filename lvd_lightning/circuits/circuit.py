@@ -6,43 +6,27 @@ Shapes: G circuits, B batch, D variables, H heads, F folded nodes, V and E the r
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lvd_lightning.circuits import fused_gpu, layers, queries
-from lvd_lightning.circuits.checks import check_type, described, is_whole
-from lvd_lightning.circuits.graph import CircuitGraph, Node
+from lvd_lightning.circuits.batch import Batch, head_index, prepare, wanted_heads
+from lvd_lightning.circuits.checks import check_type
+from lvd_lightning.circuits.graph import CircuitGraph, Node, with_sum_root
 from lvd_lightning.circuits.kronecker import KroneckerLayer
-from lvd_lightning.circuits.late_checks import LateCheck, is_late
+from lvd_lightning.circuits.late_checks import LateCheck
 from lvd_lightning.circuits.layers import TINY, InputLayer, Layer
 from lvd_lightning.circuits.log_prob import Lease, LogProb
-from lvd_lightning.circuits.native.passes import FusedWorkspace, LayerIndex
-from lvd_lightning.circuits.plan import LOG_ZERO, ParameterGroup, Plan, compile_plan
-from lvd_lightning.circuits.precision import TOLERANCE, ErrorBound
+from lvd_lightning.circuits.native.passes import LayerIndex
+from lvd_lightning.circuits.parameters import from_logits, root_rows, stack, to_logits
+from lvd_lightning.circuits.plan import Plan, compile_plan
+from lvd_lightning.circuits.precision import ErrorBound
 from lvd_lightning.circuits.sparse import LAYOUTS, Layout, SparseEdges
-from lvd_lightning.circuits.workspace import GradientSpace, LinearWorkspace, Pool, Workspace
+from lvd_lightning.circuits.workspace import GradientSpace, Pool, Workspace
 
-__all__ = ["Batch", "Circuit"]
-
-
-@dataclass
-class Batch:
-    """Checked inputs, one entry per input layer: values (F, B), or (F, B, K) for evidence, and masks (F, B)."""
-
-    values: list[Tensor]
-    observed: list[Tensor] | None
-    size: int
-
-    def take(self, columns: list[Tensor]) -> Batch:
-        """Other examples for every fold: columns of its values, one (F, S) for each input layer of tables."""
-        values = [found.gather(1, at) for found, at in zip(self.values, columns, strict=True)]
-        observed = None
-        if self.observed is not None:
-            observed = [found.gather(1, at) for found, at in zip(self.observed, columns, strict=True)]
-        return Batch(values, observed, columns[0].shape[1])
+__all__ = ["Circuit"]
 
 
 class Circuit(nn.Module):
@@ -83,7 +67,7 @@ class Circuit(nn.Module):
             raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
         if layout == "sparse" and parameterization == "logits":
             raise ValueError("layout: got 'sparse', but logits are stored densely; expected 'auto' or 'dense'")
-        graphs = [_with_sum_root(found) for found in graphs]
+        graphs = [with_sum_root(found) for found in graphs]
         for found in graphs:
             found.validate()
         sizes = {found.num_variables for found in graphs}
@@ -104,16 +88,16 @@ class Circuit(nn.Module):
             for number, plan in enumerate(self.plan.layers)
         )
         self._mark_shared_rows()
-        self.root_parameters = self._find_root_parameters(graphs)
+        self.root_parameters = root_rows(self.plan, graphs)
         self.register_buffer("roots", torch.from_numpy(self.plan.roots), persistent=False)
         self.tables = nn.ParameterList()
         for number, group in enumerate(self.plan.groups):
-            table, mask = _stack(graphs, group)
+            table, mask = stack(graphs, group)
             edges = self.edges(number)
             if edges is not None:
                 table, mask = edges.take(table), None
             self.register_buffer(f"mask{number}", mask, persistent=False)
-            self.tables.append(nn.Parameter(self._encode(table, group, mask)))
+            self.tables.append(nn.Parameter(to_logits(table, group) if parameterization == "logits" else table))
         self.register_buffer("circuit_of_node", _circuit_of_nodes(self.plan), persistent=False)
         self.is_linear = all(plan.distribution.is_table for plan in self.plan.inputs) and self.plan.is_slim_tree
         self.pool = Pool()
@@ -209,16 +193,16 @@ class Circuit(nn.Module):
             ValueError: a value outside the support of its variable, a wrong shape, or NaN in an observed variable. On a
                 GPU values and heads are checked behind the computation, and a later call raises; see `check_inputs`.
         """
-        batch = self.prepare(x, observed, late=True)
+        batch = prepare(self, x, observed, late=True)
         tables = self.probabilities()
         parts = [*tables, x] if self._is_evidence else tables
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in parts)
         evidence = x if self._is_evidence else None
-        head_GB = None if head is None else self.head_index(head, batch.size, late=True)
+        head_GB = None if head is None else head_index(self, head, batch.size, late=True)
         shape = (self.num_circuits, batch.size) if head is not None else (self.num_circuits, batch.size, self.num_heads)
         if margin is not None and (keep or not margin > 0):
             raise ValueError(f"margin: got {margin}, expected a positive number of nats, without gradients")
-        selected = self._wanted(wanted, head_GB, shape)
+        selected = wanted_heads(self, wanted, head_GB, shape)
         log_GHB = LogProb.apply(self, batch, keep, selected, margin, evidence, *tables)
         found = log_GHB.transpose(1, 2) if head_GB is None else log_GHB.gather(1, head_GB[:, None])[:, 0]
         if wanted is not None:
@@ -294,53 +278,12 @@ class Circuit(nn.Module):
 
     # What follows is for the engine's own modules.
 
-    def prepare(self, x: Tensor, observed: Tensor | None, late: bool = False) -> Batch:
-        """Check `x` and `observed` and hand every input layer its rows.
-
-        With `late` the values of `x` are checked without waiting for a GPU.
-        """
-        self.checks.ask()
-        late = late and is_late(self.device)
-        shape = (x.shape[:-1] if self._is_evidence else x.shape) if isinstance(x, Tensor) else None
-        if shape is None or len(shape) not in ((2, 3) if self.batched else (2,)):
-            raise ValueError(f"x: expected a tensor of shape {self._expected_shape()}, got {_describe(x)}")
-        if shape[-1] != self.num_variables or (len(shape) == 3 and shape[0] != self.num_circuits):
-            raise ValueError(f"x: expected shape {self._expected_shape()}, got {tuple(x.shape)}")
-        if observed is not None and not (
-            isinstance(observed, Tensor) and observed.dtype == torch.bool and observed.shape == shape
-        ):
-            raise ValueError(f"observed: expected a bool tensor of shape {tuple(shape)}, got {described(observed)}")
-        if x.device != self.device:
-            raise ValueError(f"x: is on {x.device}, the circuit is on {self.device}; move one of them")
-        shared = len(shape) == 2
-        values, masks, outside = [], [], []
-        columns = _variables_first(x.detach(), shared)
-        mask_columns = None if observed is None else _variables_first(observed, shared)
-        for layer in self._leaf_layers():
-            found = layer.select(columns, shared)
-            if mask_columns is not None:
-                mask = layer.select(mask_columns, shared)
-                found = found.masked_fill(~mask if found.ndim == 2 else ~mask[..., None], 0)
-                masks.append(mask)
-            if late:
-                outside.append(layer.distribution.is_outside(found))
-            else:
-                layer.distribution.check_values(found)
-            if not found.is_floating_point() or layer.distribution.is_table:
-                found = _whole(found, layer)
-            if late and layer.distribution.is_table:
-                found = found.clamp_(0, layer.distribution.size - 1)
-            values.append(found)
-        if late:
-            self.checks.add(0, outside)
-        return Batch(values, None if observed is None else masks, shape[-2])
-
     def probabilities(self) -> list[Tensor]:
         """The normalised parameters of all groups: the stored tensors, or a function of the logits; see `dense`."""
         if self.parameterization == "probabilities":
             return list(self.tables)
         return [
-            self._decode(logits, group, self.mask(number))
+            from_logits(logits, group, self.mask(number))
             for number, (logits, group) in enumerate(zip(self.tables, self.plan.groups, strict=True))
         ]
 
@@ -377,46 +320,6 @@ class Circuit(nn.Module):
         edges = self.edges(group)
         return values if edges is None else edges.dense(values)
 
-    def head_index(self, head: int | Tensor, size: int, late: bool = False) -> Tensor:
-        """Heads as an int64 tensor (G, B), checked; with `late`, those on a GPU without waiting for it."""
-        if isinstance(head, Tensor):
-            expected = (self.num_circuits, size) if self.batched else (size,)
-            if head.shape != expected or head.is_floating_point():
-                raise ValueError(
-                    f"head: expected an int or an integer tensor of shape {expected}, got {_describe(head)}"
-                )
-            index = head.to(self.device, torch.int64).view(self.num_circuits, size)
-        else:
-            if not is_whole(head):
-                raise ValueError(f"head: expected an int or an integer tensor, got {described(head)}")
-            return torch.full((self.num_circuits, size), self._check_head(int(head)), device=self.device)
-        if late and is_late(head.device):
-            self.checks.add(len(self.plan.inputs), [((index < 0) | (index >= self.num_heads)).any()])
-            return index.clamp(0, self.num_heads - 1)
-        if head.numel():
-            for bound in head.aminmax():  # not of `index`: a head that is on the CPU is looked at there
-                self._check_head(int(bound))
-        return index
-
-    def _check_head(self, head: int) -> int:
-        if not 0 <= head < self.num_heads:
-            raise ValueError(f"head: expected 0..{self.num_heads - 1}, got {head}")
-        return head
-
-    def _wanted(self, wanted: Tensor | None, head_GB: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-        """Which heads matter for which examples, bool (G, H, B); None: all of them."""
-        expected = shape if self.batched else shape[1:]
-        if wanted is not None and (wanted.dtype != torch.bool or wanted.shape != expected):
-            raise ValueError(
-                f"wanted: expected a bool tensor of shape {expected}, got {_describe(wanted)} {wanted.dtype}"
-            )
-        if not self.is_linear or fused_gpu.applies(self.device, self.dtype):
-            return None
-        if head_GB is None:
-            return None if wanted is None else wanted.view(shape).transpose(1, 2)
-        out_GHB = head_GB.new_zeros(len(head_GB), self.num_heads, head_GB.shape[1], dtype=torch.bool)
-        return out_GHB.scatter_(1, head_GB[:, None], True if wanted is None else wanted.view(shape)[:, None])
-
     def run_forward(self, batch: Batch, tables: Sequence[Tensor], space: Workspace) -> None:
         """Fill a workspace with the values of all rows."""
         kernels = fused_gpu.passes_for(self.device, self.dtype)
@@ -431,68 +334,11 @@ class Circuit(nn.Module):
             self._careful = True  # this circuit's sums underflow: from now on, look at every layer as it is computed
             self._run_layers(tables, space, True)
 
-    def run_linear(
-        self, batch: Batch, tables: Sequence[Tensor], space: LinearWorkspace | FusedWorkspace
-    ) -> tuple[Tensor, Tensor]:
-        """log p of all heads in nats, (G, H, B), by linear values; see `inexact` for where it holds.
-
-        Besides, what the linear values of the heads were divided by, (G, B), as logarithms to base 2.
-        """
-        if isinstance(space, FusedWorkspace):
-            return space.forward(batch, tables)
-        for number, leaf in enumerate(self._leaf_layers()):
-            observed = None if batch.observed is None else batch.observed[number]
-            leaf.forward_linear(space.values, tables[leaf.group], batch.values[number], observed)
-        for layer in self._inner_layers():
-            layer.forward_linear(space, tables[layer.group])
-        log_GB = space.peaks.new_zeros(self.num_circuits, space.peaks.shape[1])
-        log_GB.index_add_(0, self.circuit_of_node, space.peaks.log2())
-        return (space.values[self.roots].log2() + log_GB[:, None]) / layers.BITS_PER_NAT, log_GB
-
-    def inexact(
-        self,
-        batch: Batch,
-        tables: Sequence[Tensor],
-        space: LinearWorkspace | FusedWorkspace,
-        wanted_GHB: Tensor | None = None,
-        threshold_GB: Tensor | None = None,
-    ) -> Tensor | None:
-        """Where numbers got too small for `run_linear`, and only `run_forward` will do: bool (G, B); None: nowhere.
-
-        Values that are certainly below `threshold_GB` (linear, like those of the heads) may be as they are. A backward
-        pass may follow all the same, with gradients of 0 for these pairs and for heads that are not wanted.
-        """
-        if space.is_large(TINY[self.dtype]):
-            return None
-        matters_GHB = (self.roots != LOG_ZERO)[..., None]
-        if wanted_GHB is not None:
-            matters_GHB = matters_GHB & wanted_GHB
-        peaks_NB, inputs_LB = space.peaks_of_nodes(), self.largest_inputs(batch, tables)
-        error_G1B = self.error_bound().error(peaks_NB, space.largest(), inputs_LB)[:, None]
-        heads_GHB = space.heads(self.roots)
-        bad_GHB = matters_GHB & ~(error_G1B <= TOLERANCE * heads_GHB)
-        if threshold_GB is not None:
-            bad_GHB &= ~(heads_GHB + error_G1B < threshold_GB[:, None])
-        bad_GB = bad_GHB.any(1)
-        if space.keep and not float(peaks_NB.amin()) >= TINY[self.dtype]:
-            space.make_finite()
-        return bad_GB if bool(bad_GB.any()) else None
-
     def error_bound(self) -> ErrorBound:
         """What decides whether linear values will do; made once."""
         if self._error_bound is None or self._error_bound.roots.device != self.device:
             self._error_bound = ErrorBound(self.plan, self.structures, self.device)
         return self._error_bound
-
-    def largest_inputs(self, batch: Batch, tables: Sequence[Tensor]) -> Tensor:
-        """The largest likelihood among the units of every input node, (L, B)."""
-        found = []
-        for number, leaf in enumerate(self._leaf_layers()):
-            table_FC = tables[leaf.group].amax(1)[leaf.parameter_rows]
-            largest_FB = table_FC.gather(1, batch.values[number])
-            observed = None if batch.observed is None else batch.observed[number]
-            found.append(largest_FB if observed is None else largest_FB.masked_fill(~observed, 1.0))
-        return torch.cat(found)
 
     def _run_layers(self, tables: Sequence[Tensor], space: Workspace, careful: bool) -> None:
         for layer in self._inner_layers():
@@ -588,12 +434,6 @@ class Circuit(nn.Module):
         nodes = self.structures[g].nodes
         return sum(nodes[child].num_units for child in node.children)
 
-    def _expected_shape(self) -> str:
-        shape = f"(batch, {self.num_variables}"
-        if self._is_evidence:
-            shape += f", {self.plan.inputs[0].num_units}"
-        return f"{shape})" + (f" or ({self.num_circuits}, {shape[1:]})" if self.batched else "")
-
     def _check_evidence(self) -> bool:
         kinds = {plan.distribution.is_evidence for plan in self.plan.inputs}
         if kinds == {True, False}:
@@ -601,22 +441,6 @@ class Circuit(nn.Module):
         if True in kinds and len(self.plan.inputs) > 1:
             raise ValueError("Circuit: all soft evidence must have the same number of states")
         return True in kinds
-
-    def _find_root_parameters(self, graphs: Sequence[CircuitGraph]) -> list[tuple[int, Tensor, Tensor]]:
-        """Where the weights of the heads are: for every parameter group with some, the circuits and their rows."""
-        place = {
-            owner: (number, row)
-            for number, group in enumerate(self.plan.groups)
-            for row, owner in enumerate(group.owners)
-        }
-        found: dict[int, list[tuple[int, int]]] = {}
-        for g, graph in enumerate(graphs):
-            number, row = place[g, graph.root]
-            found.setdefault(number, []).append((g, row))
-        return [
-            (number, torch.tensor([g for g, _ in pairs]), torch.tensor([row for _, row in pairs]))
-            for number, pairs in found.items()
-        ]
 
     def _mark_shared_rows(self) -> None:
         uses = [torch.zeros(len(group.owners), dtype=torch.int64) for group in self.plan.groups]
@@ -629,80 +453,7 @@ class Circuit(nn.Module):
                 layer.accumulate = True
         self._zeroed = {layer.group for layer in folded if layer.accumulate}
 
-    def _encode(self, table: Tensor, group: ParameterGroup, mask: Tensor | None) -> Tensor:
-        if self.parameterization == "probabilities":
-            return table
-        if group.distribution is not None:
-            return group.distribution.to_logits(table)
-        return table.clamp_min(torch.finfo(table.dtype).tiny).log()
-
-    def _decode(self, logits: Tensor, group: ParameterGroup, mask: Tensor | None) -> Tensor:
-        if group.distribution is not None:
-            return group.distribution.from_logits(logits)
-        if mask is None:
-            return logits.softmax(-1)
-        kept = mask.clone()
-        kept[..., 0] |= ~mask.any(-1)  # rows that only pad: any distribution will do
-        return logits.masked_fill(~kept, -torch.inf).softmax(-1)
-
 
 def _circuit_of_nodes(plan: Plan) -> Tensor:
     """The circuit of every folded inner node, layer by layer."""
     return torch.tensor([g for layer in plan.layers for g, _ in layer.nodes], dtype=torch.int64)
-
-
-def _variables_first(x: Tensor, shared: bool) -> Tensor:
-    """(B, D, ...) or (G, B, D, ...) to (variables, B, ...)."""
-    return x.transpose(0, 1) if shared else x.transpose(1, 2).flatten(0, 1)
-
-
-def _whole(found: Tensor, layer: InputLayer) -> Tensor:
-    return found.long() if layer.distribution.is_table else found
-
-
-def _describe(x: object) -> str:
-    return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-
-
-def _with_sum_root(graph: CircuitGraph) -> CircuitGraph:
-    """The heads are units of a sum node; any other root gets one on top that passes its units on."""
-    if not 0 <= graph.root < len(graph.nodes) or graph.nodes[graph.root].kind == "sum":
-        return graph
-    out = CircuitGraph(list(graph.nodes), graph.root, dict(graph.latents))
-    eye = torch.eye(graph.num_heads, dtype=_graph_dtype(graph))
-    out.add_sum([graph.root], graph.num_heads, weight=eye, mask=eye > 0)
-    return out
-
-
-def _graph_dtype(graph: CircuitGraph) -> torch.dtype:
-    for node in graph.nodes:
-        found = node.weight if node.weight is not None else node.params
-        if found is not None:
-            return found.dtype
-    return torch.get_default_dtype()
-
-
-def _stack(graphs: Sequence[CircuitGraph], group: ParameterGroup) -> tuple[Tensor, Tensor | None]:
-    """Parameters of a group, padded, shape (rows, *group.shape), and the mask of live edges."""
-    nodes = [graphs[g].nodes[index] for g, index in group.owners]
-    found = [node.weight if group.kind == "sum" else node.params for node in nodes]
-    if any(tensor is None for tensor in found):
-        raise ValueError("Circuit: the graph has no parameters; it is a structure only")
-    tensors = [tensor for tensor in found if tensor is not None]
-    if group.distribution is not None:
-        tensors = [group.distribution.floored(tensor) for tensor in tensors]
-    exact = all(tensor.shape == group.shape for tensor in tensors)
-    if exact:
-        table = torch.stack(tensors)
-    else:
-        table = tensors[0].new_zeros(len(tensors), *group.shape)
-        for row, tensor in enumerate(tensors):
-            table[row, : tensor.shape[0], : tensor.shape[1]] = tensor
-            table[row, tensor.shape[0] :] = tensor[0].new_zeros(group.shape[1])
-            table[row, tensor.shape[0] :, : tensor.shape[1]] = tensor[0]  # padding is a copy: valid, and never used
-    if group.kind != "sum" or (exact and all(node.mask is None for node in nodes)):
-        return table, None
-    mask = torch.zeros(table.shape, dtype=torch.bool, device=table.device)
-    for row, (node, tensor) in enumerate(zip(nodes, tensors, strict=True)):
-        mask[row, : tensor.shape[0], : tensor.shape[1]] = True if node.mask is None else node.mask
-    return table, mask

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lvd_lightning.circuits.batch import head_index, prepare
 from lvd_lightning.circuits.checks import check_type, described
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import Distribution, Gaussian
@@ -59,8 +60,8 @@ def expectation(
             f"{described(f)}"
         )
     known, mask = nothing_observed(circuit, 1) if x is None else (x, observed)
-    batch = circuit.prepare(known, mask)
-    space = unit_posteriors(circuit, batch, circuit.head_index(head, batch.size))
+    batch = prepare(circuit, known, mask)
+    space = unit_posteriors(circuit, batch, head_index(circuit, head, batch.size))
     tables = circuit.probabilities()
     out_VB = torch.zeros(circuit.num_circuits * circuit.num_variables, batch.size).to(space.inner)
     for number, layer in enumerate(circuit._leaf_layers()):

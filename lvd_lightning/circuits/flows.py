@@ -11,6 +11,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lvd_lightning.circuits.batch import expected_shape, head_index, prepare
 from lvd_lightning.circuits.checks import check_type
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.graph import CircuitGraph, Node
@@ -89,11 +90,11 @@ class Flows:
         if chunk_size < 1:
             raise ValueError(f"chunk_size: must be at least 1, got {chunk_size}")
         if not isinstance(x, Tensor) or x.ndim < 2:
-            raise ValueError(f"x: expected a tensor of shape {self.circuit._expected_shape()}, got {type(x).__name__}")
+            raise ValueError(f"x: expected a tensor of shape {expected_shape(self.circuit)}, got {type(x).__name__}")
         evidence = any(plan.distribution.is_evidence for plan in self.circuit.plan.inputs)
         axis = x.ndim - 3 if evidence else x.ndim - 2
         size = x.shape[axis]
-        head_GB = self.circuit.head_index(head, size)
+        head_GB = head_index(self.circuit, head, size)
         weight_GB = self._weights(weight, head_GB)
         self._added = True
         for low in range(0, size, chunk_size):
@@ -185,7 +186,7 @@ class Flows:
 
     def _add_chunk(self, x: Tensor, observed: Tensor | None, head_GB: Tensor, weight_GB: Tensor) -> None:
         circuit = self.circuit
-        batch, tables = circuit.prepare(x, observed), circuit.probabilities()
+        batch, tables = prepare(circuit, x, observed), circuit.probabilities()
         lease = circuit.lease(batch.size, keep=True)
         circuit.run_forward(batch, tables, lease.space)
         possible_GB = lease.space.values[circuit.roots].gather(1, head_GB[:, None])[:, 0] > -torch.inf

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lvd_lightning.circuits.distributions import Distribution
 
-__all__ = ["CircuitGraph", "Node"]
+__all__ = ["CircuitGraph", "Node", "with_sum_root"]
 
 
 @dataclass(eq=False)
@@ -335,3 +335,21 @@ def _normalised_rows(
         raise ValueError("add_sum: weights must be finite and non-negative, with a positive sum in every row")
     exact = (total - 1).abs() < 16 * torch.finfo(weight.dtype).eps
     return torch.where(exact, weight, weight / total)
+
+
+def with_sum_root(graph: CircuitGraph) -> CircuitGraph:
+    """The heads are units of a sum node; any other root gets one on top that passes its units on."""
+    if not 0 <= graph.root < len(graph.nodes) or graph.nodes[graph.root].kind == "sum":
+        return graph
+    out = CircuitGraph(list(graph.nodes), graph.root, dict(graph.latents))
+    eye = torch.eye(graph.num_heads, dtype=_graph_dtype(graph))
+    out.add_sum([graph.root], graph.num_heads, weight=eye, mask=eye > 0)
+    return out
+
+
+def _graph_dtype(graph: CircuitGraph) -> torch.dtype:
+    for node in graph.nodes:
+        found = node.weight if node.weight is not None else node.params
+        if found is not None:
+            return found.dtype
+    return torch.get_default_dtype()

@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+from lvd_lightning.circuits.batch import head_index
 from lvd_lightning.circuits.checks import check_type
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import Distribution, Gaussian
@@ -84,7 +85,7 @@ def _sum_over_rows(circuit: Circuit, head: int | Tensor, terms_PK: list[Tensor])
     """The sum over all units of TD(n) times their terms, by circuit."""
     share_GH = torch.zeros_like(circuit.roots, dtype=circuit.dtype)
     per_circuit = head.view(-1, 1) if isinstance(head, Tensor) and circuit.batched else head
-    index_G1 = circuit.head_index(per_circuit, 1)
+    index_G1 = head_index(circuit, per_circuit, 1)
     lacking = circuit.roots.gather(1, index_G1)[:, 0] == LOG_ZERO
     if bool(lacking.any()):
         raise ValueError(f"head: circuits {lacking.nonzero()[:, 0].tolist()[:8]} of the batch lack the one asked for")

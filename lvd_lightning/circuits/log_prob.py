@@ -18,12 +18,14 @@ from torch import Tensor
 
 from lvd_lightning.circuits import fused_gpu, layers
 from lvd_lightning.circuits.layers import InputLayer
+from lvd_lightning.circuits.linear import inexact, run_linear
 from lvd_lightning.circuits.native import passes
 from lvd_lightning.circuits.native.passes import FusedWorkspace
 from lvd_lightning.circuits.workspace import LinearWorkspace, Workspace, few_sizes
 
 if TYPE_CHECKING:
-    from lvd_lightning.circuits.circuit import Batch, Circuit
+    from lvd_lightning.circuits.batch import Batch
+    from lvd_lightning.circuits.circuit import Circuit
 
 __all__ = ["Lease", "LogProb"]
 
@@ -144,12 +146,12 @@ def _evaluate(
     if circuit.is_linear and not fused_gpu.applies(circuit.device, circuit.dtype):
         kind = FusedWorkspace if passes.applies(circuit, tables) else LinearWorkspace
         linear: Lease[Any] = Lease(circuit, kind, batch.size, keep)
-        log_GHB, scale_GB = circuit.run_linear(batch, tables, linear.space)
+        log_GHB, scale_GB = run_linear(circuit, batch, tables, linear.space)
         threshold_GB = None
         if margin is not None:
             best_B = log_GHB.amax((0, 1)) * layers.BITS_PER_NAT
             threshold_GB = (best_B - margin * layers.BITS_PER_NAT - scale_GB).exp2()
-        bad_GB = circuit.inexact(batch, tables, linear.space, wanted, threshold_GB)
+        bad_GB = inexact(circuit, batch, tables, linear.space, wanted, threshold_GB)
         if bad_GB is None:
             return log_GHB, linear, None
         if 2 * int(bad_GB.sum(1).max()) < batch.size:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lvd_lightning.circuits.batch import head_index, prepare
 from lvd_lightning.circuits.kronecker import KroneckerLayer
 from lvd_lightning.circuits.layers import BITS_PER_NAT, InputLayer, Layer
 from lvd_lightning.circuits.workspace import GradientSpace, Workspace, initialise_constants
 
 if TYPE_CHECKING:
-    from lvd_lightning.circuits.circuit import Batch, Circuit
+    from lvd_lightning.circuits.batch import Batch
+    from lvd_lightning.circuits.circuit import Circuit
     from lvd_lightning.circuits.log_prob import Lease
 
 __all__ = ["mpe", "nothing_observed", "posterior", "sample", "unit_posteriors"]
@@ -43,8 +45,8 @@ def sample(
         x, observed = nothing_observed(circuit, n)
     elif observed is None and not circuit.plan.inputs[0].distribution.is_evidence:
         raise ValueError("sample: x needs `observed`, which says what of it is given (False: to be sampled)")
-    batch = circuit.prepare(x, observed)
-    index_GB = circuit.head_index(head, batch.size)
+    batch = prepare(circuit, x, observed)
+    index_GB = head_index(circuit, head, batch.size)
     out = _output(circuit, x)
     if batch.size == 0:
         return out
@@ -70,8 +72,8 @@ def mpe(
     circuit: Circuit, x: Tensor, *, observed: Tensor | None = None, head: int | Tensor = 0
 ) -> tuple[Tensor, Tensor]:
     """Max-product decoding; see `Circuit.mpe`."""
-    batch = circuit.prepare(x, observed)
-    index_GB = circuit.head_index(head, batch.size)
+    batch = prepare(circuit, x, observed)
+    index_GB = head_index(circuit, head, batch.size)
     out = _output(circuit, x)
     tables = circuit.probabilities()
     values = torch.empty(circuit.plan.num_value_rows, batch.size, dtype=circuit.dtype, device=circuit.device)
@@ -101,8 +103,8 @@ def posterior(
 ) -> Tensor:
     """p(latent of `node` = k, node reached | x); see `Circuit.posterior`."""
     keys = [(g, _latent_node(circuit, g, node)) for g in range(circuit.num_circuits)]
-    batch = circuit.prepare(x, observed)
-    lease, space = _reach(circuit, batch, circuit.head_index(head, batch.size))
+    batch = prepare(circuit, x, observed)
+    lease, space = _reach(circuit, batch, head_index(circuit, head, batch.size))
     found_KB = [_reached_units(circuit, key, lease.space, space) for key in keys]
     out_GBK = space.inner.new_zeros(circuit.num_circuits, batch.size, max(map(len, found_KB)))
     for out_BK, found in zip(out_GBK, found_KB, strict=True):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lvd_lightning.circuits as pc
-from lvd_lightning.circuits import circuit as engine
+from lvd_lightning.circuits import batch as engine
 from lvd_lightning.circuits import fused_gpu
 from lvd_lightning.circuits.fused_gpu import check
 from lvd_lightning.circuits.kronecker import KroneckerLayer

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import lvd_lightning.circuits as pc
 from lvd_lightning.circuits import grids, layers
+from lvd_lightning.circuits.batch import prepare
 from lvd_lightning.circuits.kronecker import KroneckerLayer
 
 Compile = Callable[..., pc.Circuit]
@@ -265,7 +266,7 @@ def test_sums_that_underflow(dtype: torch.dtype, depth: int, stored: Compile, im
     x[:25].clamp_max_(VALUES - 2)
     lease = one.lease(len(x), keep=True)
     with torch.no_grad():
-        one.run_forward(one.prepare(x, None), list(one.tables), lease.space)
+        one.run_forward(prepare(one, x, None), list(one.tables), lease.space)
     assert any(isinstance(one.layers[entry.layer], KroneckerLayer) for entry in lease.space.underflow)
     exact = 3e-4 if dtype == torch.float32 else 1e-9
     torch.testing.assert_close(one.log_prob(x), other.log_prob(x), rtol=exact, atol=exact)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lvd_lightning.circuits as pc
-from lvd_lightning.circuits import circuit as engine
+from lvd_lightning.circuits import batch as engine
 from lvd_lightning.circuits.late_checks import LateCheck
 
 

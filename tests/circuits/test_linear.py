@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import lvd_lightning.circuits as pc
+from lvd_lightning.circuits.batch import prepare
+from lvd_lightning.circuits.linear import inexact, run_linear
 from lvd_lightning.circuits.log_prob import Lease
 from lvd_lightning.circuits.native import passes
 from lvd_lightning.circuits.workspace import LinearWorkspace
@@ -42,9 +44,9 @@ def test_numbers_that_are_too_small_are_found(rare: float, is_enough: bool) -> N
     x = torch.tensor([[0, 1, 1, 0]])
     with torch.no_grad():
         space = Lease(circuit, LinearWorkspace, 1, keep=True).space
-        batch, tables = circuit.prepare(x, None), circuit.probabilities()
-        circuit.run_linear(batch, tables, space)
-        assert (circuit.inexact(batch, tables, space) is None) is is_enough
+        batch, tables = prepare(circuit, x, None), circuit.probabilities()
+        run_linear(circuit, batch, tables, space)
+        assert (inexact(circuit, batch, tables, space) is None) is is_enough
         expected = pc.Circuit(graph).double().log_prob(x)
         torch.testing.assert_close(circuit.log_prob(x).double(), expected, rtol=1e-4, atol=0)
 

@@ -19,7 +19,8 @@ from lvd_lightning.circuits.fused_gpu import interprets, layer_kernels, on, tabl
 from lvd_lightning.circuits.kronecker import KroneckerLayer
 
 if TYPE_CHECKING:
-    from lvd_lightning.circuits.circuit import Batch, Circuit
+    from lvd_lightning.circuits.batch import Batch
+    from lvd_lightning.circuits.circuit import Circuit
     from lvd_lightning.circuits.layers import InputLayer, Layer
     from lvd_lightning.circuits.workspace import GradientSpace, Workspace
 

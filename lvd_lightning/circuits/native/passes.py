@@ -27,7 +27,8 @@ from lvd_lightning.circuits.native import library, suits
 from lvd_lightning.circuits.plan import LOG_ZERO, LayerPlan
 
 if TYPE_CHECKING:
-    from lvd_lightning.circuits.circuit import Batch, Circuit
+    from lvd_lightning.circuits.batch import Batch
+    from lvd_lightning.circuits.circuit import Circuit
     from lvd_lightning.circuits.layers import InputLayer, Layer
 
 __all__ = ["FusedWorkspace", "LayerIndex", "applies"]
