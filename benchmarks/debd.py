@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", choices=list(PUBLISHED), default=list(PUBLISHED))
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--output", type=Path, help="Markdown file to write")
     arguments = parser.parse_args()
