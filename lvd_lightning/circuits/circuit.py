@@ -20,7 +20,7 @@ from lvd_lightning.circuits.late_checks import LateCheck
 from lvd_lightning.circuits.layers import TINY, InputLayer, Layer
 from lvd_lightning.circuits.log_prob import Lease, LogProb
 from lvd_lightning.circuits.native.passes import LayerIndex
-from lvd_lightning.circuits.parameters import from_logits, root_rows, stack, to_logits
+from lvd_lightning.circuits.parameters import check_types, from_logits, root_rows, stack, to_logits
 from lvd_lightning.circuits.plan import Plan, compile_plan
 from lvd_lightning.circuits.precision import ErrorBound
 from lvd_lightning.circuits.sparse import LAYOUTS, Layout, SparseEdges
@@ -70,6 +70,7 @@ class Circuit(nn.Module):
         graphs = [with_sum_root(found) for found in graphs]
         for found in graphs:
             found.validate()
+        check_types(graphs)
         sizes = {found.num_variables for found in graphs}
         if len(sizes) > 1:
             raise ValueError(f"Circuit: all graphs must have equally many variables, got {sorted(sizes)}")

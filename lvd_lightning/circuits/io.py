@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -29,6 +30,15 @@ from lvd_lightning.circuits.graph import CircuitGraph, Node
 __all__ = ["FORMAT_VERSION", "load", "pack_structure", "save", "unpack_structure"]
 
 FORMAT_VERSION = 1
+#: Names of the entries of a file's metadata.
+STRUCTURE, CHECKSUM = "lvd_lightning.circuit", "lvd_lightning.checksum"
+#: What a file may ask for: indices of variables beyond this are no circuit's.
+MOST_VARIABLES = 1 << 24
+#: What reading something else than a circuit may raise.
+UNREADABLE = (
+    *(SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError),
+    *(OverflowError, MemoryError, RecursionError),
+)
 DISTRIBUTIONS: dict[str, type[Distribution]] = {
     found.__name__: found for found in (Categorical, Bernoulli, Binomial, DiscretizedLogistic, Gaussian, SoftEvidence)
 }
@@ -54,7 +64,8 @@ def save(circuit: Circuit, path: str | Path) -> Path:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    save_file(packer.tensors(), str(partial), metadata={"lvd_lightning.circuit": json.dumps(structure)})
+    tensors, text = packer.tensors(), json.dumps(structure)
+    save_file(tensors, str(partial), metadata={STRUCTURE: text, CHECKSUM: json.dumps(checksum(text, tensors))})
     os.replace(partial, path)
     return path
 
@@ -64,7 +75,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Circuit:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, incomplete, of a newer format, no circuit, or a directory.
+        ValueError: the file is damaged (by its checksum or contents), incomplete, of a newer format, no circuit, or a
+            directory.
     """
     given, path = Path(path).expanduser(), _with_suffix(path)
     if not path.is_file() and given.is_dir():
@@ -74,18 +86,23 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Circuit:
         raise FileNotFoundError(f"{path}: no such circuit file")
     try:
         with safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get("lvd_lightning.circuit")
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        if text is None:
+        if STRUCTURE not in metadata:
             raise ValueError("it is a safetensors file without a circuit's structure")
+        text = metadata[STRUCTURE]
         structure = json.loads(text)
-        version = structure["format_version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(f"its format version is {version}, this program reads {FORMAT_VERSION}")
+        _check_version(structure)
+        if json.loads(metadata[CHECKSUM]) != checksum(text, tensors):
+            raise ValueError("its checksum is that of other contents: it was damaged or changed")
+        batched = structure["batched"]
+        if not isinstance(batched, bool):
+            raise ValueError(f"'batched' is {batched!r}")
         unpacker = _Unpacker(tensors)
         graphs = [_build_graph(entry, unpacker) for entry in structure["graphs"]]
-        circuit = Circuit(graphs if structure["batched"] else graphs[0], parameterization=structure["parameterization"])
-    except (SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        unpacker.check_all_taken()
+        circuit = Circuit(graphs if batched else graphs[0], parameterization=structure["parameterization"])
+    except UNREADABLE as error:
         raise ValueError(f"{path}: cannot be read as a circuit: {error}") from error
     return circuit.to(device)
 
@@ -107,13 +124,34 @@ def unpack_structure(text: str, tensors: dict[str, Tensor]) -> list[CircuitGraph
     """
     try:
         structure = json.loads(text)
-        version = structure["format_version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(f"its format version is {version}, this program reads {FORMAT_VERSION}")
+        _check_version(structure)
         unpacker = _Unpacker(tensors)
         return [_build_graph(entry, unpacker, blank=True) for entry in structure["graphs"]]
-    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, ValueError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"structure: cannot be read as that of circuits: {error}") from error
+
+
+def checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of a structure and all its numbers."""
+    found = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def _check_version(structure: dict[str, Any]) -> None:
+    version = structure["format_version"]
+    if version is True or version != FORMAT_VERSION:
+        raise ValueError(f"its format version is {version}, this program reads {FORMAT_VERSION}")
+
+
+def _whole(name: str, value: Any, stop: int) -> int:
+    """A whole number of 0..stop - 1 from a file."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < stop:
+        raise ValueError(f"{name!r} is {str(value)[:40]}, expected a whole number of 0..{stop - 1}")
+    return value
 
 
 class _Packer:
@@ -139,6 +177,8 @@ class _Unpacker:
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.flat = {name.split(".")[0]: tensor for name, tensor in tensors.items()}
+        if len(self.flat) < len(tensors):
+            raise ValueError(f"it has numbers of several types for one purpose: {', '.join(sorted(tensors))}")
         self.position = dict.fromkeys(self.flat, 0)
 
     def take(self, purpose: str, shape: list[int] | None) -> Tensor | None:
@@ -155,6 +195,12 @@ class _Unpacker:
             raise ValueError(f"it has too few numbers for '{purpose}'")
         self.position[purpose] = start + size
         return found.view(shape)
+
+    def check_all_taken(self) -> None:
+        """Raise a ValueError if numbers are left."""
+        left = {name: len(tensor) - self.position[name] for name, tensor in self.flat.items()}
+        if any(left.values()):
+            raise ValueError(f"it has numbers that no node has a place for: {left}")
 
 
 def _describe_graph(graph: CircuitGraph, packer: _Packer) -> dict[str, Any]:
@@ -193,8 +239,11 @@ def _build_graph(entry: dict[str, Any], unpacker: _Unpacker, blank: bool = False
     graph = CircuitGraph()
     for found in entry["nodes"]:
         _add_node(graph, found, unpacker, blank)
-    graph.root = int(entry["root"])
-    graph.latents = {int(name): int(node) for name, node in entry["latents"]}
+    graph.root = _whole("root", entry["root"], len(graph.nodes))
+    graph.latents = {
+        _whole("latent", name, MOST_VARIABLES): _whole("latent's node", node, len(graph.nodes))
+        for name, node in entry["latents"]
+    }
     return graph
 
 
@@ -209,7 +258,10 @@ def _add_node(graph: CircuitGraph, entry: dict[str, Any], unpacker: _Unpacker, b
         params = unpacker.take("params", entry.get("params"))
         if blank and tied is None and distribution.size:
             params = distribution.initial(entry["units"], generator=torch.Generator().manual_seed(0))
-        graph.add_input(entry["variable"], distribution, entry["units"], params=params, tied_to=tied)
+        elif params is None and tied is None and distribution.size:
+            raise ValueError("an input node has no parameters")
+        variable = _whole("variable", entry["variable"], MOST_VARIABLES)
+        graph.add_input(variable, distribution, entry["units"], params=params, tied_to=tied)
     elif kind == "product":
         index = graph.add_product(entry["children"], unpacker.take("index", entry.get("index")))
         graph.nodes[index].kronecker = bool(entry.get("kronecker", False))

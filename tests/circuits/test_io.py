@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import lvd_lightning.circuits as pc
-from lvd_lightning.circuits.io import pack_structure, unpack_structure
+from lvd_lightning.circuits.io import CHECKSUM, STRUCTURE, checksum, pack_structure, unpack_structure
 
 
 def test_loaded_is_what_was_saved(case: Any, tmp_path: Path) -> None:
@@ -106,3 +106,78 @@ def test_structure_takes_the_parameters_of_the_original(build_case: Callable[...
 def test_what_is_no_structure_is_named(text: str) -> None:
     with pytest.raises(ValueError, match="structure: cannot be read as that of circuits"):
         unpack_structure(text, {})
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> None:
+    """Change structure and numbers of a file, with the checksum that belongs to the result."""
+    with safe_open(str(path), framework="pt") as file:
+        structure = json.loads(file.metadata()[STRUCTURE])
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    change(structure, tensors)
+    text = json.dumps(structure)
+    save_file(tensors, str(path), metadata={STRUCTURE: text, CHECKSUM: json.dumps(checksum(text, tensors))})
+
+
+def _set(name: str, value: Any) -> Callable[[dict[str, Any], dict[str, torch.Tensor]], None]:
+    return lambda structure, tensors: structure["graphs"][0].update({name: value})
+
+
+def _node(name: str, value: Any, kind: str = "input") -> Callable[[dict[str, Any], dict[str, torch.Tensor]], None]:
+    def change(structure: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        node = next(node for node in structure["graphs"][0]["nodes"] if node["kind"] == kind)
+        node[name] = value
+        if value is None:
+            del node[name]
+
+    return change
+
+
+CHANGES = {
+    "weights that sum to five": (lambda _, tensors: tensors["weight.float64"].mul_(5), "sum to one"),
+    "negative weights": (lambda _, tensors: tensors["weight.float64"].neg_(), "non-negative"),
+    "too many numbers": (
+        lambda _, tensors: tensors.update({"weight.float64": tensors["weight.float64"].repeat(2)}),
+        "no node has a place",
+    ),
+    "two types": (
+        lambda _, tensors: tensors.update({"weight.float32": tensors["weight.float64"].float()}),
+        "several types",
+    ),
+    "half precision": (
+        lambda _, tensors: tensors.update({"params.float64": tensors["params.float64"].half()}),
+        "float32 or float64",
+    ),
+    "an input without parameters": (_node("params", None), "no parameters|no place|a place"),
+    "a variable far out": (_node("variable", 10**11), "variable"),
+    "an infinite root": (_set("root", float("inf")), "root"),
+    "a broken root": (_set("root", 8.5), "root"),
+    "latents of nowhere": (_set("latents", [[0, 999]]), "latent"),
+    "infinite latents": (_set("latents", [[0, float("inf")]]), "latent"),
+    "a batch or not": (lambda structure, _: structure.update(batched="no"), "batched"),
+    "a version that is none": (lambda structure, _: structure.update(format_version=True), "version"),
+    "a newer version": (lambda structure, _: structure.update(format_version=2), "version"),
+    "an unknown family": (_node("distribution", ["os.system", {}]), "unknown distribution"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_no_file_is_trusted(name: str, build_case: Callable[..., Any], tmp_path: Path) -> None:
+    """Contents that make sense as a file but not as a circuit."""
+    path = pc.save(build_case("chain", "categorical", 1).circuit, tmp_path / "circuit")
+    change, message = CHANGES[name]
+    rewrite(path, change)
+    with pytest.raises(ValueError, match=message):
+        pc.load(path)
+
+
+def test_a_single_changed_byte_is_noticed(build_case: Callable[..., Any], tmp_path: Path) -> None:
+    path = pc.save(build_case("chain", "categorical", 1).circuit, tmp_path / "circuit")
+    data = path.read_bytes()
+    for place in range(0, len(data), 37):
+        changed = bytearray(data)
+        changed[place] ^= 1 << (place % 8)
+        path.write_bytes(bytes(changed))
+        with pytest.raises(ValueError, match=r"circuit\.safetensors"):
+            pc.load(path)
+    path.write_bytes(data)
+    pc.load(path)
