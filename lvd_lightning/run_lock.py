@@ -1,16 +1,21 @@
 """One process at a time works on a run directory."""
 
-import fcntl
+import contextlib
+import importlib
 import os
 import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 __all__ = ["LOCK", "locked"]
 
 LOCK = "lock"
+fcntl: ModuleType | None = None
+with contextlib.suppress(ImportError):  # Windows has none
+    fcntl = importlib.import_module("fcntl")
 _held: set[int] = set()
 
 
@@ -21,7 +26,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     The operating system lets go of the lock when the process ends, however it ends, so what was killed can be continued
     at once. The file stays and says who was last. Whoever only reads the directory needs no lock.
 
-    A file system that has no locks is worth a warning and no more.
+    A file system or operating system that has no such locks is worth a warning and no more.
 
     Raises:
         ValueError: another process holds it.
@@ -39,6 +44,8 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 def _take(descriptor: int, run_dir: Path) -> None:
     try:
+        if fcntl is None:
+            raise OSError(0, "this operating system has no such locks")
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "unknown"
@@ -61,4 +68,5 @@ def _forget_in_child() -> None:
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

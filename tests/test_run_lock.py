@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lvd_lightning import run_lock
 from lvd_lightning.experiment import Experiment
 from lvd_lightning.pipeline import Pipeline
 from lvd_lightning.ranks import Ranks
@@ -64,6 +65,12 @@ def test_a_file_system_without_locks_is_worth_a_warning(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.warns(UserWarning, match="cannot be locked .No locks available"), locked(tmp_path):
+        pass
+
+
+def test_an_operating_system_without_locks_is_worth_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "fcntl", None)
+    with pytest.warns(UserWarning, match="no such locks"), locked(tmp_path):
         pass
 
 
