@@ -23,6 +23,7 @@ __all__ = [
     "check_number",
     "check_type",
     "described",
+    "float_type",
     "is_whole",
 ]
 
@@ -39,7 +40,7 @@ def described(value: Any) -> str:
         return f"the class {value.__name__} itself"
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
-    if value is None or isinstance(value, (bool, int, float, str, list, tuple, Distribution)):
+    if value is None or isinstance(value, (bool, int, float, str, list, tuple, torch.dtype, Distribution)):
         text = repr(value)
         return text if len(text) <= 80 else f"{text[:80]} ..."
     return type(value).__name__
@@ -66,6 +67,19 @@ def check_counts(caller: str, **counts: Any) -> None:
             raise ValueError(f"{caller}: {name} must be a whole number of at least 1, got {described(count)}")
         if count < 1:
             raise ValueError(f"{caller}: {name} must be at least 1, got {count}")
+
+
+def float_type(caller: str, dtype: Any) -> torch.dtype:
+    """The type that was asked for, the default type if none was.
+
+    Raises:
+        ValueError: it is none in which a circuit computes.
+    """
+    if dtype is None:
+        return torch.get_default_dtype()
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{caller}: dtype: expected torch.float32 or torch.float64, got {described(dtype)}")
+    return dtype
 
 
 def check_number(

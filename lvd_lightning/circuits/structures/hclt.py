@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.checks import as_indices, check_counts, check_leaf
+from lvd_lightning.circuits.checks import as_indices, check_counts, check_leaf, float_type
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.graph import CircuitGraph, Node
-from lvd_lightning.circuits.structures.drawing import random_rows
+from lvd_lightning.circuits.structures.drawing import random_parameters, random_rows
 
 __all__ = ["hclt"]
 
@@ -50,7 +50,7 @@ def hclt(
     parent_list = as_indices("hclt: parents", parents).tolist()
     order = _topological(parent_list)
     check_counts("hclt", num_latents=num_latents, num_heads=num_heads)
-    dtype = dtype or torch.get_default_dtype()
+    dtype = float_type("hclt", dtype)
     size = len(parent_list)
     families = _families(leaf, size)
     leaves = _leaf_parameters(families, num_latents, generator, dtype)
@@ -103,9 +103,9 @@ def _leaf_parameters(
         family = families[0]
         if family.size == 0:
             return [None] * len(families)
-        params = family.initial(len(families) * num_units, generator=generator).to(dtype)
+        params = random_parameters(family, len(families) * num_units, generator, dtype)
         return list(params.view(len(families), num_units, family.size))
-    return [family.initial(num_units, generator=generator).to(dtype) for family in families]
+    return [random_parameters(family, num_units, generator, dtype) for family in families]
 
 
 def _topological(parents: list[int]) -> list[int]:

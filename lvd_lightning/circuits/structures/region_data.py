@@ -13,6 +13,7 @@ from torch import Tensor
 from lvd_lightning.circuits.distributions import Categorical
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 from lvd_lightning.circuits.structures.counting import check_heads, smooth_leaves
+from lvd_lightning.circuits.structures.drawing import in_type
 
 __all__ = ["regions_from_data"]
 
@@ -177,4 +178,4 @@ def _inputs(node: Node, rows: list[Tensor], value_N: Tensor, smoothing: float) -
         found = torch.bincount(row_N * categories + value_N, minlength=node.num_units * categories)
         counts_1KC += found.view(counts_1KC.shape)
     params_KC = smooth_leaves(counts_1KC, smoothing)[0]
-    return params_KC if node.params is None else params_KC.to(node.params.dtype)
+    return params_KC if node.params is None else in_type(node.distribution, params_KC, node.params.dtype)
