@@ -29,7 +29,8 @@ def mixture(
     Args:
         graphs: circuits over the same variables.
         weights: of all heads of all graphs one after another, shape (heads of all graphs,), the same for all heads of
-            the mixture, or (num_heads, heads of all graphs). Rows are normalised; drawn at random if not given.
+            the mixture, or (num_heads, heads of all graphs). Rows are normalised; drawn at random if not given. An
+            edge of weight 0 is no structural zero: pseudocounts of EM may give it weight again.
         num_heads: heads of the mixture.
         generator: on the CPU, for the weights.
 
