@@ -18,7 +18,9 @@ from lvd_lightning.circuits.distributions import Distribution
 __all__ = [
     "are_whole",
     "as_indices",
+    "as_tensor",
     "check_counts",
+    "check_generator",
     "check_leaf",
     "check_number",
     "check_type",
@@ -58,6 +60,18 @@ def check_leaf(where: str, leaf: Any) -> None:
     """Raise a ValueError unless `leaf` is a distribution (and not its class)."""
     if not isinstance(leaf, Distribution):
         raise ValueError(f"{where}: expected a distribution such as Categorical(256), got {described(leaf)}")
+
+
+def check_generator(caller: str, generator: Any, device: torch.device | None = None) -> None:
+    """Raise a ValueError unless this is None or a generator of the device, which is the CPU if not given."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(f"{caller}: generator: expected a torch.Generator or None, got {described(generator)}")
+    kind = "cpu" if device is None else device.type
+    if generator.device.type != kind:
+        name = "the CPU" if kind == "cpu" else kind
+        raise ValueError(f"{caller}: generator: must be a generator of {name}, got one of {generator.device}")
 
 
 def check_counts(caller: str, **counts: Any) -> None:
@@ -101,6 +115,20 @@ def check_number(
 def are_whole(values: Any) -> bool:
     """Whether these are several whole numbers (of Python, or of arrays)."""
     return isinstance(values, Iterable) and not isinstance(values, str) and all(is_whole(value) for value in values)
+
+
+def as_tensor(where: str, values: Any) -> Tensor:
+    """Numbers from a tensor (itself), or copied from an array or from sequences.
+
+    Raises:
+        ValueError: these are no numbers, or not in rows of one length.
+    """
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.as_tensor(values).clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{where}: expected a tensor of numbers, got {described(values)}") from error
 
 
 def as_indices(where: str, values: Tensor | Sequence[int]) -> Tensor:

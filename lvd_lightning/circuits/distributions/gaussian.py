@@ -26,8 +26,8 @@ class Gaussian(Distribution):
     num_statistics: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
-        if not self.min_std > 0:
-            raise ValueError(f"Gaussian: min_std must be positive, got {self.min_std}")
+        if not isinstance(self.min_std, (int, float)) or not self.min_std > 0:
+            raise ValueError(f"Gaussian: min_std must be positive, got {self.min_std!r}")
 
     @property
     def size(self) -> int:

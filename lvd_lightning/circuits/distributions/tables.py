@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.distributions.base import Distribution, check_whole, is_not_whole, may_ask
+from lvd_lightning.circuits.distributions.base import Distribution, check_size, check_whole, is_not_whole, may_ask
 
 __all__ = ["SMALLEST", "Bernoulli", "Categorical"]
 
@@ -28,8 +28,7 @@ class Categorical(Distribution):
     is_whole: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.num_categories < 1:
-            raise ValueError(f"Categorical: num_categories must be at least 1, got {self.num_categories}")
+        check_size(self, "num_categories", 1)
 
     @property
     def size(self) -> int:
@@ -111,5 +110,5 @@ class Bernoulli(Categorical):
     num_categories: int = 2
 
     def __post_init__(self) -> None:
-        if self.num_categories != 2:
+        if not isinstance(self.num_categories, int) or self.num_categories != 2:
             raise ValueError(f"Bernoulli: has 2 categories, got num_categories={self.num_categories}")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.checks import as_indices, check_counts, check_leaf, float_type
+from lvd_lightning.circuits.checks import as_indices, check_counts, check_generator, check_leaf, float_type
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 from lvd_lightning.circuits.structures.drawing import random_parameters, random_rows
@@ -51,6 +51,7 @@ def hclt(
     order = _topological(parent_list)
     check_counts("hclt", num_latents=num_latents, num_heads=num_heads)
     dtype = float_type("hclt", dtype)
+    check_generator("hclt", generator)
     size = len(parent_list)
     families = _families(leaf, size)
     leaves = _leaf_parameters(families, num_latents, generator, dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lvd_lightning.circuits.checks import check_counts, check_leaf, described, float_type
+from lvd_lightning.circuits.checks import check_counts, check_generator, check_leaf, described, float_type
 from lvd_lightning.circuits.distributions import Categorical, Distribution
 from lvd_lightning.circuits.graph import CircuitGraph
 from lvd_lightning.circuits.structures.drawing import add_leaf, add_mixture
@@ -65,6 +65,7 @@ def hmm(
     check_leaf("hmm: leaf", leaf)
     assert leaf is not None
     dtype = float_type("hmm", dtype)
+    check_generator("hmm", generator)
     graph = CircuitGraph()
     emission = transition = None
     for t in reversed(range(length)):

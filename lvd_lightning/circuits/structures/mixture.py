@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.checks import check_counts, check_type, described
+from lvd_lightning.circuits.checks import check_counts, check_generator, check_type, described
 from lvd_lightning.circuits.graph import CircuitGraph
 
 __all__ = ["mixture"]
@@ -42,6 +42,7 @@ def mixture(
         ValueError: no graphs, graphs over different variables, weights of another shape, negative or not finite.
     """
     check_counts("mixture", num_heads=num_heads)
+    check_generator("mixture", generator)
     if not isinstance(graphs, Iterable):
         raise ValueError(f"mixture: graphs: expected a list of graphs, got {described(graphs)}")
     graphs = list(graphs)

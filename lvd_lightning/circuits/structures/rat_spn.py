@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lvd_lightning.circuits.checks import check_counts
+from lvd_lightning.circuits.checks import check_counts, check_generator
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.graph import CircuitGraph
 from lvd_lightning.circuits.structures.regions import ProductKind, region_circuit
@@ -62,6 +62,7 @@ def rat_spn(
         Peharz et al., Random Sum-Product Networks: A Simple and Effective Approach to Probabilistic Deep Learning,
         2019 (arXiv 1806.01910), section 3.
     """
+    check_generator("rat_spn", generator)
     check_counts("rat_spn", num_vars=num_vars, depth=depth, num_repetitions=num_repetitions)
     return region_circuit(
         "rat_spn",

@@ -10,6 +10,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from lvd_lightning.circuits.checks import check_generator
 from lvd_lightning.circuits.distributions import Categorical
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 from lvd_lightning.circuits.structures.counting import check_heads, smooth_leaves
@@ -54,6 +55,7 @@ def regions_from_data(
         ValueError: the data are no values of the inputs or have another number of variables, no `head` for several
             heads, a graph whose sums are no sums over regions.
     """
+    check_generator("regions_from_data", generator)
     if not smoothing > 0:
         raise ValueError(f"smoothing: must be positive, or some parameters are zero for good, got {smoothing}")
     if x.ndim != 2 or len(x) == 0 or x.shape[1] != graph.num_variables:
