@@ -21,7 +21,15 @@ SMALLEST = 1e-30
 
 @dataclass(frozen=True)
 class Categorical(Distribution):
-    """p(x = c | unit k) = probs[k, c] over the integers 0..num_categories - 1."""
+    """p(x = c | unit k) = probs[k, c] over the integers 0..num_categories - 1.
+
+    Args:
+        num_categories: how many values there are, at least 1. Parameters are probs, (units, num_categories), rows of
+            non-negative numbers that sum to one.
+
+    Raises:
+        ValueError: num_categories is no such number.
+    """
 
     num_categories: int
     is_table: ClassVar[bool] = True
@@ -105,7 +113,14 @@ class Categorical(Distribution):
 
 @dataclass(frozen=True)
 class Bernoulli(Categorical):
-    """p(x = 1 | unit k) = probs[k, 1]; stored as the pair (1 - p, p)."""
+    """p(x = 1 | unit k) = probs[k, 1], over 0 and 1: a `Categorical` of two categories.
+
+    Args:
+        num_categories: always 2, and need not be given. Parameters are the pairs (1 - p, p), (units, 2).
+
+    Raises:
+        ValueError: another number of categories.
+    """
 
     num_categories: int = 2
 

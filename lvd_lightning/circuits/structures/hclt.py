@@ -36,13 +36,16 @@ def hclt(
         num_latents: states of each latent.
         leaf: input distribution of every variable, or a list of D of them, one for each; then none is soft evidence.
         num_heads: rows p(y_root | head), one circuit each, that share everything below.
+        generator: on the CPU.
+        dtype: of all parameters, float32 or float64; the default type if not given. The parameters of leaves are drawn
+            in the default type and, if that is narrower, normalised again.
 
     Returns:
         The graph; `latents[v]` is the node whose unit k stands for y_v = k.
 
     Raises:
-        ValueError: parents that are no tree, a count that is no whole number of at least 1, or a leaf that is no
-            distribution.
+        ValueError: parents that are no tree, a count that is no whole number of at least 1, a leaf that is no
+            distribution, or a generator or type of another kind.
 
     References:
         Liu and Van den Broeck, Tractable Regularization of Probabilistic Circuits, 2021 (arXiv 2106.02264), section 5.

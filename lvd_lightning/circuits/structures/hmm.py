@@ -38,14 +38,14 @@ def hmm(
         num_heads: rows p(z_0 | head), which share everything else.
         leaf: input distribution of every position, in place of `num_tokens`.
         generator: on the CPU.
-        dtype: of all parameters; the default type if not given.
+        dtype: of all parameters, float32 or float64; the default type if not given.
 
     Returns:
         The graph; `latents[t]` is the node whose unit k stands for z_t = k.
 
     Raises:
-        ValueError: a count that is no whole number of at least 1, a leaf that is no distribution, or not exactly one of
-            `num_tokens` and `leaf`.
+        ValueError: a count that is no whole number of at least 1, a leaf that is no distribution, not exactly one of
+            `num_tokens` and `leaf`, or a generator or type of another kind.
 
     References:
         Rabiner, A Tutorial on Hidden Markov Models and Selected Applications in Speech Recognition, 1989; as a circuit

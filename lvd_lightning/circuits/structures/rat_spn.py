@@ -48,15 +48,15 @@ def rat_spn(
         product: "hadamard": unit k of a product multiplies unit k of both parts. "kronecker": a unit for every pair of
             units of the two parts, as published; such a circuit can be pruned but does not grow.
         generator: on the CPU.
-        dtype: of all parameters; the default type if not given.
+        dtype: of all parameters, float32 or float64; the default type if not given.
 
     Returns:
         The graph; `latents[i]` is the product node of the i-th partition, smaller regions first. Partitions of one
         region exclude each other, so posteriors are joint ones with reaching them.
 
     Raises:
-        ValueError: a count that is no whole number of at least 1, a leaf that is no distribution, or an unknown
-            product.
+        ValueError: a count that is no whole number of at least 1, a leaf that is no distribution, an unknown
+            product, or a generator or type of another kind.
 
     References:
         Peharz et al., Random Sum-Product Networks: A Simple and Effective Approach to Probabilistic Deep Learning,
