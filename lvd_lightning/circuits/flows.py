@@ -59,7 +59,10 @@ class Flows:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no examples were added, not even ones of weight 0, here or (once summed) on any rank."""
+        """Whether nothing was added here, not even examples of weight 0 or an empty batch.
+
+        Once summed over ranks, flows are not empty either if any rank has added weight.
+        """
         return not self._added and not bool(self.num_examples.any())
 
     @torch.no_grad()
@@ -109,7 +112,7 @@ class Flows:
                 prepare(self.circuit, x_part, observed_part)
         for x_part, observed_part, part in chunks:
             self._add_chunk(x_part, observed_part, head_GB[:, part], weight_GB[:, part])
-            self._added = True
+        self._added = True
 
     def all_reduce(self) -> None:
         """Sum over all ranks of the default process group; nothing to do without one, or if already done."""

@@ -50,7 +50,7 @@ def prune(circuit: Circuit, flows: Flows, threshold: float = 1e-4) -> CircuitGra
 
     Raises:
         ValueError: a threshold of another range, flows of another structure, or flows (of a circuit that is no batch)
-            to which no example was added, not even one of weight 0.
+            to which nothing was added, not even examples of weight 0 or an empty batch.
 
     References:
         Dang, Liu and Van den Broeck, Sparse Probabilistic Circuits via Pruning and Growing, 2022 (arXiv 2211.12551),
@@ -99,9 +99,9 @@ def grow(
     their indices; second copies follow in the order of the units they descend from. New head K + j descends from
     `heads[j]`. Nodes, their ids and `latents` stay; the second copies of a latent's states follow its old states.
 
-    Of tied nodes a unit splits in all or in none, by the mean of the flows of all units that have to agree. Where all
-    examples of a circuit weigh 0, or none of them are its own in a batch of circuits, no flow tells its units apart:
-    its heads become two, as they always do, and nothing below them.
+    Of tied nodes a unit splits in all or in none, by the mean of the flows of all units that have to agree. Where no
+    example of a circuit weighs anything, or none came at all, no flow tells its units apart: its heads become two, as
+    they always do, and nothing below them.
 
     Args:
         circuit: whose parameters are taken.
@@ -115,8 +115,8 @@ def grow(
 
     Raises:
         ValueError: heads that do not exist or come twice, a negative sigma, a generator of another device, flows of
-            another structure or to which no example was added (not even one of weight 0), or a circuit with Kronecker
-            products (growth is defined for Hadamard products).
+            another structure or to which nothing was added (not even examples of weight 0 or an empty batch), or a
+            circuit with Kronecker products (growth is defined for Hadamard products).
 
     References:
         Liu et al., Understanding the Distillation Process from Deep Generative Models to Tractable Probabilistic

@@ -274,8 +274,11 @@ def test_an_error_adds_nothing(what: str, build_case: Callable[..., Any]) -> Non
     assert torch.equal(flows.num_examples, expected.num_examples)
 
 
-def test_a_batch_of_no_examples_adds_none(build_case: Callable[..., Any]) -> None:
+def test_an_empty_batch_is_something_to_decide_by(build_case: Callable[..., Any]) -> None:
+    """Examples were looked for and there were none: heads double and nothing else does."""
     case = build_case("chain", "categorical", 1)
     flows = pc.Flows(case.circuit)
-    flows.add(case.x[:0])
     assert flows.is_empty
+    flows.add(case.x[:0])
+    assert not flows.is_empty
+    assert pc.grow(case.circuit, flows, [0]).num_heads == 2
