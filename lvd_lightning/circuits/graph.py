@@ -96,7 +96,7 @@ class CircuitGraph:
                 or lists; drawn at random in the default type if not given.
             generator: on the CPU, for parameters that are drawn.
             tied_to: the id of an input node of as many units, which is not tied itself; this node then has that one's
-                parameters, and `params` is not looked at.
+                parameters, whatever `params` is.
 
         Raises:
             ValueError: an argument of another kind or shape, or parameters that are none of the family.

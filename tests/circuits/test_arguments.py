@@ -184,6 +184,8 @@ def test_heads_may_be_an_iterator() -> None:
 
 def test_whole_numbers_of_arrays_are_whole_numbers() -> None:
     assert pc.Categorical(np.int64(3)).size == 3
+    assert pc.Bernoulli(np.int64(2)).size == 2
+    assert pc.Binomial(3, np.float32(0.1)).size == 1
     assert circuit().sample(np.int64(2)).shape == (2, 3)
     assert circuit().posterior(X, np.int64(1)).shape == (2, 2)
 

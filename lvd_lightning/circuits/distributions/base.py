@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Distribution", "check_size", "check_whole", "is_not_whole", "may_ask"]
+__all__ = ["Distribution", "check_size", "check_whole", "is_not_whole", "is_number", "may_ask"]
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,11 @@ class Distribution:
     def from_logits(self, logits: Tensor) -> Tensor:
         """Inverse of `to_logits`, differentiable."""
         raise TypeError(f"{type(self).__name__} is abstract")
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a real number, of Python or of an array."""
+    return isinstance(value, Real)
 
 
 def check_size(family: Distribution, name: str, least: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lvd_lightning.circuits.distributions.base import Distribution, check_size, check_whole, is_not_whole
+from lvd_lightning.circuits.distributions.base import Distribution, check_size, check_whole, is_not_whole, is_number
 from lvd_lightning.circuits.distributions.moments import central, moments_from_centred
 
 __all__ = ["DiscretizedLogistic"]
@@ -72,7 +72,7 @@ class DiscretizedLogistic(Distribution):
 
     def __post_init__(self) -> None:
         check_size(self, "num_values", 2)
-        if not isinstance(self.min_scale, (int, float)) or not 0 < self.min_scale < self.num_values:
+        if not is_number(self.min_scale) or not 0 < self.min_scale < self.num_values:
             raise ValueError(f"DiscretizedLogistic: min_scale must lie in (0, num_values), got {self.min_scale!r}")
 
     @property

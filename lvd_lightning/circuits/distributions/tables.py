@@ -6,7 +6,8 @@ Shapes: F folded nodes, K units, B batch, S categories.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from numbers import Integral
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -125,5 +126,6 @@ class Bernoulli(Categorical):
     num_categories: int = 2
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_categories, int) or self.num_categories != 2:
-            raise ValueError(f"Bernoulli: has 2 categories, got num_categories={self.num_categories}")
+        given: Any = self.num_categories
+        if not isinstance(given, Integral) or given != 2:
+            raise ValueError(f"Bernoulli: has 2 categories, got num_categories={given}")
