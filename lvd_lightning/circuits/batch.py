@@ -85,8 +85,8 @@ def head_index(circuit: Circuit, head: int | Tensor, size: int, late: bool = Fal
     """Heads as an int64 tensor (G, B), checked; with `late`, those on a GPU without waiting for it."""
     if isinstance(head, Tensor):
         expected = (circuit.num_circuits, size) if circuit.batched else (size,)
-        if head.shape != expected or head.is_floating_point():
-            raise ValueError(f"head: expected an int or an integer tensor of shape {expected}, got {_describe(head)}")
+        if head.shape != expected or head.is_floating_point() or head.dtype == torch.bool:
+            raise ValueError(f"head: expected an int or an integer tensor of shape {expected}, got {described(head)}")
         index = head.to(circuit.device, torch.int64).view(circuit.num_circuits, size)
     else:
         if not is_whole(head):
@@ -106,8 +106,10 @@ def wanted_heads(
 ) -> Tensor | None:
     """Which heads matter for which examples, bool (G, H, B); None: all of them."""
     expected = shape if circuit.batched else shape[1:]
-    if wanted is not None and (wanted.dtype != torch.bool or wanted.shape != expected):
-        raise ValueError(f"wanted: expected a bool tensor of shape {expected}, got {_describe(wanted)} {wanted.dtype}")
+    if wanted is not None and not (
+        isinstance(wanted, Tensor) and wanted.dtype == torch.bool and wanted.shape == expected
+    ):
+        raise ValueError(f"wanted: expected a bool tensor of shape {expected}, got {described(wanted)}")
     if not circuit.is_linear or fused_gpu.applies(circuit.device, circuit.dtype):
         return None
     if head_GB is None:

@@ -18,11 +18,14 @@ from lvd_lightning.circuits.distributions import Distribution
 __all__ = [
     "are_whole",
     "as_indices",
+    "as_tensor",
     "check_counts",
+    "check_generator",
     "check_leaf",
     "check_number",
     "check_type",
     "described",
+    "float_type",
     "is_whole",
 ]
 
@@ -39,7 +42,7 @@ def described(value: Any) -> str:
         return f"the class {value.__name__} itself"
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
-    if value is None or isinstance(value, (bool, int, float, str, list, tuple, Distribution)):
+    if value is None or isinstance(value, (bool, int, float, str, list, tuple, torch.dtype, Distribution)):
         text = repr(value)
         return text if len(text) <= 80 else f"{text[:80]} ..."
     return type(value).__name__
@@ -59,6 +62,18 @@ def check_leaf(where: str, leaf: Any) -> None:
         raise ValueError(f"{where}: expected a distribution such as Categorical(256), got {described(leaf)}")
 
 
+def check_generator(caller: str, generator: Any, device: torch.device | None = None) -> None:
+    """Raise a ValueError unless this is None or a generator of the device, which is the CPU if not given."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(f"{caller}: generator: expected a torch.Generator or None, got {described(generator)}")
+    kind = "cpu" if device is None else device.type
+    if generator.device.type != kind:
+        name = "the CPU" if kind == "cpu" else kind
+        raise ValueError(f"{caller}: generator: must be a generator of {name}, got one of {generator.device}")
+
+
 def check_counts(caller: str, **counts: Any) -> None:
     """Raise a ValueError that names the first argument that is no whole number of at least 1."""
     for name, count in counts.items():
@@ -66,6 +81,19 @@ def check_counts(caller: str, **counts: Any) -> None:
             raise ValueError(f"{caller}: {name} must be a whole number of at least 1, got {described(count)}")
         if count < 1:
             raise ValueError(f"{caller}: {name} must be at least 1, got {count}")
+
+
+def float_type(caller: str, dtype: Any) -> torch.dtype:
+    """The type that was asked for, the default type if none was.
+
+    Raises:
+        ValueError: it is none in which a circuit computes.
+    """
+    if dtype is None:
+        return torch.get_default_dtype()
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{caller}: dtype: expected torch.float32 or torch.float64, got {described(dtype)}")
+    return dtype
 
 
 def check_number(
@@ -87,6 +115,20 @@ def check_number(
 def are_whole(values: Any) -> bool:
     """Whether these are several whole numbers (of Python, or of arrays)."""
     return isinstance(values, Iterable) and not isinstance(values, str) and all(is_whole(value) for value in values)
+
+
+def as_tensor(where: str, values: Any) -> Tensor:
+    """Numbers from a tensor (itself), or copied from an array or from sequences.
+
+    Raises:
+        ValueError: these are no numbers, or not in rows of one length.
+    """
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.as_tensor(values).clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{where}: expected a tensor of numbers, got {described(values)}") from error
 
 
 def as_indices(where: str, values: Tensor | Sequence[int]) -> Tensor:

@@ -234,21 +234,67 @@ class Circuit(nn.Module):
         observed: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Exact samples: `n` of them, (n, D), or one per row of `x` (B, D) given its `observed` variables.
+        """Exact samples: `n` of them, or one per row of `x` given its `observed` variables.
 
-        For a batch of circuits every shape is led by G. Rows whose evidence is impossible raise a ValueError.
+        Args:
+            n: how many samples, 0 or more, where there is no `x`.
+            head: an int, or a tensor (n,) or (B,), for a batch of circuits led by G: the head each is drawn from.
+            x: (B, D), the rows to complete; for a batch of circuits (G, B, D), or (B, D) given to all of them. Evidence
+                has one more dimension, the states.
+            observed: bool, the shape of x without states; False: the value is drawn, and what x holds there may be
+                anything. Needed with x, except for evidence, of which all may be given.
+            generator: on the circuit's device; the default one if not given.
+
+        Returns:
+            (n, D) or (B, D), for a batch of circuits (G, n, D) or (G, B, D): int64 if all variables are whole numbers,
+            else floating point. Observed variables keep their values. Of evidence, the states.
+
+        Raises:
+            ValueError: both or none of n and x, a wrong shape or type, a value outside the support of its variable, a
+                row whose evidence is impossible under its head, a head that is not there, or a generator of another
+                device.
         """
         return queries.sample(self, n, head=head, x=x, observed=observed, generator=generator)
 
     def mpe(self, x: Tensor, observed: Tensor | None = None, head: int | Tensor = 0) -> tuple[Tensor, Tensor]:
         """Max-product decoding: the joint maximum over unobserved variables and all latents.
 
-        Returns the assignment (B, D) and its log-value (B,) in nats, that of variables and latents together.
+        Args:
+            x: (B, D); for a batch of circuits (G, B, D), or (B, D) given to all of them. Evidence has one more
+                dimension, the states.
+            observed: bool, the shape of x without states; False: the value is looked for, and what x holds there may be
+                anything. None: all of x is given, and only latents are decided.
+            head: an int, or a tensor (B,), (G, B) for a batch of circuits: the head of each row.
+
+        Returns:
+            The assignment (B, D), whose observed variables keep their values, and its log-value (B,) in nats, that of
+            variables and latents together; both led by G for a batch of circuits. Of evidence, the states.
+
+        Raises:
+            ValueError: a wrong shape or type, a value outside the support of its variable, a row whose evidence is
+                impossible under its head, or a head that is not there.
         """
         return queries.mpe(self, x, observed=observed, head=head)
 
     def posterior(self, x: Tensor, node: int, observed: Tensor | None = None, head: int | Tensor = 0) -> Tensor:
-        """p(latent of `node` = k, node reached | x), shape (B, K); `node` is the variable's index in an HCLT."""
+        """p(latent of `node` = k, node reached | x): how likely it is that the circuit passes through unit k of a node.
+
+        Args:
+            x: (B, D); for a batch of circuits (G, B, D), or (B, D) given to all of them. Evidence has one more
+                dimension, the states.
+            node: a name in `CircuitGraph.latents`: in an HCLT the variable's index, in an HMM the position. If the
+                graph names no latents, the id of a product node in `to_graph()`.
+            observed: bool, the shape of x without states; False marginalises the variable.
+            head: an int, or a tensor (B,), (G, B) for a batch of circuits: the head of each row.
+
+        Returns:
+            (B, K), or (G, B, K) for a batch of circuits, K being the units of the node, or the most that one has; what
+            a smaller one lacks is 0. Rows sum to the probability of reaching the node, which is 1 in trees.
+
+        Raises:
+            ValueError: a node that names no latent, a wrong shape or type, a value outside the support of its variable,
+                a row whose evidence is impossible under its head, or a head that is not there.
+        """
         return queries.posterior(self, x, node, observed=observed, head=head)
 
     def to_graph(self) -> CircuitGraph | list[CircuitGraph]:

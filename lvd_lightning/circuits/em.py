@@ -62,23 +62,45 @@ class _CircuitOptimizer(torch.optim.Optimizer):
             )
         super().__init__(groups, defaults)
         for group in self.param_groups:
-            self._check(group)
+            self._check(group, is_new=True)
 
     def _expected(self, got: Any) -> str:
         name = type(self).__name__
         return f"{name}: expected a module, or groups {{'params': module, 'lr': ...}}, got {described(got)}"
 
-    def _check(self, group: dict[str, Any]) -> None:
-        check_number("lr", group["lr"], 0, 1, above_low=True, meaning=", the EM step size")
+    def __getstate__(self) -> dict[str, Any]:
+        """As in every optimizer, and its circuits: a copy has copies of them, those that are copied along with it."""
+        return {**super().__getstate__(), "circuits": self.circuits}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only the constructor adds groups.
+
+        Raises:
+            ValueError: at any later time.
+        """
+        if len(self.param_groups) >= len(self.circuits):
+            name = type(self).__name__
+            raise ValueError(f"{name}: groups cannot be added later; make a new optimizer over all modules")
+        super().add_param_group(param_group)
+
+    def _check(self, group: dict[str, Any], *, is_new: bool = False) -> None:
+        """Raise a ValueError unless the settings are in their ranges; a schedule may take the step size to 0."""
+        check_number("lr", group["lr"], 0, 1, above_low=is_new, meaning=", the EM step size")
         check_number("pseudocount", group["pseudocount"], 0, meaning=", a number of examples")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One EM step from the accumulated gradients of -(weighted) log-likelihood, summed over all ranks."""
+        """One EM step from the accumulated gradients of -(weighted) log-likelihood, summed over all ranks.
+
+        Raises:
+            ValueError: a setting was changed to a value out of its range; nothing has moved then.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            self._check(group)
         self._reduce()
         for circuit, group in zip(self.circuits, self.param_groups, strict=True):
             if any(table.grad is not None for table in group["params"]):
@@ -86,7 +108,10 @@ class _CircuitOptimizer(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the flows; their memory is kept for the next backward pass."""
+        """Forget the flows.
+
+        The next backward pass writes its gradients to the memory of these: clone those that you want to keep.
+        """
         for circuit in self.circuits:
             for statistics in circuit.statistics.values():
                 statistics.zero_()
@@ -140,10 +165,16 @@ class CircuitEM(_CircuitOptimizer):
     A node without flow keeps its parameters. With lr = 1, the flows of a whole data set and pseudocount 0 this is EM,
     which never lowers the likelihood.
 
+    The children ch(n) are those that the node's mask leaves in. An edge that it leaves out is a structural zero and
+    stays 0; one that merely has weight 0 gets pseudocounts as all others do, and so does not stay 0.
+
     Args:
         module: every Circuit in it is trained.
-        lr: step size s in (0, 1].
+        lr: step size s in (0, 1]; a schedule may take it to 0, where nothing moves.
         pseudocount: a, per sum node (or input unit) and step, in examples.
+
+    Raises:
+        ValueError: a module without circuits, or with logits in place of probabilities, or a number out of its range.
     """
 
     def __init__(
@@ -191,11 +222,17 @@ class Anemone(_CircuitOptimizer):
 
     A node that is rarely visited moves as little as its flow says. Nodes without any flow keep their parameters.
 
+    The children ch(n) are those that the node's mask leaves in. An edge that it leaves out is a structural zero and
+    stays 0; one that merely has weight 0 gets pseudocounts as all others do, and so does not stay 0.
+
     Args:
         module: every Circuit in it is trained; each Circuit object has its own N.
-        lr: step size s in (0, 1].
-        momentum: of the moving averages.
+        lr: step size s in (0, 1]; a schedule may take it to 0, where pseudocounts alone count.
+        momentum: of the moving averages, in [0, 1).
         pseudocount: a, per sum node (or input unit), in examples.
+
+    Raises:
+        ValueError: a module without circuits, or with logits in place of probabilities, or a number out of its range.
 
     References:
         Liu et al., Anemone, 2025 (arXiv 2505.19982).
@@ -211,10 +248,11 @@ class Anemone(_CircuitOptimizer):
     ) -> None:
         super().__init__(module, {"lr": lr, "momentum": momentum, "pseudocount": pseudocount})
 
-    def _check(self, group: dict[str, Any]) -> None:
-        super()._check(group)
-        if not 0 <= group["momentum"] < 1:
-            raise ValueError(f"momentum: must lie in [0, 1), got {group['momentum']}")
+    def _check(self, group: dict[str, Any], *, is_new: bool = False) -> None:
+        super()._check(group, is_new=is_new)
+        check_number("momentum", group["momentum"], 0, meaning=", below 1")
+        if group["momentum"] >= 1:
+            raise ValueError(f"momentum: must be below 1, got {group['momentum']}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in every optimizer, but averaged statistics of inputs stay in double precision."""

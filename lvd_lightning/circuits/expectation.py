@@ -50,8 +50,8 @@ def expectation(
         (B, D), or (D,) without x; for a batch of circuits led by G. Where x_v is observed it is f_v(x_v).
 
     Raises:
-        ValueError: f has too few values or the wrong shape, Gaussian variables get a table, or a row of x has
-            probability zero, or a graph is given in place of a circuit.
+        ValueError: f has too few values or the wrong shape, Gaussian variables get a table, a row of x has probability
+            zero, `observed` comes without x, or a graph is given in place of a circuit.
     """
     check_type("expectation: circuit", circuit, Circuit)
     if not isinstance(f, Tensor) and not callable(f):
@@ -59,6 +59,13 @@ def expectation(
             f"expectation: f: expected a tensor (variables, values) or a function of (values, variables), got "
             f"{described(f)}"
         )
+    if isinstance(f, Tensor) and (f.ndim != 2 or len(f) != circuit.num_variables):
+        raise ValueError(
+            f"f: expected shape (variables, values), with a row for each of the {circuit.num_variables} variables, got "
+            f"{tuple(f.shape)}"
+        )
+    if x is None and observed is not None:
+        raise ValueError("expectation: observed: says what of x is given, and there is no x")
     known, mask = nothing_observed(circuit, 1) if x is None else (x, observed)
     batch = prepare(circuit, known, mask)
     space = unit_posteriors(circuit, batch, head_index(circuit, head, batch.size))
@@ -111,7 +118,7 @@ def _check_table(f_DC: Tensor, distribution: Distribution, variables: Tensor, nu
     wanted = num_units if distribution.is_evidence else distribution.num_outcomes
     if wanted is None:
         raise ValueError(f"f: variable {variable} is {distribution}, whose values no table can list; give a function")
-    if f_DC.ndim != 2 or len(f_DC) <= variable or f_DC.shape[1] < wanted:
+    if f_DC.shape[1] < wanted:
         raise ValueError(
             f"f: expected shape (variables, values) with {wanted} values for variable {variable}, got "
             f"{tuple(f_DC.shape)}"

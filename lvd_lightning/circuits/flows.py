@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lvd_lightning.circuits.batch import expected_shape, head_index, prepare
-from lvd_lightning.circuits.checks import check_type
+from lvd_lightning.circuits.checks import check_counts, check_type, described, is_whole
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 
@@ -59,7 +59,10 @@ class Flows:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no examples were added, not even ones of weight 0, here or (once summed) on any rank."""
+        """Whether nothing was added here, not even examples of weight 0 or an empty batch.
+
+        Once summed over ranks, flows are not empty either if any rank has added weight.
+        """
         return not self._added and not bool(self.num_examples.any())
 
     @torch.no_grad()
@@ -83,12 +86,12 @@ class Flows:
 
         Raises:
             ValueError: arguments that do not fit the circuit, a negative or non-finite weight, an example of positive
-                weight under a head that its circuit lacks, or flows that have been summed over ranks already.
+                weight under a head that its circuit lacks, or flows that have been summed over ranks already. Nothing
+                has been added then.
         """
         if self._reduced:
             raise ValueError("add: these flows have been summed over ranks; start new ones for more examples")
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size: must be at least 1, got {chunk_size}")
+        check_counts("Flows.add", chunk_size=chunk_size)
         if not isinstance(x, Tensor) or x.ndim < 2:
             raise ValueError(f"x: expected a tensor of shape {expected_shape(self.circuit)}, got {type(x).__name__}")
         evidence = any(plan.distribution.is_evidence for plan in self.circuit.plan.inputs)
@@ -96,16 +99,20 @@ class Flows:
         size = x.shape[axis]
         head_GB = head_index(self.circuit, head, size)
         weight_GB = self._weights(weight, head_GB)
-        self._added = True
+        shape = x.shape[:-1] if evidence else x.shape
+        if observed is not None and not (isinstance(observed, Tensor) and observed.shape == shape):
+            raise ValueError(f"observed: expected a bool tensor of shape {tuple(shape)}, got {described(observed)}")
+        chunks = []
         for low in range(0, size, chunk_size):
-            length = min(chunk_size, size - low)
-            part = slice(low, low + length)
-            self._add_chunk(
-                x.narrow(axis, low, length),
-                None if observed is None else observed[..., part, :],
-                head_GB[:, part],
-                weight_GB[:, part],
-            )
+            part = slice(low, min(low + chunk_size, size))
+            x_part = x.narrow(axis, low, part.stop - low)
+            chunks.append((x_part, None if observed is None else observed[..., part, :], part))
+        if len(chunks) > 1:  # an error in a late one must not come after early ones have been added
+            for x_part, observed_part, _ in chunks:
+                prepare(self.circuit, x_part, observed_part)
+        for x_part, observed_part, part in chunks:
+            self._add_chunk(x_part, observed_part, head_GB[:, part], weight_GB[:, part])
+        self._added = True
 
     def all_reduce(self) -> None:
         """Sum over all ranks of the default process group; nothing to do without one, or if already done."""
@@ -121,7 +128,15 @@ class Flows:
             found.copy_(part.view_as(found))
 
     def edges(self, node: int, circuit: int = 0) -> Tensor:
-        """F_nc of a sum node of `to_graph()`, shaped like its weight; tied nodes share the sum over all of them."""
+        """F_nc of a sum node, shaped like its weight; tied nodes share the sum over all of them.
+
+        Args:
+            node: its id in `Circuit.to_graph()`.
+            circuit: which one of a batch of circuits.
+
+        Raises:
+            ValueError: there is no such circuit or node, or the node is no sum.
+        """
         found = self._node(node, circuit)
         if found.kind != "sum":
             raise ValueError(f"node: {node} is of kind {found.kind!r}; only the edges of sum nodes have flows")
@@ -133,7 +148,15 @@ class Flows:
         return table[row, : found.num_units, : sum(nodes[child].num_units for child in found.children)].clone()
 
     def units(self, node: int, circuit: int = 0) -> Tensor:
-        """F_n of the units of a node of `to_graph()`, shape (num_units,); of this node alone if it is tied."""
+        """F_n of the units of a node, float64 (num_units,) on the CPU; of this node alone if it is tied.
+
+        Args:
+            node: its id in `Circuit.to_graph()`.
+            circuit: which one of a batch of circuits.
+
+        Raises:
+            ValueError: there is no such circuit or node.
+        """
         self._node(node, circuit)
         return torch.from_numpy(self.all_units()[circuit][node].copy())
 
@@ -226,8 +249,10 @@ class Flows:
         return weight_GB
 
     def _node(self, node: int, circuit: int) -> Node:
-        if not 0 <= circuit < self.circuit.num_circuits:
-            raise ValueError(f"circuit: expected 0..{self.circuit.num_circuits - 1}, got {circuit}")
+        if not is_whole(circuit) or not 0 <= circuit < self.circuit.num_circuits:
+            raise ValueError(f"circuit: expected 0..{self.circuit.num_circuits - 1}, got {described(circuit)}")
+        if not is_whole(node):
+            raise ValueError(f"node: expected the id of a node, got {described(node)}")
         nodes = self.circuit.structures[circuit].nodes
         if not 0 <= node < len(nodes):
             raise ValueError(f"node: circuit {circuit} has {len(nodes)} nodes, got {node}")

@@ -11,6 +11,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lvd_lightning.circuits.checks import (
+    are_whole,
+    as_tensor,
+    check_counts,
+    check_generator,
+    check_leaf,
+    check_type,
+    described,
+    is_whole,
+)
 from lvd_lightning.circuits.distributions import Distribution
 
 __all__ = ["CircuitGraph", "Node", "with_sum_root"]
@@ -72,18 +82,32 @@ class CircuitGraph:
         distribution: Distribution,
         num_units: int,
         *,
-        params: Tensor | None = None,
+        params: Tensor | Sequence[Sequence[float]] | None = None,
         generator: torch.Generator | None = None,
         tied_to: int | None = None,
     ) -> int:
         """Add `num_units` univariate distributions of `variable`; returns the node's id.
 
-        params: shape (num_units, distribution.size); drawn at random if not given.
+        Args:
+            variable: its index, 0 or larger.
+            distribution: the family that all units are of.
+            num_units: at least 1.
+            params: floating point numbers of shape (num_units, distribution.size), a tensor (which is kept), an array
+                or lists; drawn at random in the default type if not given.
+            generator: on the CPU, for parameters that are drawn.
+            tied_to: the id of an input node of as many units, which is not tied itself; this node then has that one's
+                parameters, whatever `params` is.
+
+        Raises:
+            ValueError: an argument of another kind or shape, or parameters that are none of the family.
         """
-        if variable < 0:
-            raise ValueError(f"add_input: variable must be 0 or larger, got {variable}")
-        if num_units < 1:
-            raise ValueError(f"add_input: num_units must be at least 1, got {num_units}")
+        if not is_whole(variable) or variable < 0:
+            raise ValueError(f"add_input: variable must be a whole number, 0 or larger, got {described(variable)}")
+        check_leaf("add_input: distribution", distribution)
+        check_counts("add_input", num_units=num_units)
+        check_generator("add_input", generator)
+        if params is not None:
+            params = _as_floats("add_input: params", params)
         if tied_to is not None:
             params = self._owner(tied_to, "input", num_units).params
         elif params is None and distribution.size:
@@ -97,20 +121,25 @@ class CircuitGraph:
         return self._append(
             Node(
                 "input",
-                num_units,
-                variable=variable,
+                int(num_units),
+                variable=int(variable),
                 distribution=distribution,
                 params=params if distribution.size else None,
                 tied_to=tied_to,
             )
         )
 
-    def add_product(self, children: Sequence[int], units: Tensor | None = None) -> int:
+    def add_product(self, children: Sequence[int], units: Tensor | Sequence[Sequence[int]] | None = None) -> int:
         """Add a product of `children`; returns the node's id.
 
-        units: int, shape (num_units, number of children), which unit of each child is multiplied; by default unit k
-        of every child (a Hadamard product), and all children must have equally many units. A row for every combination
-        of the units of several children makes a Kronecker product.
+        Args:
+            children: ids of nodes.
+            units: int, shape (num_units, number of children), which unit of each child is multiplied; by default unit k
+                of every child (a Hadamard product), and all children must have equally many units. A row for every
+                combination of the units of several children makes a Kronecker product.
+
+        Raises:
+            ValueError: children that do not exist or differ in their units, or units that they do not have.
         """
         children = self._check_children(children, "add_product")
         sizes = [self.nodes[child].num_units for child in children]
@@ -120,7 +149,10 @@ class CircuitGraph:
                     f"add_product: children {children} have {sizes} units; they must be equal, or give `units`"
                 )
             return self._append(Node("product", sizes[0], children))
-        units = torch.as_tensor(units, dtype=torch.int64)
+        units = as_tensor("add_product: units", units)
+        if units.is_floating_point() or units.is_complex() or units.dtype == torch.bool:
+            raise ValueError(f"add_product: units: expected whole numbers, got {units.dtype}")
+        units = units.long()
         if units.ndim != 2 or units.shape[1] != len(children) or len(units) == 0:
             raise ValueError(
                 f"add_product: units must have shape (num_units, {len(children)}), got {tuple(units.shape)}"
@@ -134,20 +166,35 @@ class CircuitGraph:
         children: Sequence[int],
         num_units: int,
         *,
-        weight: Tensor | None = None,
-        mask: Tensor | None = None,
+        weight: Tensor | Sequence[Sequence[float]] | None = None,
+        mask: Tensor | Sequence[Sequence[bool]] | None = None,
         generator: torch.Generator | None = None,
         tied_to: int | None = None,
     ) -> int:
         """Add `num_units` mixtures of all units of `children`; returns the node's id.
 
-        weight, mask: shape (num_units, units of all children together). Rows of `weight` are normalised over live
-        edges; drawn at random if not given.
+        Args:
+            children: ids of nodes.
+            num_units: at least 1.
+            weight: floating point numbers of shape (num_units, units of all children together), a tensor, an array or
+                lists. Rows are normalised over live edges; drawn at random in the default type if not given.
+            mask: of the same shape, False for structural zeros: edges that stay 0 whatever is learnt. An edge of weight
+                0 that no mask leaves out is there, and may get weight from the pseudocounts of EM.
+            generator: on the CPU, for weights that are drawn.
+            tied_to: the id of a sum node of as many units, which is not tied itself; this node then has that one's
+                weights and mask.
+
+        Raises:
+            ValueError: an argument of another kind or shape, children that do not exist, negative weights, or a row
+                without weight or without a live edge.
         """
         children = self._check_children(children, "add_sum")
+        check_counts("add_sum", num_units=num_units)
+        check_generator("add_sum", generator)
+        num_units = int(num_units)
+        weight = None if weight is None else _as_floats("add_sum: weight", weight)
+        mask = None if mask is None else as_tensor("add_sum: mask", mask)
         shape = (num_units, sum(self.nodes[child].num_units for child in children))
-        if num_units < 1:
-            raise ValueError(f"add_sum: num_units must be at least 1, got {num_units}")
         for name, tensor in (("weight", weight), ("mask", mask)):
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"add_sum: {name} must have shape {shape}, got {tuple(tensor.shape)}")
@@ -175,15 +222,25 @@ class CircuitGraph:
         disjoint variables, a leaf circuit with a head for every state of a latent. Units, masks, ties and parameters
         are kept. The copy shares nothing with `other`: embedded twice, its parameters are there twice.
 
-        variables: the index here of every variable of `other`, all different; the same ones if not given.
-        latents: the latent called v by `other` is called `latents + v` here; if not given, latents keep no name.
+        Args:
+            other: stays as it is.
+            variables: the index here of every variable of `other`, all different; the same ones if not given.
+            latents: the latent called v by `other` is called `latents + v` here; if not given, latents keep no name.
+
+        Raises:
+            ValueError: no graph, one without a root, variables that are no such indices, or names of latents that are
+                taken already.
         """
+        check_type("embed: other", other, CircuitGraph)
+        if latents is not None and not is_whole(latents):
+            raise ValueError(f"embed: latents: expected a whole number or None, got {described(latents)}")
         size = other.num_variables
-        places = list(range(size)) if variables is None else [int(found) for found in variables]
-        if len(places) != size or len(set(places)) < size or min(places, default=0) < 0:
+        given = list(range(size)) if variables is None else _listed(variables)
+        places = [int(found) for found in given] if given is not None and are_whole(given) else None
+        if places is None or len(places) != size or len(set(places)) < size or min(places, default=0) < 0:
             raise ValueError(
                 f"embed: variables must be {size} different indices, 0 or larger, one for each variable of the graph; "
-                f"got {str(places)[:200]}"
+                f"got {str(variables)[:100]}"
             )
         if not 0 <= other.root < len(other.nodes):
             raise ValueError(f"embed: the root of the graph is {other.root}; it has {len(other.nodes)} nodes")
@@ -209,7 +266,11 @@ class CircuitGraph:
         return scopes
 
     def validate(self) -> None:
-        """Raise a ValueError that names the nodes if the graph is not a smooth, decomposable circuit with a root."""
+        """Check that the graph is a smooth, decomposable circuit with a root.
+
+        Raises:
+            ValueError: it is not; the message names the nodes.
+        """
         if not 0 <= self.root < len(self.nodes):
             raise ValueError(f"graph: root is {self.root}, expected the id of one of the {len(self.nodes)} nodes")
         for index, node in enumerate(self.nodes):
@@ -288,13 +349,18 @@ class CircuitGraph:
         return out
 
     def _owner(self, index: int, kind: str, num_units: int) -> Node:
+        if not is_whole(index):
+            raise ValueError(f"tied_to: expected the id of a node, got {described(index)}")
         node = self.nodes[index] if 0 <= index < len(self.nodes) else None
         if node is None or node.kind != kind or node.num_units != num_units or node.tied_to is not None:
             raise ValueError(f"tied_to: node {index} is no untied {kind} node with {num_units} units")
         return node
 
     def _check_children(self, children: Iterable[int], caller: str) -> tuple[int, ...]:
-        children = tuple(int(child) for child in children)
+        given = _listed(children)
+        if given is None or not are_whole(given):
+            raise ValueError(f"{caller}: children: expected a list of node ids, got {described(children)}")
+        children = tuple(int(child) for child in given)
         if not children:
             raise ValueError(f"{caller}: needs at least one child")
         unknown = [child for child in children if not 0 <= child < len(self.nodes)]
@@ -313,6 +379,25 @@ class CircuitGraph:
         return bits
 
 
+def _listed(values: Iterable[int] | Tensor) -> list[int] | None:
+    """What is in a sequence, an array or a tensor; None if this is nothing of the kind."""
+    found: object = values
+    try:
+        return None if isinstance(found, str) else list(values)
+    except TypeError:
+        return None
+
+
+def _as_floats(where: str, values: Tensor | Sequence[Sequence[float]]) -> Tensor:
+    """Floating point numbers; whole ones that are in no tensor will do."""
+    found = as_tensor(where, values)
+    if not found.is_floating_point() and not isinstance(values, Tensor) and not found.is_complex():
+        found = found.to(torch.get_default_dtype())
+    if not found.is_floating_point():
+        raise ValueError(f"{where} must be a floating point tensor, got {found.dtype}")
+    return found
+
+
 def _is_grid(units: Tensor, sizes: list[int]) -> bool:
     """Whether the rows are all combinations of the units of children of which two have a choice."""
     if len(units) != math.prod(sizes) or sum(size > 1 for size in sizes) < 2:
@@ -326,8 +411,6 @@ def _normalised_rows(
     """Check or draw the weights of a sum node, zero outside the mask, rows summing to one."""
     if weight is None:
         weight = torch.rand(shape, generator=generator) + 0.05
-    if not weight.is_floating_point():
-        raise ValueError(f"add_sum: weight must be a floating point tensor, got {weight.dtype}")
     if mask is not None:
         weight = weight * mask
     total = weight.sum(1, keepdim=True)

@@ -86,8 +86,12 @@ class LogProb(torch.autograd.Function):
         return log_GHB
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_GHB: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # as it is for create_graph=True, and only then
+            raise RuntimeError(
+                "log_prob: gradients of gradients are not available (create_graph=True was asked for): the backward "
+                "pass is in closed form, with nothing behind it to differentiate"
+            )
         _, _, _, _, _, for_evidence, *for_tables = ctx.needs_input_grad
         if ctx.lease is None:
             evidence_shape, shapes = ctx.shapes

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from lvd_lightning.circuits.batch import head_index, prepare
+from lvd_lightning.circuits.checks import check_generator, described, is_whole
 from lvd_lightning.circuits.kronecker import KroneckerLayer
 from lvd_lightning.circuits.layers import BITS_PER_NAT, InputLayer, Layer
+from lvd_lightning.circuits.plan import LOG_ZERO
 from lvd_lightning.circuits.workspace import GradientSpace, Workspace, initialise_constants
 
 if TYPE_CHECKING:
@@ -39,10 +41,14 @@ def sample(
     """Exact (conditional) samples; see `Circuit.sample`."""
     if (n is None) == (x is None):
         raise ValueError("sample: give either n, the number of samples, or x with `observed`, to complete its rows")
+    check_generator("sample", generator, circuit.device)
     if x is None:
-        if n is None or n < 0 or observed is not None:
-            raise ValueError(f"sample: expected n >= 0 and no `observed` without x, got n={n}")
-        x, observed = nothing_observed(circuit, n)
+        if n is None or not is_whole(n) or n < 0:
+            remedy = "; examples are given by name: x=" if isinstance(n, Tensor) else ""
+            raise ValueError(f"sample: n: expected a whole number, 0 or larger, got {described(n)}{remedy}")
+        if observed is not None:
+            raise ValueError("sample: observed: says what of x is given, and there is no x")
+        x, observed = nothing_observed(circuit, int(n))
     elif observed is None and not circuit.plan.inputs[0].distribution.is_evidence:
         raise ValueError("sample: x needs `observed`, which says what of it is given (False: to be sampled)")
     batch = prepare(circuit, x, observed)
@@ -153,6 +159,8 @@ def nothing_observed(circuit: Circuit, n: int) -> tuple[Tensor, Tensor]:
 def _latent_node(circuit: Circuit, g: int, node: int) -> int:
     """The product node of a latent, in circuit g."""
     structure = circuit.structures[g]
+    if not is_whole(node):
+        raise ValueError(f"node: expected the name of a latent (a whole number), got {described(node)}")
     index = structure.latents.get(int(node), int(node) if not structure.latents else -1)
     if (g, index) not in circuit.plan.inner and (g, index) not in circuit.plan.implicit:
         known = sorted(structure.latents) if structure.latents else "the ids of product nodes"
@@ -200,6 +208,13 @@ def _write(
 def _check_possible(circuit: Circuit, values: Tensor, index_GB: Tensor) -> None:
     log_GB = values[circuit.roots].gather(1, index_GB[:, None])
     if not bool((log_GB > -torch.inf).all()):
+        lacking_GB = circuit.roots.gather(1, index_GB) == LOG_ZERO
+        if bool(lacking_GB.any()):
+            g, b = (int(found) for found in lacking_GB.nonzero()[0])
+            num_heads = circuit.structures[g].num_heads
+            raise ValueError(
+                f"head: circuit {g} has {num_heads} heads, example {b} asks for head {int(index_GB[g, b])}"
+            )
         raise ValueError("x: a row has probability zero under its head, so nothing can be conditioned on it")
 
 

@@ -6,14 +6,14 @@ Shapes: P parameter rows, N units of a node, M units of all its children togethe
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lvd_lightning.circuits.checks import check_number, check_type
+from lvd_lightning.circuits.checks import are_whole, check_generator, check_number, check_type, described
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.doubling import Doubling, find_split, flag
 from lvd_lightning.circuits.flows import Flows
@@ -32,8 +32,8 @@ def prune(circuit: Circuit, flows: Flows, threshold: float = 1e-4) -> CircuitGra
 
     An edge stays iff :math:`F_{nc} > \tau |D|`, |D| being the weight of the examples of that circuit; a sum left empty
     keeps its largest edge (by flow, and between equal flows by weight). Weights that stay are renormalised, rows that
-    lose nothing stay as they are. A circuit that was given no examples is left alone. With threshold 0 only edges
-    without flow go, and the likelihood of the counted examples cannot fall.
+    lose nothing stay as they are. A circuit that was given no examples, or whose examples all weigh 0, is left alone.
+    With threshold 0 only edges without flow go, and the likelihood of the counted examples cannot fall.
 
     Units keep their order: unit k of a node is the k-th of its old units that are still used, which also is what the
     states of a latent in `latents` and of `Circuit.posterior` then mean. Latents that are gone leave `latents`. All
@@ -50,7 +50,7 @@ def prune(circuit: Circuit, flows: Flows, threshold: float = 1e-4) -> CircuitGra
 
     Raises:
         ValueError: a threshold of another range, flows of another structure, or flows (of a circuit that is no batch)
-            to which no example was added.
+            to which nothing was added, not even examples of weight 0 or an empty batch.
 
     References:
         Dang, Liu and Van den Broeck, Sparse Probabilistic Circuits via Pruning and Growing, 2022 (arXiv 2211.12551),
@@ -99,7 +99,9 @@ def grow(
     their indices; second copies follow in the order of the units they descend from. New head K + j descends from
     `heads[j]`. Nodes, their ids and `latents` stay; the second copies of a latent's states follow its old states.
 
-    Of tied nodes a unit splits in all or in none, by the mean of the flows of all units that have to agree.
+    Of tied nodes a unit splits in all or in none, by the mean of the flows of all units that have to agree. Where no
+    example of a circuit weighs anything, or none came at all, no flow tells its units apart: its heads become two, as
+    they always do, and nothing below them.
 
     Args:
         circuit: whose parameters are taken.
@@ -113,8 +115,8 @@ def grow(
 
     Raises:
         ValueError: heads that do not exist or come twice, a negative sigma, a generator of another device, flows of
-            another structure or to which nothing was added, or a circuit with Kronecker products (growth is defined
-            for Hadamard products).
+            another structure or to which nothing was added (not even examples of weight 0 or an empty batch), or a
+            circuit with Kronecker products (growth is defined for Hadamard products).
 
     References:
         Liu et al., Understanding the Distillation Process from Deep Generative Models to Tractable Probabilistic
@@ -123,8 +125,7 @@ def grow(
     _check_flows("grow", circuit, flows)
     wanted = _check_heads(circuit, heads)
     check_number("sigma", sigma, 0, meaning=", a standard deviation")
-    if generator is not None and generator.device.type != "cpu":
-        raise ValueError(f"generator: must be a generator of the CPU, got one of {generator.device}")
+    check_generator("grow", generator)
     seeds = torch.randint(1 << 62, (circuit.num_circuits,), generator=generator).tolist()
     examples, flow = flows.num_examples.tolist(), flows.all_units()
     graphs = []
@@ -171,15 +172,17 @@ def _check_flows(caller: str, circuit: Circuit, flows: Flows) -> None:
 
 def _check_heads(circuit: Circuit, heads: Sequence[Any]) -> list[list[int]]:
     """The heads that grow, a list for every circuit."""
-    per_circuit = list(heads) if circuit.batched else [heads]
+    given: Any = heads if circuit.batched else [heads]
+    per_circuit = list(given) if isinstance(given, Iterable) else []
     if len(per_circuit) != circuit.num_circuits:
-        raise ValueError(f"heads: expected {circuit.num_circuits} lists, one per circuit, got {len(per_circuit)}")
+        got = len(per_circuit) if isinstance(given, Iterable) else described(given)
+        raise ValueError(f"heads: expected {circuit.num_circuits} lists, one per circuit, got {got}")
     found = []
     for g, (some, structure) in enumerate(zip(per_circuit, circuit.structures, strict=True)):
-        try:
-            mine = [operator.index(head) for head in some]
-        except TypeError:
-            raise ValueError(f"heads: circuit {g}: expected a list of whole numbers, got {some!r}") from None
+        chosen = list(some) if isinstance(some, Iterable) else some  # an iterator is read once
+        if not are_whole(chosen):
+            raise ValueError(f"heads: circuit {g}: expected a list of whole numbers, got {described(some)}")
+        mine = [operator.index(head) for head in chosen]
         if len(set(mine)) < len(mine) or any(not 0 <= head < structure.num_heads for head in mine):
             raise ValueError(f"heads: circuit {g} has heads 0..{structure.num_heads - 1}, each grows once; got {mine}")
         found.append(mine)

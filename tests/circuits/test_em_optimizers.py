@@ -159,3 +159,75 @@ def test_tensors_are_refused(build_case: Callable[..., Any]) -> None:
     for given in (circuit.parameters(), [{"params": list(circuit.parameters())}], [{"lr": 0.1}]):
         with pytest.raises(ValueError, match="Anemone: expected a module"):
             pc.Anemone(given)
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["em", "anemone"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lr", 5.0), ("lr", -0.1), ("lr", float("nan")), ("lr", "0.1"), ("pseudocount", -1.0), ("pseudocount", None)],
+)
+def test_settings_that_change_are_checked_at_the_step(
+    kind: int, name: str, value: Any, build_case: Callable[..., Any]
+) -> None:
+    case = build_case("pair", "categorical", 1)
+    optimizer = optimizers(case.circuit)[kind]
+    before = [parameter.detach().clone() for parameter in case.circuit.parameters()]
+    case.circuit.log_prob(case.x).sum().neg().backward()
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"{name}: must be a number"):
+        optimizer.step()
+    assert all(map(torch.equal, before, case.circuit.parameters()))
+
+
+@pytest.mark.parametrize("momentum", [1.0, -0.5, "0.9", float("nan")])
+def test_momentum_is_checked_at_the_step(momentum: Any, build_case: Callable[..., Any]) -> None:
+    case = build_case("pair", "categorical", 1)
+    optimizer = pc.Anemone(case.circuit)
+    case.circuit.log_prob(case.x).sum().neg().backward()
+    optimizer.param_groups[0]["momentum"] = momentum
+    with pytest.raises(ValueError, match="momentum: must"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="momentum: must"):
+        pc.Anemone(case.circuit, momentum=momentum)
+
+
+def test_a_schedule_may_pass_through_0(build_case: Callable[..., Any]) -> None:
+    """As a warm-up does that starts there."""
+    case = build_case("pair", "categorical", 1)
+    optimizer = pc.CircuitEM(case.circuit, lr=0.5)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: min(epoch, 1))
+    before = [parameter.detach().clone() for parameter in case.circuit.parameters()]
+    step(optimizer, -case.circuit.log_prob(case.x).sum())
+    assert all(map(torch.equal, before, case.circuit.parameters()))
+    scheduler.step()
+    step(optimizer, -case.circuit.log_prob(case.x).sum())
+    assert not all(map(torch.equal, before, case.circuit.parameters()))
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["em", "anemone"])
+def test_groups_cannot_be_added_later(kind: int, build_case: Callable[..., Any]) -> None:
+    first, second = (build_case("pair", "categorical", heads).circuit for heads in (1, 2))
+    optimizer = optimizers(first)[kind]
+    for group in ({"params": second}, {"params": list(second.parameters())}):
+        with pytest.raises(ValueError, match=f"{type(optimizer).__name__}: .*make a new optimizer over all modules"):
+            optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == len(optimizer.circuits) == 1
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["em", "anemone"])
+@pytest.mark.parametrize("leaf", ["categorical", "gaussian"])
+def test_copies_go_on_alone(kind: int, leaf: str, build_case: Callable[..., Any]) -> None:
+    """A circuit and its optimizer copied together belong together; an optimizer copied alone has a copied circuit."""
+    case = build_case("pair", leaf, 1)
+    circuit, optimizer = case.circuit, optimizers(case.circuit)[kind]
+    step(optimizer, -circuit.log_prob(case.x).sum())
+    copied, rule = copy.deepcopy((circuit, optimizer))
+    lonely = copy.deepcopy(optimizer)
+    assert rule.circuits[0] is copied
+    assert lonely.circuits[0] is not circuit
+    step(optimizer, -circuit.log_prob(case.x[::2]).sum())
+    for other in (rule, lonely):
+        before = [parameter.detach().clone() for parameter in other.circuits[0].parameters()]
+        step(other, -other.circuits[0].log_prob(case.x[::2]).sum())
+        assert not all(map(torch.equal, before, other.circuits[0].parameters()))
+        assert all(map(torch.equal, circuit.parameters(), other.circuits[0].parameters()))

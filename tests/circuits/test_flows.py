@@ -253,3 +253,32 @@ def test_summed_flows_take_no_more_examples(build_case: Callable[..., Any]) -> N
     assert float(flows.num_examples) == len(case.x)
     with pytest.raises(ValueError, match="summed over ranks"):
         flows.add(case.x)
+
+
+@pytest.mark.parametrize("what", ["value", "nan"])
+def test_an_error_adds_nothing(what: str, build_case: Callable[..., Any]) -> None:
+    """Also where it is in the last of several chunks: who tries again does not count the others twice."""
+    case = build_case("chain", "gaussian" if what == "nan" else "categorical", 1)
+    flows = pc.Flows(case.circuit)
+    bad = case.x.clone()
+    bad[-1, -1] = torch.nan if what == "nan" else 99
+    with pytest.raises(ValueError, match="x: "):
+        flows.add(bad, chunk_size=3)
+    assert flows.is_empty
+    assert not bool(flows.num_examples.any())
+    assert not bool(flows.inner_E.any())
+    flows.add(case.x, chunk_size=3)
+    expected = pc.Flows(case.circuit)
+    expected.add(case.x, chunk_size=3)
+    assert torch.equal(flows.inner_E, expected.inner_E)
+    assert torch.equal(flows.num_examples, expected.num_examples)
+
+
+def test_an_empty_batch_is_something_to_decide_by(build_case: Callable[..., Any]) -> None:
+    """Examples were looked for and there were none: heads double and nothing else does."""
+    case = build_case("chain", "categorical", 1)
+    flows = pc.Flows(case.circuit)
+    assert flows.is_empty
+    flows.add(case.x[:0])
+    assert not flows.is_empty
+    assert pc.grow(case.circuit, flows, [0]).num_heads == 2

@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import pytest
 import torch
 from helpers.gradients import assert_flows, flows_by_gradient
+
+import lvd_lightning.circuits as pc
 
 
 def test_parameter_times_gradient_is_the_flow(case: Any) -> None:
@@ -58,3 +61,35 @@ def test_a_graph_may_be_walked_back_twice(case: Any) -> None:
     loss.backward()
     for first, parameter in zip(once, case.circuit.parameters(), strict=True):
         torch.testing.assert_close(2 * first, parameter.grad, rtol=1e-10, atol=0)
+
+
+def test_gradients_of_gradients_are_refused(case: Any) -> None:
+    """Also where the incoming gradient is a constant, so that nothing else would notice."""
+    parameters = list(case.circuit.parameters())
+    loss = case.circuit.log_prob(case.x).sum()
+    for x in (case.x, case.x[:0]):
+        with pytest.raises(RuntimeError, match="log_prob: gradients of gradients are not available"):
+            torch.autograd.grad(case.circuit.log_prob(x).sum(), parameters, create_graph=True)
+    with pytest.raises(RuntimeError, match="gradients of gradients"):
+        torch.autograd.grad(loss**2, parameters, create_graph=True)
+
+
+def test_gradients_of_evidence_have_none_of_their_own() -> None:
+    circuit = pc.Circuit(pc.hclt(torch.tensor([-1, 0]), 3, pc.SoftEvidence(3)))
+    evidence = torch.randn(4, 2, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="gradients of gradients"):
+        torch.autograd.grad(circuit.log_prob(evidence).sum(), evidence, create_graph=True)
+
+
+def test_a_refusal_leaves_the_circuit_as_it_was(case: Any) -> None:
+    """The same graph still has first derivatives, retained or not, and inference mode is what it was."""
+    parameters = list(case.circuit.parameters())
+    expected = torch.autograd.grad(case.circuit.log_prob(case.x).sum(), parameters)
+    loss = case.circuit.log_prob(case.x).sum()
+    with pytest.raises(RuntimeError, match="gradients of gradients"):
+        torch.autograd.grad(loss, parameters, create_graph=True)
+    for retain in (True, False):
+        found = torch.autograd.grad(loss, parameters, retain_graph=retain)
+        assert all(map(torch.equal, found, expected))
+    with torch.inference_mode():
+        assert torch.equal(case.circuit.log_prob(case.x).sum(), loss)

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,7 @@ def fresh_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("LVD_LIGHTNING_NATIVE", "1")
     monkeypatch.setattr(native, "_load", native._load.__wrapped__)
+    monkeypatch.setattr(native, "_reported", set())
     return tmp_path / "lvd_lightning"
 
 
@@ -235,7 +237,7 @@ def failing_compiler(folder: Path) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is compiled")
-@pytest.mark.parametrize("fault", ["fails", "missing", "cache", "home"])
+@pytest.mark.parametrize("fault", ["fails", "missing", "none", "cache", "home"])
 def test_without_a_compiler_pytorch_does_it(
     fault: str,
     fresh_build: Path,
@@ -249,6 +251,9 @@ def test_without_a_compiler_pytorch_does_it(
         monkeypatch.setenv("CC", failing_compiler(tmp_path))
     elif fault == "missing":
         monkeypatch.setenv("CC", str(tmp_path / "nothing"))
+    elif fault == "none":
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
     elif fault == "cache":
         fresh_build.write_text("a file where the directory should be")
     else:
@@ -256,8 +261,19 @@ def test_without_a_compiler_pytorch_does_it(
         monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
     with caplog.at_level(logging.DEBUG, native.__name__):
         assert native.library(torch.float64) is None
+        assert native.library(torch.float32) is None
         found = evaluate(case.circuit, case.x, None)[0]
-    assert {record.levelname for record in caplog.records} == {"DEBUG"}
+    (record,) = caplog.records  # however often kernels are asked for
+    assert record.levelname == ("INFO" if fault == "none" else "WARNING")
+    reason = {
+        "fails": "no such thing",
+        "missing": "CC names .*nothing, which is not there",
+        "none": "found no C compiler",
+        "cache": "lvd_lightning",
+        "home": "no home directory",
+    }[fault]
+    assert re.search(f"without compiled kernels, .*slower.*{reason}", record.getMessage(), re.DOTALL)
+    assert ("LVD_LIGHTNING_NATIVE=0" in record.getMessage()) == (fault != "none")
     assert not any(isinstance(space, passes.FusedWorkspace) for _, space in case.circuit.pool.free)
     torch.testing.assert_close(found.exp().sum(), torch.tensor(1.0))
 

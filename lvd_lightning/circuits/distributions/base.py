@@ -5,13 +5,15 @@ Shapes: F folded nodes, K units, B batch, S numbers stored per unit, T statistic
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from numbers import Real
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Distribution", "check_whole", "is_not_whole", "may_ask"]
+__all__ = ["Distribution", "check_size", "check_whole", "is_not_whole", "is_number", "may_ask"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,23 @@ class Distribution:
     def from_logits(self, logits: Tensor) -> Tensor:
         """Inverse of `to_logits`, differentiable."""
         raise TypeError(f"{type(self).__name__} is abstract")
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a real number, of Python or of an array."""
+    return isinstance(value, Real)
+
+
+def check_size(family: Distribution, name: str, least: int) -> None:
+    """Raise a ValueError unless the field `name` of a family is a whole number of at least `least`."""
+    value: Any = getattr(family, name)
+    try:
+        fits = not isinstance(value, bool) and operator.index(value) >= least
+    except TypeError:
+        fits = False
+    if not fits:
+        kind = type(family).__name__
+        raise ValueError(f"{kind}: {name} must be a whole number of at least {least}, got {repr(value)[:80]}")
 
 
 def may_ask(tensor: Tensor) -> bool:

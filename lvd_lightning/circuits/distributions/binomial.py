@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.distributions.base import Distribution, check_whole, is_not_whole
+from lvd_lightning.circuits.distributions.base import Distribution, check_size, check_whole, is_not_whole, is_number
 
 __all__ = ["Binomial"]
 
@@ -37,10 +37,9 @@ class Binomial(Distribution):
     num_statistics: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        if self.total < 1:
-            raise ValueError(f"Binomial: total must be at least 1, got {self.total}")
-        if not 0 < self.min_prob < 0.5:
-            raise ValueError(f"Binomial: min_prob must lie in (0, 1/2), got {self.min_prob}")
+        check_size(self, "total", 1)
+        if not is_number(self.min_prob) or not 0 < self.min_prob < 0.5:
+            raise ValueError(f"Binomial: min_prob must lie in (0, 1/2), got {self.min_prob!r}")
 
     @property
     def size(self) -> int:

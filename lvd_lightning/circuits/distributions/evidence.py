@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.distributions.base import Distribution
+from lvd_lightning.circuits.distributions.base import Distribution, check_size
 
 __all__ = ["SoftEvidence"]
 
@@ -27,8 +27,7 @@ class SoftEvidence(Distribution):
     is_evidence: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.num_states < 1:
-            raise ValueError(f"SoftEvidence: num_states must be at least 1, got {self.num_states}")
+        check_size(self, "num_states", 1)
 
     @property
     def size(self) -> int:

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.distributions.base import Distribution
+from lvd_lightning.circuits.distributions.base import Distribution, is_number
 from lvd_lightning.circuits.distributions.moments import moments_from_centred
 
 __all__ = ["Gaussian"]
@@ -26,8 +26,8 @@ class Gaussian(Distribution):
     num_statistics: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
-        if not self.min_std > 0:
-            raise ValueError(f"Gaussian: min_std must be positive, got {self.min_std}")
+        if not is_number(self.min_std) or not self.min_std > 0:
+            raise ValueError(f"Gaussian: min_std must be positive, got {self.min_std!r}")
 
     @property
     def size(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lvd_lightning.circuits.distributions.base import Distribution, check_whole, is_not_whole
+from lvd_lightning.circuits.distributions.base import Distribution, check_size, check_whole, is_not_whole, is_number
 from lvd_lightning.circuits.distributions.moments import central, moments_from_centred
 
 __all__ = ["DiscretizedLogistic"]
@@ -71,10 +71,9 @@ class DiscretizedLogistic(Distribution):
     num_statistics: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
-        if self.num_values < 2:
-            raise ValueError(f"DiscretizedLogistic: num_values must be at least 2, got {self.num_values}")
-        if not 0 < self.min_scale < self.num_values:
-            raise ValueError(f"DiscretizedLogistic: min_scale must lie in (0, num_values), got {self.min_scale}")
+        check_size(self, "num_values", 2)
+        if not is_number(self.min_scale) or not 0 < self.min_scale < self.num_values:
+            raise ValueError(f"DiscretizedLogistic: min_scale must lie in (0, num_values), got {self.min_scale!r}")
 
     @property
     def size(self) -> int:

@@ -6,12 +6,13 @@ Shapes: F folded nodes, K units, B batch, S categories.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from numbers import Integral
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.distributions.base import Distribution, check_whole, is_not_whole, may_ask
+from lvd_lightning.circuits.distributions.base import Distribution, check_size, check_whole, is_not_whole, may_ask
 
 __all__ = ["SMALLEST", "Bernoulli", "Categorical"]
 
@@ -21,15 +22,22 @@ SMALLEST = 1e-30
 
 @dataclass(frozen=True)
 class Categorical(Distribution):
-    """p(x = c | unit k) = probs[k, c] over the integers 0..num_categories - 1."""
+    """p(x = c | unit k) = probs[k, c] over the integers 0..num_categories - 1.
+
+    Args:
+        num_categories: how many values there are, at least 1. Parameters are probs, (units, num_categories), rows of
+            non-negative numbers that sum to one.
+
+    Raises:
+        ValueError: num_categories is no such number.
+    """
 
     num_categories: int
     is_table: ClassVar[bool] = True
     is_whole: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.num_categories < 1:
-            raise ValueError(f"Categorical: num_categories must be at least 1, got {self.num_categories}")
+        check_size(self, "num_categories", 1)
 
     @property
     def size(self) -> int:
@@ -106,10 +114,18 @@ class Categorical(Distribution):
 
 @dataclass(frozen=True)
 class Bernoulli(Categorical):
-    """p(x = 1 | unit k) = probs[k, 1]; stored as the pair (1 - p, p)."""
+    """p(x = 1 | unit k) = probs[k, 1], over 0 and 1: a `Categorical` of two categories.
+
+    Args:
+        num_categories: always 2, and need not be given. Parameters are the pairs (1 - p, p), (units, 2).
+
+    Raises:
+        ValueError: another number of categories.
+    """
 
     num_categories: int = 2
 
     def __post_init__(self) -> None:
-        if self.num_categories != 2:
-            raise ValueError(f"Bernoulli: has 2 categories, got num_categories={self.num_categories}")
+        given: Any = self.num_categories
+        if not isinstance(given, Integral) or given != 2:
+            raise ValueError(f"Bernoulli: has 2 categories, got num_categories={given}")

@@ -1,6 +1,7 @@
 """Fused kernels in C for circuits on the CPU, compiled at first use; without a compiler PyTorch does the work.
 
-`LVD_LIGHTNING_NATIVE=0` in the environment turns them off.
+Where a compiler fails, or its result cannot be kept, one warning says so; where there is none, a line at level INFO.
+`LVD_LIGHTNING_NATIVE=0` in the environment turns the kernels off, and the warning with them.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.native.compiler import build
+from lvd_lightning.circuits.native.compiler import NoCompilerError, build
 
 __all__ = ["library", "suits"]
 
 logger = logging.getLogger(__name__)
 
 REALS = {torch.float32: "float", torch.float64: "double"}
+#: Levels at which this process has said that there are no kernels: once is enough for both types of numbers.
+_reported: set[int] = set()
 
 
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
@@ -42,8 +45,11 @@ def _load(real: str) -> ctypes.CDLL | None:
         return None
     try:
         found = build(real)
+    except NoCompilerError as error:
+        _report(logging.INFO, str(error))
+        return None
     except (OSError, RuntimeError, ValueError) as error:  # no home directory is a RuntimeError
-        logger.debug("circuits run without compiled kernels: %s", error)
+        _report(logging.WARNING, f"{error}\nLVD_LIGHTNING_NATIVE=0 in the environment silences this.")
         return None
     _share_threads(found)
     pointer, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -55,6 +61,13 @@ def _load(real: str) -> ctypes.CDLL | None:
     for function in (found.forward, found.backward, found.collect_ties, found.update_table, found.pass_edges):
         function.restype = None
     return found
+
+
+def _report(level: int, reason: str) -> None:
+    """Say, once per process, that PyTorch does the work, and why."""
+    if level not in _reported:
+        _reported.add(level)
+        logger.log(level, "circuits run without compiled kernels, on a slower path: %s", reason)
 
 
 def _share_threads(found: ctypes.CDLL) -> None:

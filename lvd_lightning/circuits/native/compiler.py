@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-__all__ = ["build"]
+__all__ = ["NoCompilerError", "build"]
 
 SOURCE = Path(__file__).with_name("kernels.c")
 # No option that lets the compiler assume that NaN and infinity do not occur. `simd` pragmas need no OpenMP runtime.
@@ -20,6 +20,10 @@ OPTIONS = ("-std=gnu99", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-err
 BITS = {"float": "uint32_t", "double": "uint64_t"}
 SECONDS = 60.0
 DIGEST_SIZE = hashlib.sha256().digest_size
+
+
+class NoCompilerError(OSError):
+    """No compiler is installed, and none was asked for."""
 
 
 def build(real: str) -> ctypes.CDLL:
@@ -30,7 +34,8 @@ def build(real: str) -> ctypes.CDLL:
     to finish replaces it by an equal one.
 
     Raises:
-        OSError: there is no compiler, it fails, or nothing can be written to the cache.
+        NoCompilerError: there is no compiler.
+        OSError: the one that $CC names is not there, a compiler fails, or nothing can be written to the cache.
     """
     compiler = _compiler()
     options = [*OPTIONS, f"-DREAL={real}", f"-DBITS={BITS[real]}"]
@@ -46,7 +51,9 @@ def _compiler() -> list[str]:
     for command in [wanted] if wanted else [["cc"], ["gcc"], ["clang"]]:
         if shutil.which(command[0]) is not None:
             return command
-    raise OSError("found no C compiler")
+    if wanted:
+        raise OSError(f"CC names {wanted[0]}, which is not there")
+    raise NoCompilerError("found no C compiler")
 
 
 def _cache_directory() -> Path:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lvd_lightning.circuits.checks import described
+
 __all__ = ["check_heads", "smooth_leaves"]
 
 
@@ -17,8 +19,9 @@ def check_heads(head: Tensor | None, num_heads: int, size: int) -> Tensor:
         if num_heads > 1:
             raise ValueError(f"head: is needed to tell {num_heads} heads apart: the head of every example")
         return torch.zeros(size, dtype=torch.int64)
-    if head.shape != (size,) or head.is_floating_point() or not bool(((head >= 0) & (head < num_heads)).all()):
-        raise ValueError(f"head: expected {size} integers 0..{num_heads - 1}, got {head.dtype} {tuple(head.shape)}")
+    whole = isinstance(head, Tensor) and not head.is_floating_point() and head.dtype != torch.bool
+    if not whole or head.shape != (size,) or not bool(((head >= 0) & (head < num_heads)).all()):
+        raise ValueError(f"head: expected {size} integers 0..{num_heads - 1}, got {described(head)}")
     return head.cpu().long()
 
 

@@ -8,13 +8,28 @@ from torch import Tensor
 from lvd_lightning.circuits.distributions import Distribution, SoftEvidence
 from lvd_lightning.circuits.graph import CircuitGraph
 
-__all__ = ["add_leaf", "add_mixture", "random_rows"]
+__all__ = ["add_leaf", "add_mixture", "in_type", "random_parameters", "random_rows"]
 
 
 def random_rows(shape: tuple[int, ...], generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
     """Positive rows (the last dimension) that sum to one, none of their entries close to zero."""
     weight = torch.rand(shape, generator=generator, dtype=dtype) + 0.05
     return weight / weight.sum(-1, keepdim=True)
+
+
+def in_type(leaf: Distribution, params: Tensor, dtype: torch.dtype) -> Tensor:
+    """Parameters (..., size) in another type; in a wider one the rows of a table are made to sum to one there."""
+    found = params.to(dtype)
+    if not leaf.is_table or torch.finfo(dtype).eps >= torch.finfo(params.dtype).eps:
+        return found
+    return found / found.sum(-1, keepdim=True)
+
+
+def random_parameters(
+    leaf: Distribution, num_units: int, generator: torch.Generator | None, dtype: torch.dtype
+) -> Tensor:
+    """`Distribution.initial`, whose draws are of the default type, in the type asked for."""
+    return in_type(leaf, leaf.initial(num_units, generator=generator), dtype)
 
 
 def add_mixture(
@@ -55,5 +70,5 @@ def add_leaf(
         return add_mixture(graph, [states], num_units, generator=generator, dtype=dtype, like=like)
     if like is not None:
         return graph.add_input(variable, leaf, num_units, tied_to=like)
-    params = leaf.initial(num_units, generator=generator).to(dtype)
+    params = random_parameters(leaf, num_units, generator, dtype)
     return graph.add_input(variable, leaf, num_units, params=params)

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.checks import as_indices, check_counts, check_leaf
+from lvd_lightning.circuits.checks import as_indices, check_counts, check_generator, check_leaf, float_type
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.graph import CircuitGraph, Node
-from lvd_lightning.circuits.structures.drawing import random_rows
+from lvd_lightning.circuits.structures.drawing import random_parameters, random_rows
 
 __all__ = ["hclt"]
 
@@ -36,13 +36,16 @@ def hclt(
         num_latents: states of each latent.
         leaf: input distribution of every variable, or a list of D of them, one for each; then none is soft evidence.
         num_heads: rows p(y_root | head), one circuit each, that share everything below.
+        generator: on the CPU.
+        dtype: of all parameters, float32 or float64; the default type if not given. The parameters of leaves are drawn
+            in the default type and, if that is narrower, normalised again.
 
     Returns:
         The graph; `latents[v]` is the node whose unit k stands for y_v = k.
 
     Raises:
-        ValueError: parents that are no tree, a count that is no whole number of at least 1, or a leaf that is no
-            distribution.
+        ValueError: parents that are no tree, a count that is no whole number of at least 1, a leaf that is no
+            distribution, or a generator or type of another kind.
 
     References:
         Liu and Van den Broeck, Tractable Regularization of Probabilistic Circuits, 2021 (arXiv 2106.02264), section 5.
@@ -50,7 +53,8 @@ def hclt(
     parent_list = as_indices("hclt: parents", parents).tolist()
     order = _topological(parent_list)
     check_counts("hclt", num_latents=num_latents, num_heads=num_heads)
-    dtype = dtype or torch.get_default_dtype()
+    dtype = float_type("hclt", dtype)
+    check_generator("hclt", generator)
     size = len(parent_list)
     families = _families(leaf, size)
     leaves = _leaf_parameters(families, num_latents, generator, dtype)
@@ -103,9 +107,9 @@ def _leaf_parameters(
         family = families[0]
         if family.size == 0:
             return [None] * len(families)
-        params = family.initial(len(families) * num_units, generator=generator).to(dtype)
+        params = random_parameters(family, len(families) * num_units, generator, dtype)
         return list(params.view(len(families), num_units, family.size))
-    return [family.initial(num_units, generator=generator).to(dtype) for family in families]
+    return [random_parameters(family, num_units, generator, dtype) for family in families]
 
 
 def _topological(parents: list[int]) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lvd_lightning.circuits.checks import check_counts, check_leaf, described
+from lvd_lightning.circuits.checks import check_counts, check_generator, check_leaf, described, float_type
 from lvd_lightning.circuits.distributions import Categorical, Distribution
 from lvd_lightning.circuits.graph import CircuitGraph
 from lvd_lightning.circuits.structures.drawing import add_leaf, add_mixture
@@ -38,14 +38,14 @@ def hmm(
         num_heads: rows p(z_0 | head), which share everything else.
         leaf: input distribution of every position, in place of `num_tokens`.
         generator: on the CPU.
-        dtype: of all parameters; the default type if not given.
+        dtype: of all parameters, float32 or float64; the default type if not given.
 
     Returns:
         The graph; `latents[t]` is the node whose unit k stands for z_t = k.
 
     Raises:
-        ValueError: a count that is no whole number of at least 1, a leaf that is no distribution, or not exactly one of
-            `num_tokens` and `leaf`.
+        ValueError: a count that is no whole number of at least 1, a leaf that is no distribution, not exactly one of
+            `num_tokens` and `leaf`, or a generator or type of another kind.
 
     References:
         Rabiner, A Tutorial on Hidden Markov Models and Selected Applications in Speech Recognition, 1989; as a circuit
@@ -64,7 +64,8 @@ def hmm(
         leaf = Categorical(num_tokens)
     check_leaf("hmm: leaf", leaf)
     assert leaf is not None
-    dtype = dtype or torch.get_default_dtype()
+    dtype = float_type("hmm", dtype)
+    check_generator("hmm", generator)
     graph = CircuitGraph()
     emission = transition = None
     for t in reversed(range(length)):

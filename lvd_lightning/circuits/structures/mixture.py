@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.checks import check_counts, check_type, described
+from lvd_lightning.circuits.checks import check_counts, check_generator, check_type, described
 from lvd_lightning.circuits.graph import CircuitGraph
 
 __all__ = ["mixture"]
@@ -29,7 +29,8 @@ def mixture(
     Args:
         graphs: circuits over the same variables.
         weights: of all heads of all graphs one after another, shape (heads of all graphs,), the same for all heads of
-            the mixture, or (num_heads, heads of all graphs). Rows are normalised; drawn at random if not given.
+            the mixture, or (num_heads, heads of all graphs). Rows are normalised; drawn at random if not given. An
+            edge of weight 0 is no structural zero: pseudocounts of EM may give it weight again.
         num_heads: heads of the mixture.
         generator: on the CPU, for the weights.
 
@@ -41,6 +42,7 @@ def mixture(
         ValueError: no graphs, graphs over different variables, weights of another shape, negative or not finite.
     """
     check_counts("mixture", num_heads=num_heads)
+    check_generator("mixture", generator)
     if not isinstance(graphs, Iterable):
         raise ValueError(f"mixture: graphs: expected a list of graphs, got {described(graphs)}")
     graphs = list(graphs)

@@ -47,7 +47,7 @@ def poon_domingos(
         product: "hadamard": unit k of a product multiplies unit k of both parts. "kronecker": a unit for every pair of
             units of the two parts, as published; such a circuit can be pruned but does not grow.
         generator: on the CPU.
-        dtype: of all parameters; the default type if not given.
+        dtype: of all parameters, float32 or float64; the default type if not given.
 
     Returns:
         The graph; `latents[i]` is the product node of the i-th cut, smaller rectangles first. Cuts of one rectangle
@@ -55,7 +55,7 @@ def poon_domingos(
 
     Raises:
         ValueError: a shape that is not three positive numbers, steps that are no positive numbers or all too large to
-            cut the image, a count below 1, or an unknown product.
+            cut the image, a count below 1, an unknown product, or a generator or type of another kind.
 
     References:
         Poon and Domingos, Sum-Product Networks: A New Deep Architecture, 2011, section 4; Peharz et al., Einsum

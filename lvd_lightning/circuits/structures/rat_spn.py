@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lvd_lightning.circuits.checks import check_counts
+from lvd_lightning.circuits.checks import check_counts, check_generator
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.graph import CircuitGraph
 from lvd_lightning.circuits.structures.regions import ProductKind, region_circuit
@@ -48,20 +48,21 @@ def rat_spn(
         product: "hadamard": unit k of a product multiplies unit k of both parts. "kronecker": a unit for every pair of
             units of the two parts, as published; such a circuit can be pruned but does not grow.
         generator: on the CPU.
-        dtype: of all parameters; the default type if not given.
+        dtype: of all parameters, float32 or float64; the default type if not given.
 
     Returns:
         The graph; `latents[i]` is the product node of the i-th partition, smaller regions first. Partitions of one
         region exclude each other, so posteriors are joint ones with reaching them.
 
     Raises:
-        ValueError: a count that is no whole number of at least 1, a leaf that is no distribution, or an unknown
-            product.
+        ValueError: a count that is no whole number of at least 1, a leaf that is no distribution, an unknown
+            product, or a generator or type of another kind.
 
     References:
         Peharz et al., Random Sum-Product Networks: A Simple and Effective Approach to Probabilistic Deep Learning,
         2019 (arXiv 1806.01910), section 3.
     """
+    check_generator("rat_spn", generator)
     check_counts("rat_spn", num_vars=num_vars, depth=depth, num_repetitions=num_repetitions)
     return region_circuit(
         "rat_spn",

@@ -10,9 +10,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from lvd_lightning.circuits.checks import check_generator
 from lvd_lightning.circuits.distributions import Categorical
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 from lvd_lightning.circuits.structures.counting import check_heads, smooth_leaves
+from lvd_lightning.circuits.structures.drawing import in_type
 
 __all__ = ["regions_from_data"]
 
@@ -53,6 +55,7 @@ def regions_from_data(
         ValueError: the data are no values of the inputs or have another number of variables, no `head` for several
             heads, a graph whose sums are no sums over regions.
     """
+    check_generator("regions_from_data", generator)
     if not smoothing > 0:
         raise ValueError(f"smoothing: must be positive, or some parameters are zero for good, got {smoothing}")
     if x.ndim != 2 or len(x) == 0 or x.shape[1] != graph.num_variables:
@@ -177,4 +180,4 @@ def _inputs(node: Node, rows: list[Tensor], value_N: Tensor, smoothing: float) -
         found = torch.bincount(row_N * categories + value_N, minlength=node.num_units * categories)
         counts_1KC += found.view(counts_1KC.shape)
     params_KC = smooth_leaves(counts_1KC, smoothing)[0]
-    return params_KC if node.params is None else params_KC.to(node.params.dtype)
+    return params_KC if node.params is None else in_type(node.distribution, params_KC, node.params.dtype)

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 import torch
 
-from lvd_lightning.circuits.checks import check_counts, check_leaf
+from lvd_lightning.circuits.checks import check_counts, check_generator, check_leaf, float_type
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.graph import CircuitGraph
 from lvd_lightning.circuits.structures.drawing import add_leaf, add_mixture
@@ -59,7 +59,8 @@ def region_circuit(
     check_leaf(f"{caller}: leaf", leaf)
     if product not in ("hadamard", "kronecker"):
         raise ValueError(f"{caller}: product must be 'hadamard' or 'kronecker', got {product!r}")
-    dtype = dtype or torch.get_default_dtype()
+    dtype = float_type(caller, dtype)
+    check_generator(caller, generator)
     graph = CircuitGraph()
     node_of: dict[Region, int] = {}
     root = list(partitions)[-1]
