@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lvd_lightning.circuits import fused_gpu, layers, queries
 from lvd_lightning.circuits.batch import Batch, head_index, prepare, wanted_heads
-from lvd_lightning.circuits.checks import check_type
+from lvd_lightning.circuits.checks import check_number, check_type
 from lvd_lightning.circuits.graph import CircuitGraph, Node, with_sum_root
 from lvd_lightning.circuits.kronecker import KroneckerLayer
 from lvd_lightning.circuits.late_checks import LateCheck
@@ -201,8 +201,10 @@ class Circuit(nn.Module):
         evidence = x if self._is_evidence else None
         head_GB = None if head is None else head_index(self, head, batch.size, late=True)
         shape = (self.num_circuits, batch.size) if head is not None else (self.num_circuits, batch.size, self.num_heads)
-        if margin is not None and (keep or not margin > 0):
-            raise ValueError(f"margin: got {margin}, expected a positive number of nats, without gradients")
+        if margin is not None:
+            check_number("margin", margin, 0, above_low=True, meaning=", in nats")
+            if keep:
+                raise ValueError("margin: is for values without gradients; call log_prob under torch.no_grad()")
         selected = wanted_heads(self, wanted, head_GB, shape)
         log_GHB = LogProb.apply(self, batch, keep, selected, margin, evidence, *tables)
         found = log_GHB.transpose(1, 2) if head_GB is None else log_GHB.gather(1, head_GB[:, None])[:, 0]
