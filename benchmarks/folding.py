@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 
 import torch
 from matplotlib import pyplot
-from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
@@ -141,6 +141,7 @@ def scaling(device: torch.device, threads: int, path: Path) -> list[str]:
         axis.set_xlabel({"circuits": "folded circuits"}.get(name, name))
         axis.set_xticks(values, [str(value) for value in values])
         axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_ylim(0.7 * min(found), 1.5 * max(found))

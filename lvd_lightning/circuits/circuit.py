@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lvd_lightning.circuits import fused_gpu, layers, queries
 from lvd_lightning.circuits.batch import Batch, head_index, prepare, wanted_heads
 from lvd_lightning.circuits.checks import check_number, check_type
+from lvd_lightning.circuits.error_bound import ErrorBound
 from lvd_lightning.circuits.graph import CircuitGraph, Node, with_sum_root
 from lvd_lightning.circuits.kronecker import KroneckerLayer
 from lvd_lightning.circuits.late_checks import LateCheck
@@ -22,7 +23,6 @@ from lvd_lightning.circuits.log_prob import Lease, LogProb
 from lvd_lightning.circuits.native.passes import LayerIndex
 from lvd_lightning.circuits.parameters import check_types, from_logits, root_rows, stack, to_logits
 from lvd_lightning.circuits.plan import Plan, compile_plan
-from lvd_lightning.circuits.precision import ErrorBound
 from lvd_lightning.circuits.sparse import LAYOUTS, Layout, SparseEdges
 from lvd_lightning.circuits.workspace import GradientSpace, Pool, Workspace
 

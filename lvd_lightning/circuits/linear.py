@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lvd_lightning.circuits.error_bound import TOLERANCE
 from lvd_lightning.circuits.layers import BITS_PER_NAT, TINY
 from lvd_lightning.circuits.native.passes import FusedWorkspace
 from lvd_lightning.circuits.plan import LOG_ZERO
-from lvd_lightning.circuits.precision import TOLERANCE
 
 if TYPE_CHECKING:
     from lvd_lightning.circuits.batch import Batch
