@@ -30,8 +30,8 @@ from lvd_lightning.circuits.graph import CircuitGraph, Node
 __all__ = ["FORMAT_VERSION", "load", "pack_structure", "save", "unpack_structure"]
 
 FORMAT_VERSION = 1
-#: Names of the entries of a file's metadata.
-STRUCTURE, CHECKSUM = "lvd_lightning.circuit", "lvd_lightning.checksum"
+#: The one entry of a file's metadata: the order of several is not the same in every file.
+STRUCTURE = "lvd_lightning.circuit"
 #: What a file may ask for: indices of variables beyond this are no circuit's.
 MOST_VARIABLES = 1 << 24
 #: What reading something else than a circuit may raise.
@@ -64,8 +64,8 @@ def save(circuit: Circuit, path: str | Path) -> Path:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    tensors, text = packer.tensors(), json.dumps(structure)
-    save_file(tensors, str(partial), metadata={STRUCTURE: text, CHECKSUM: json.dumps(checksum(text, tensors))})
+    tensors = packer.tensors()
+    save_file(tensors, str(partial), metadata={STRUCTURE: signed(structure, tensors)})
     os.replace(partial, path)
     return path
 
@@ -90,10 +90,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Circuit:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if STRUCTURE not in metadata:
             raise ValueError("it is a safetensors file without a circuit's structure")
-        text = metadata[STRUCTURE]
-        structure = json.loads(text)
+        structure = json.loads(metadata[STRUCTURE])
         _check_version(structure)
-        if json.loads(metadata[CHECKSUM]) != checksum(text, tensors):
+        if structure.pop("checksum") != _checksum(structure, tensors):
             raise ValueError("its checksum is that of other contents: it was damaged or changed")
         batched = structure["batched"]
         if not isinstance(batched, bool):
@@ -131,9 +130,14 @@ def unpack_structure(text: str, tensors: dict[str, Tensor]) -> list[CircuitGraph
         raise ValueError(f"structure: cannot be read as that of circuits: {error}") from error
 
 
-def checksum(text: str, tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of a structure and all its numbers."""
-    found = hashlib.sha256(text.encode())
+def signed(structure: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """A structure as JSON, with the checksum of it and all its numbers."""
+    return json.dumps(structure | {"checksum": _checksum(structure, tensors)})
+
+
+def _checksum(structure: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """SHA-256."""
+    found = hashlib.sha256(json.dumps(structure).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
