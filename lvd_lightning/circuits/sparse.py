@@ -22,8 +22,8 @@ __all__ = ["LAYOUTS", "EdgeIndex", "Layout", "SparseEdges", "pays"]
 Index = NDArray[Any]
 Layout = Literal["auto", "dense", "sparse"]
 LAYOUTS: tuple[Layout, ...] = ("auto", "dense", "sparse")
-#: At this share of live edges or less, the sparse layout takes less time than the dense one.
-SPARSE_BELOW = 0.5
+#: At this share of live edges or less, the sparse layout takes less time than the dense one, or little more.
+SPARSE_BELOW = 0.55
 #: Inner units below which rows are too short for it.
 LEAST_WIDTH = 32
 #: Columns are stored in 16 bits.
