@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.em_steps import step
-from helpers.processes import free_port
+from helpers.processes import free_port, one_of_two
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
@@ -59,15 +59,12 @@ def train(rule: str, leaf: str, part: slice) -> torch.nn.Module:
 
 def train_part(rank: int, port: int, folder: str) -> None:
     """One process of two: trains on its part of every batch, for every split, leaf and rule."""
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    results = {}
-    for (name, sizes), leaf, rule in itertools.product(SPLITS.items(), DISTRIBUTED_LEAVES, RULES):
-        part = slice(rank * sizes[0], rank * sizes[0] + sizes[rank])
-        results[f"{name}-{leaf}-{rule}"] = train(rule, leaf, part).state_dict()
-    torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with one_of_two(rank, port):
+        results = {}
+        for (name, sizes), leaf, rule in itertools.product(SPLITS.items(), DISTRIBUTED_LEAVES, RULES):
+            part = slice(rank * sizes[0], rank * sizes[0] + sizes[rank])
+            results[f"{name}-{leaf}-{rule}"] = train(rule, leaf, part).state_dict()
+        torch.save(results, f"{folder}/{rank}.pt")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.processes import free_port
+from helpers.processes import free_port, one_of_two
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
@@ -220,17 +220,14 @@ def part_of_flows(part: slice) -> pc.Flows:
 
 def count_part(rank: int, port: int, folder: str) -> None:
     """One process of two: counts its part of the examples, all of them or none."""
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    sums = {}
-    for name, sizes in (("uneven", (9, 4)), ("one-empty", (13, 0))):
-        flows = part_of_flows(slice(rank * sizes[0], rank * sizes[0] + sizes[rank]))
-        flows.all_reduce()
-        flows.all_reduce()  # once is enough
-        sums[name] = [flows.num_examples, flows.inner_E, *(table for table in flows.tables if table is not None)]
-    torch.save(sums, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with one_of_two(rank, port):
+        sums = {}
+        for name, sizes in (("uneven", (9, 4)), ("one-empty", (13, 0))):
+            flows = part_of_flows(slice(rank * sizes[0], rank * sizes[0] + sizes[rank]))
+            flows.all_reduce()
+            flows.all_reduce()  # once is enough
+            sums[name] = [flows.num_examples, flows.inner_E, *(table for table in flows.tables if table is not None)]
+        torch.save(sums, f"{folder}/{rank}.pt")
 
 
 def test_two_processes_count_what_one_counts(tmp_path: Path) -> None:

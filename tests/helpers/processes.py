@@ -4,10 +4,13 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["as_script", "exit_codes", "fork_ranks", "free_port"]
+import torch
+
+__all__ = ["as_script", "exit_codes", "fork_ranks", "free_port", "one_of_two"]
 
 TESTS = Path(__file__).parents[1]
 
@@ -53,6 +56,16 @@ def fork_ranks(work: Callable[[int], None]) -> int:
 
     children = [_forked(lambda rank=rank: as_rank(rank)) for rank in range(2)]
     return max(abs(_waited(child)) for child in children)
+
+
+@contextmanager
+def one_of_two(rank: int, port: int) -> Iterator[None]:
+    """In a fresh process: rank 0 or 1 of a group of two that computes in float64 on one thread each."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 def free_port() -> int:
