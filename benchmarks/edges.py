@@ -23,7 +23,7 @@ from sparsity import BATCH_SIZE, NUM_CATEGORIES, Trained
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
-from lvd_lightning.circuits.sparse import Layout
+from lvd_lightning.circuits.engine.sparse import Layout
 
 SHARES = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 

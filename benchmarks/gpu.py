@@ -40,7 +40,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
-from lvd_lightning.circuits import fused_gpu
+from lvd_lightning.circuits.engine.kernels import triton as fused_gpu
 
 NUM_CATEGORIES, CHANNELS = 256, 3
 STEP_SIZE, PSEUDOCOUNT = 0.1, 0.01
@@ -330,7 +330,7 @@ def on_gpu(x: Tensor, tree: Tensor, num_latents: int, settings: argparse.Namespa
 
 def tune(circuit: pc.Circuit, x: Tensor, size: int) -> None:
     """Try tile sizes with TF32 and keep the fastest."""
-    from lvd_lightning.circuits.fused_gpu import passes
+    from lvd_lightning.circuits.engine.kernels.triton import passes
 
     found: list[tuple[float, passes.Tiles]] = []
     for units, columns, depth, warps, stages in itertools.product((64, 128), (64, 128), (32, 64), (4, 8), (2, 3)):

@@ -20,7 +20,7 @@ from measuring import Contender, measure_peak, take_step
 from sparsity import Trained
 
 import lvd_lightning.circuits as pc
-from lvd_lightning.circuits import grids
+from lvd_lightning.circuits.engine import grids
 
 NUM_CIRCUITS, BATCH_SIZE, NUM_CATEGORIES = 4, 256, 256
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import lvd_lightning.circuits as pc
-from lvd_lightning.circuits import fused_gpu
+from lvd_lightning.circuits.engine.kernels import triton as fused_gpu
 
 
 @dataclass

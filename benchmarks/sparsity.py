@@ -20,7 +20,7 @@ from measuring import Contender, measure_peak, take_step
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
-from lvd_lightning.circuits.sparse import Layout
+from lvd_lightning.circuits.engine.sparse import Layout
 
 NUM_CATEGORIES, BATCH_SIZE = 256, 256
 

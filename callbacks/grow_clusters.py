@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from callbacks.structure_edit import StructureEdit
 from lvd_lightning.growing import CircuitSize, grow_circuits, mean_log_probs, recluster, select_heads
-from lvd_lightning.modules.conditional import ConditionalStudent
+from lvd_lightning.stages.conditional import ConditionalStudent
 
 __all__ = ["GrowClusters"]
 

@@ -9,9 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from callbacks.pictures import PictureCallback
-from lvd_lightning.modules.conditional import ConditionalStudent
-from lvd_lightning.modules.stage import derive_seed
-from lvd_lightning.pictures import growth_picture, patches_picture
+from lvd_lightning.runs.pictures import growth_picture, patches_picture
+from lvd_lightning.seeds import derive_seed
+from lvd_lightning.stages.conditional import ConditionalStudent
 
 __all__ = ["LogGrowth"]
 

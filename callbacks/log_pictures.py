@@ -7,9 +7,9 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from callbacks.pictures import PictureCallback
-from lvd_lightning.modules.assembled import AssembledCircuit
-from lvd_lightning.modules.stage import derive_seed
-from lvd_lightning.pictures import sample_picture
+from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.runs.pictures import sample_picture
+from lvd_lightning.seeds import derive_seed
 
 __all__ = ["LogSamples"]
 

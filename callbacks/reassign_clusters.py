@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from callbacks.structure_edit import StructureEdit
 from lvd_lightning.growing import best_heads
-from lvd_lightning.modules.conditional import ConditionalStudent
+from lvd_lightning.stages.conditional import ConditionalStudent
 
 __all__ = ["ReassignClusters"]
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lvd_lightning.modules.conditional import ConditionalStudent
+from lvd_lightning.stages.conditional import ConditionalStudent
 
 __all__ = ["StructureEdit"]
 

@@ -16,10 +16,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lvd_lightning.configuration import experiment_from, merge
-from lvd_lightning.experiment import CHANGED, STAGES, Experiment
-from lvd_lightning.modules.stage import StageModule
-from lvd_lightning.shared_values import check_shared
+from lvd_lightning.runs.configuration import experiment_from, merge
+from lvd_lightning.runs.experiment import CHANGED, STAGES, Experiment
+from lvd_lightning.runs.shared_values import check_shared
+from lvd_lightning.stages.stage import StageModule
 
 __all__ = ["CONFIG_FOLDER", "find_config", "main", "one_line", "parse", "run"]
 
@@ -116,8 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(command: str, experiment: Experiment, stage: str | None = None, changed: str = "refuse") -> None:
     """Run a command on the processes that the experiment's devices ask for."""
-    from lvd_lightning.pipeline import Pipeline
     from lvd_lightning.ranks import Ranks
+    from lvd_lightning.runs.pipeline import Pipeline
 
     ranks = Ranks(experiment.devices)
     pipeline = Pipeline(experiment, ranks)

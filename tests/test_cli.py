@@ -12,9 +12,9 @@ import torch
 from omegaconf import OmegaConf
 
 from lvd_lightning.cli import CONFIG_FOLDER, find_config, main, one_line, parse
-from lvd_lightning.configuration import experiment_from, merge
-from lvd_lightning.run_lock import locked
-from lvd_lightning.shared_values import check_shared, references
+from lvd_lightning.runs.configuration import experiment_from, merge
+from lvd_lightning.runs.lock import locked
+from lvd_lightning.runs.shared_values import check_shared, references
 
 BASE = """
 name: base
@@ -26,7 +26,7 @@ trainer: {accelerator: cpu, max_epochs: 7, limit_val_batches: 3}
 stages:
   teacher:
     model:
-      class_path: lvd_lightning.modules.MAETeacher
+      class_path: lvd_lightning.stages.MAETeacher
       init_args: {hidden_size: 16, num_layers: 1, num_heads: 2, decoder_hidden_size: 16, decoder_num_layers: 1,
                   decoder_num_heads: 2, num_pictures: 0}
     trainer: {max_epochs: 1}
@@ -102,7 +102,7 @@ class TestConfig:
 
 class TestStages:
     def test_inherit_from_the_top_level_and_not_from_each_other(self, base: str) -> None:
-        text = BASE + "  prior: {model: {class_path: lvd_lightning.modules.MAETeacher}}\n"
+        text = BASE + "  prior: {model: {class_path: lvd_lightning.stages.MAETeacher}}\n"
         Path(base).write_text(text)
         experiment = experiment_from(resolved("--config", base))
         teacher, prior = experiment.stage("teacher"), experiment.stage("prior")
@@ -244,16 +244,16 @@ def test_mistakes_are_one_line(
     ("setting", "message"),
     [
         (
-            "model: {class_path: lvd_lightning.modules.ConditionalStudent, init_args: {num_latents: 0}}",
+            "model: {class_path: lvd_lightning.stages.ConditionalStudent, init_args: {num_latents: 0}}",
             "num_latents: got 0",
         ),
         (
-            "model: {class_path: lvd_lightning.modules.ConditionalStudent}\n"
+            "model: {class_path: lvd_lightning.stages.ConditionalStudent}\n"
             "    trainer: {callbacks: [{class_path: callbacks.Prune, init_args: {every_n_epochs: 0}}]}",
             "every_n_epochs: got 0",
         ),
         (
-            "model: {class_path: lvd_lightning.modules.ConditionalStudent, init_args: {structure: poon_domingos,\n"
+            "model: {class_path: lvd_lightning.stages.ConditionalStudent, init_args: {structure: poon_domingos,\n"
             "      structure_settings: {product: kronecker}}}\n"
             "    trainer: {callbacks: [{class_path: callbacks.GrowClusters, init_args: {target: 3}}]}",
             "GrowClusters: circuits with Kronecker products do not grow; set structure_settings.product: hadamard",

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from lvd_lightning.cli import CONFIG_FOLDER, main, parse
-from lvd_lightning.configuration import experiment_from
+from lvd_lightning.runs.configuration import experiment_from
 
 CONFIGS = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
 OVERLAYS = {

@@ -10,7 +10,7 @@ import torch
 
 import lvd_lightning.circuits as pc
 from lvd_lightning.cli import parse
-from lvd_lightning.configuration import experiment_from
+from lvd_lightning.runs.configuration import experiment_from
 
 README = Path(__file__).parents[1] / "README.md"
 STRUCTURES = README.parent / "docs" / "structures.md"

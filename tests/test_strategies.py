@@ -15,9 +15,9 @@ from helpers.processes import as_script, fork_ranks
 from helpers.small_runs import Run, SmallImages
 from torch import Tensor
 
-from lvd_lightning.modules import CircuitBaseline, ConditionalStudent, JointStudent, PriorStudent
-from lvd_lightning.modules.evidence import EvidenceCache
+from lvd_lightning.models.evidence import EvidenceCache
 from lvd_lightning.ranks import Ranks
+from lvd_lightning.stages import CircuitBaseline, ConditionalStudent, FinetuneStudent, PriorStudent
 from lvd_lightning.strategies import EMStrategy
 
 STAGES = ("conditional", "prior", "finetune", "baseline")
@@ -29,7 +29,7 @@ def students() -> dict[str, Any]:
     return {
         "conditional": ConditionalStudent(2, slots=4.0, val_images=20),
         "prior": PriorStudent(num_latents=3, hard_epochs=1, candidates=2, val_images=20),
-        "finetune": JointStudent(margin=1e4, posterior_floor=0.0, slots=20.0, val_images=20),
+        "finetune": FinetuneStudent(margin=1e4, posterior_floor=0.0, slots=20.0, val_images=20),
         "baseline": CircuitBaseline(num_latents=2, seconds=0.1, batch_size=51, val_images=20),
     }
 

@@ -16,7 +16,7 @@ from lvd_lightning.circuits.flows import Flows
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 from lvd_lightning.circuits.information import entropy, kl
 from lvd_lightning.circuits.io import load, save
-from lvd_lightning.circuits.pyjuice_graph import from_pyjuice, to_pyjuice
+from lvd_lightning.circuits.pyjuice import from_pyjuice, to_pyjuice
 from lvd_lightning.circuits.structures import (
     chow_liu_tree,
     hclt,

@@ -11,20 +11,22 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lvd_lightning.circuits import fused_gpu, layers, queries
-from lvd_lightning.circuits.batch import Batch, head_index, prepare, wanted_heads
+from lvd_lightning.circuits import queries
 from lvd_lightning.circuits.checks import check_number, check_type
-from lvd_lightning.circuits.error_bound import ErrorBound
+from lvd_lightning.circuits.engine import layers
+from lvd_lightning.circuits.engine.batch import Batch, head_index, prepare, wanted_heads
+from lvd_lightning.circuits.engine.error_bound import ErrorBound
+from lvd_lightning.circuits.engine.kernels import triton as fused_gpu
+from lvd_lightning.circuits.engine.kernels.cpu.passes import LayerIndex
+from lvd_lightning.circuits.engine.kronecker import KroneckerLayer
+from lvd_lightning.circuits.engine.late_checks import LateCheck
+from lvd_lightning.circuits.engine.layers import TINY, InputLayer, Layer
+from lvd_lightning.circuits.engine.log_prob import Lease, LogProb
+from lvd_lightning.circuits.engine.parameters import check_types, from_logits, root_rows, stack, to_logits
+from lvd_lightning.circuits.engine.plan import Plan, compile_plan
+from lvd_lightning.circuits.engine.sparse import LAYOUTS, Layout, SparseEdges
+from lvd_lightning.circuits.engine.workspace import GradientSpace, Pool, Workspace
 from lvd_lightning.circuits.graph import CircuitGraph, Node, with_sum_root
-from lvd_lightning.circuits.kronecker import KroneckerLayer
-from lvd_lightning.circuits.late_checks import LateCheck
-from lvd_lightning.circuits.layers import TINY, InputLayer, Layer
-from lvd_lightning.circuits.log_prob import Lease, LogProb
-from lvd_lightning.circuits.native.passes import LayerIndex
-from lvd_lightning.circuits.parameters import check_types, from_logits, root_rows, stack, to_logits
-from lvd_lightning.circuits.plan import Plan, compile_plan
-from lvd_lightning.circuits.sparse import LAYOUTS, Layout, SparseEdges
-from lvd_lightning.circuits.workspace import GradientSpace, Pool, Workspace
 
 __all__ = ["Circuit"]
 

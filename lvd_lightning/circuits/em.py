@@ -18,10 +18,10 @@ from lvd_lightning.circuits.checks import check_number, described
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.distributions.base import may_ask
-from lvd_lightning.circuits.fused_gpu import updates as fused_updates
-from lvd_lightning.circuits.layers import CACHE_SIZE
-from lvd_lightning.circuits.native import updates as native_updates
-from lvd_lightning.circuits.sparse import SparseEdges
+from lvd_lightning.circuits.engine.kernels.cpu import updates as native_updates
+from lvd_lightning.circuits.engine.kernels.triton import updates as fused_updates
+from lvd_lightning.circuits.engine.layers import CACHE_SIZE
+from lvd_lightning.circuits.engine.sparse import SparseEdges
 
 __all__ = ["Anemone", "CircuitEM"]
 

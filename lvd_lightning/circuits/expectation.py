@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.batch import head_index, prepare
 from lvd_lightning.circuits.checks import check_type, described
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import Distribution, Gaussian
-from lvd_lightning.circuits.layers import InputLayer
+from lvd_lightning.circuits.engine.batch import head_index, prepare
+from lvd_lightning.circuits.engine.layers import InputLayer
 from lvd_lightning.circuits.queries import nothing_observed, unit_posteriors
 
 __all__ = ["expectation"]

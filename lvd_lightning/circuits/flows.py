@@ -11,9 +11,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lvd_lightning.circuits.batch import expected_shape, head_index, prepare
 from lvd_lightning.circuits.checks import check_counts, check_type, described, is_whole
 from lvd_lightning.circuits.circuit import Circuit
+from lvd_lightning.circuits.engine.batch import expected_shape, head_index, prepare
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 
 __all__ = ["Flows"]

@@ -18,12 +18,12 @@ import math
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.batch import head_index
 from lvd_lightning.circuits.checks import check_type
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import Distribution, Gaussian
+from lvd_lightning.circuits.engine.batch import head_index
+from lvd_lightning.circuits.engine.plan import LOG_ZERO, ParameterGroup
 from lvd_lightning.circuits.graph import CircuitGraph
-from lvd_lightning.circuits.plan import LOG_ZERO, ParameterGroup
 
 __all__ = ["entropy", "kl"]
 

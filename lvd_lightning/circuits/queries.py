@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.batch import head_index, prepare
 from lvd_lightning.circuits.checks import check_generator, described, is_whole
-from lvd_lightning.circuits.kronecker import KroneckerLayer
-from lvd_lightning.circuits.layers import BITS_PER_NAT, InputLayer, Layer
-from lvd_lightning.circuits.plan import LOG_ZERO
-from lvd_lightning.circuits.workspace import GradientSpace, Workspace, initialise_constants
+from lvd_lightning.circuits.engine.batch import head_index, prepare
+from lvd_lightning.circuits.engine.kronecker import KroneckerLayer
+from lvd_lightning.circuits.engine.layers import BITS_PER_NAT, InputLayer, Layer
+from lvd_lightning.circuits.engine.plan import LOG_ZERO
+from lvd_lightning.circuits.engine.workspace import GradientSpace, Workspace, initialise_constants
 
 if TYPE_CHECKING:
-    from lvd_lightning.circuits.batch import Batch
     from lvd_lightning.circuits.circuit import Circuit
-    from lvd_lightning.circuits.log_prob import Lease
+    from lvd_lightning.circuits.engine.batch import Batch
+    from lvd_lightning.circuits.engine.log_prob import Lease
 
 __all__ = ["mpe", "nothing_observed", "posterior", "sample", "unit_posteriors"]
 

@@ -14,7 +14,7 @@ from lvd_lightning.growing.agreement import from_first, rank_and_size, summed
 from lvd_lightning.growing.examples import Examples
 from lvd_lightning.growing.features import PatchFeatures
 from lvd_lightning.latents.kmeans import add_seeds, refine, used_centroids
-from lvd_lightning.modules.routing import route
+from lvd_lightning.models.routing import route
 
 __all__ = ["first_heads", "nearest_centroids", "recluster"]
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lvd_lightning import circuits as pc
 from lvd_lightning.growing.examples import Examples
-from lvd_lightning.modules.assembled import MAX_NUMBERS
-from lvd_lightning.modules.evidence import CircuitGroups
-from lvd_lightning.modules.routing import route_in_passes
+from lvd_lightning.models.assembled import MAX_NUMBERS
+from lvd_lightning.models.evidence import CircuitGroups
+from lvd_lightning.models.routing import route_in_passes
 
 __all__ = ["grow_circuits", "prune_circuits"]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lvd_lightning import circuits as pc
 from lvd_lightning.color import patchify
+from lvd_lightning.context import ImageData
 from lvd_lightning.growing.agreement import rank_and_size
-from lvd_lightning.modules.evidence import CircuitGroups
-from lvd_lightning.modules.stage import ImageData
+from lvd_lightning.models.evidence import CircuitGroups
 
 __all__ = ["CHUNK_IMAGES", "Chunk", "Examples"]
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lvd_lightning.context import StageContext
 from lvd_lightning.latents import load_latents_info
 from lvd_lightning.latents.features import FeatureStore, PatchVectors, PixelPatches
 from lvd_lightning.latents.transform import AffineMap
-from lvd_lightning.modules.stage import StageContext
 
 __all__ = ["PatchFeatures"]
 

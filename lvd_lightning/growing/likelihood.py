@@ -13,7 +13,7 @@ from torch import Tensor
 from lvd_lightning import circuits as pc
 from lvd_lightning.growing.agreement import summed
 from lvd_lightning.growing.examples import Chunk, Examples
-from lvd_lightning.modules.evidence import CircuitGroups
+from lvd_lightning.models.evidence import CircuitGroups
 
 __all__ = ["best_heads", "mean_log_probs"]
 

@@ -13,7 +13,7 @@ SPLITS = ("train", "val", "test")
 
 
 class LatentsContext(Protocol):
-    """What the stage is given: see `lvd_lightning.modules.stage.StageContext`."""
+    """What the stage is given: see `lvd_lightning.stages.stage.StageContext`."""
 
     @property
     def dir(self) -> Path: ...

@@ -12,11 +12,11 @@ from torch import Tensor
 import lvd_lightning.circuits as pc
 from callbacks import GrowClusters, LogSamples, Prune, ReassignClusters
 from callbacks.structure_edit import StructureEdit
-from lvd_lightning.bookkeeping import EpochCheckpoint, MetricsFile, read_metrics
 from lvd_lightning.growing import best_heads, mean_log_probs
 from lvd_lightning.metrics import BitsPerDim
-from lvd_lightning.modules import ConditionalStudent, JointStudent, PriorStudent
-from lvd_lightning.modules.assembled import AssembledCircuit
+from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.runs.bookkeeping import EpochCheckpoint, MetricsFile, read_metrics
+from lvd_lightning.stages import ConditionalStudent, FinetuneStudent, PriorStudent
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on small loaders
 
@@ -269,7 +269,7 @@ def test_later_stages_take_grown_circuits(coarse: Any) -> None:
     coarse.finish("conditional", module.finish_stage(context))
     prior = coarse.complete("prior", PriorStudent(candidates=3), 1)
     for settings in ({"margin": None, "posterior_floor": 0.0}, {}):
-        joint = coarse.complete("finetune", JointStudent(lr=0.1, **settings), 1)
+        joint = coarse.complete("finetune", FinetuneStudent(lr=0.1, **settings), 1)
         assert joint["val_bpd"] <= prior["val_bpd"]
     circuit = AssembledCircuit.load(coarse.folder / "finetune")
     assert circuit.num_states == sum(module.heads_per_circuit)
@@ -294,7 +294,7 @@ def test_exact_finetuning_steps_of_grown_circuits(coarse: Any) -> None:
     coarse.folder.joinpath("prior").mkdir()
     whole.save(coarse.folder / "prior")
     coarse.finish("prior", {})
-    joint = coarse.begin("finetune", JointStudent(margin=None, posterior_floor=0.0, slots=20.0))
+    joint = coarse.begin("finetune", FinetuneStudent(margin=None, posterior_floor=0.0, slots=20.0))
     joint.manual_backward = lambda loss: loss.backward()  # type: ignore[assignment, misc]
     joint.em_step = lambda *losses: [loss.backward() for loss in losses]  # type: ignore[assignment, method-assign]
     joint.log = lambda *arguments, **settings: None  # type: ignore[method-assign]

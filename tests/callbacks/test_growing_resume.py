@@ -76,6 +76,6 @@ def test_run_that_is_killed_in_every_round_ends_as_an_uninterrupted_one(tmp_path
 
 if __name__ == "__main__":
     # This process imports everything and computes nothing, so that the forked ones can.
-    import_module("lvd_lightning.pipeline")
+    import_module("lvd_lightning.runs.pipeline")
     runs = {name: exit_codes(partial(fit, Path(sys.argv[1]) / name), most=6) for name in ("whole", "killed")}
     print(json.dumps(runs))

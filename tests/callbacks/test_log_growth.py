@@ -11,9 +11,9 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
 from callbacks import LogGrowth, ReassignClusters
-from lvd_lightning.bookkeeping import MetricsFile
-from lvd_lightning.modules import ConditionalStudent, PriorStudent
-from lvd_lightning.pictures import growth_series
+from lvd_lightning.runs.bookkeeping import MetricsFile
+from lvd_lightning.runs.pictures import growth_series
+from lvd_lightning.stages import ConditionalStudent, PriorStudent
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on small loaders
 

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 import lvd_lightning.circuits as pc
 from callbacks import LogSamples
 from lvd_lightning.cli import parse
-from lvd_lightning.configuration import experiment_from
-from lvd_lightning.modules.assembled import AssembledCircuit
+from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.runs.configuration import experiment_from
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on small loaders
 

@@ -85,7 +85,7 @@ def test_chunks_of_folds_do_not_show(case: Any, monkeypatch: pytest.MonkeyPatch)
     (weights * whole).sum().backward()
     expected = [parameter.grad.clone() for parameter in case.circuit.parameters()]
     case.circuit.zero_grad()
-    monkeypatch.setattr("lvd_lightning.circuits.layers.CACHE_SIZE", 2 * len(case.x))
+    monkeypatch.setattr("lvd_lightning.circuits.engine.layers.CACHE_SIZE", 2 * len(case.x))
     found = case.circuit.log_prob(case.x, observed=case.observed)
     torch.testing.assert_close(found, whole, rtol=1e-12, atol=0)
     (weights * found).sum().backward()

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.sampler import GlobalBatchSampler
-from lvd_lightning.modules.stage import DONE_MARKER, StageContext, StageModule
+from lvd_lightning.context import DONE_MARKER, StageContext
+from lvd_lightning.stages.stage import StageModule
 
 __all__ = ["DIMS", "PATCH", "POSITIONS", "SIDE", "STATES", "Run", "SmallImages"]
 

@@ -15,12 +15,12 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from lvd_lightning.color import patchify
+from lvd_lightning.context import DONE_MARKER, StageContext
 from lvd_lightning.latents import load_assignments, load_latents_info, run_latents
 from lvd_lightning.latents.context import ancestor_mask
 from lvd_lightning.latents.features import FeatureStore
 from lvd_lightning.latents.kmeans import assign
 from lvd_lightning.latents.sampling import sample_distinct
-from lvd_lightning.modules.stage import DONE_MARKER, StageContext
 from lvd_lightning.teachers import MAE, VQVAE, load_teacher, save_teacher
 
 SPLITS = ("train", "val", "test")

@@ -1,0 +1,1 @@
+"""Compiled kernels: for the CPU in C, for GPUs in Triton."""

@@ -1,0 +1,244 @@
+"""log p of a compiled circuit as an autograd function: which forward pass it takes, and the backward pass after it.
+
+Values stay linear between layers where a circuit allows it. What got too small for that - pairs of a circuit and an
+example - goes through the general pass besides, and its gradients are added. On a GPU with fused kernels all examples
+go through the general pass, which has no such question to ask there.
+
+Shapes: G circuits, H heads, B batch, F folded nodes, N pairs that are computed again, in S columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from lvd_lightning.circuits.engine import layers
+from lvd_lightning.circuits.engine.kernels import triton as fused_gpu
+from lvd_lightning.circuits.engine.kernels.cpu import passes
+from lvd_lightning.circuits.engine.kernels.cpu.passes import FusedWorkspace
+from lvd_lightning.circuits.engine.layers import InputLayer
+from lvd_lightning.circuits.engine.linear import inexact, run_linear
+from lvd_lightning.circuits.engine.workspace import LinearWorkspace, Workspace, few_sizes
+
+if TYPE_CHECKING:
+    from lvd_lightning.circuits.circuit import Circuit
+    from lvd_lightning.circuits.engine.batch import Batch
+
+__all__ = ["Lease", "LogProb"]
+
+AnySpace = TypeVar("AnySpace", Workspace, LinearWorkspace, FusedWorkspace)
+
+
+class Lease(Generic[AnySpace]):
+    """A workspace from the circuit's pool; it goes back when nothing refers to the lease any more."""
+
+    space: AnySpace
+
+    def __init__(self, circuit: Circuit, kind: type[AnySpace], size: int, keep: bool) -> None:
+        self.pool, self.key = circuit.pool, circuit._pool_key(kind.__name__ + ("keep" if keep else ""), size)
+        found = self.pool.take(self.key)
+        self.space = found if isinstance(found, kind) else _new_space(circuit, kind, size, keep)
+
+    def __del__(self) -> None:
+        if hasattr(self, "space"):
+            self.pool.give(self.key, self.space)
+
+
+def _new_space(circuit: Circuit, kind: type[AnySpace], size: int, keep: bool) -> AnySpace:
+    make: Any = kind  # their constructors differ
+    if kind is FusedWorkspace:
+        space: Any = FusedWorkspace(circuit, size, keep)
+    else:
+        rows, edges = circuit.plan.num_value_rows, circuit.plan.num_edge_rows
+        space = make(circuit._inner_layers(), rows, edges, size, keep, circuit._like())
+    return space
+
+
+class LogProb(torch.autograd.Function):
+    """log p of all heads, shape (G, H, B), with its closed-form backward pass.
+
+    Where `wanted` (bool, as the result) is False, anything may be returned, and the gradient has to be 0.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        circuit: Circuit,
+        batch: Batch,
+        keep: bool,
+        wanted: Tensor | None,
+        margin: float | None,
+        evidence: Tensor | None,
+        *tables: Tensor,
+    ) -> Tensor:
+        if batch.size == 0:
+            ctx.lease = None
+            ctx.shapes = (None if evidence is None else evidence.shape, [table.shape for table in tables])
+            return tables[0].new_empty(*circuit.roots.shape, 0)
+        log_GHB, lease, again = _evaluate(circuit, batch, tables, keep, wanted, margin)
+        if keep:
+            ctx.lease, ctx.again, ctx.circuit, ctx.batch = lease, again, circuit, batch
+            ctx.evidence_shape = None if evidence is None else evidence.shape
+            ctx.save_for_backward(*tables)
+        return log_GHB
+
+    @staticmethod
+    def backward(ctx: Any, grad_GHB: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # as it is for create_graph=True, and only then
+            raise RuntimeError(
+                "log_prob: gradients of gradients are not available (create_graph=True was asked for): the backward "
+                "pass is in closed form, with nothing behind it to differentiate"
+            )
+        _, _, _, _, _, for_evidence, *for_tables = ctx.needs_input_grad
+        if ctx.lease is None:
+            evidence_shape, shapes = ctx.shapes
+            evidence_grad = grad_GHB.new_zeros(evidence_shape) if for_evidence else None
+            grads = [grad_GHB.new_zeros(shape) if need else None for shape, need in zip(shapes, for_tables)]
+            return (None, None, None, None, None, evidence_grad, *grads)
+        circuit, batch, tables, again = ctx.circuit, ctx.batch, ctx.saved_tensors, ctx.again
+        grads = [
+            _gradient_buffer(circuit, number, table) if need else None
+            for number, (table, need) in enumerate(zip(tables, for_tables))
+        ]
+        if again is not None:
+            again_GHS, grad_GHB = again.split(grad_GHB)
+        evidence_shape = ctx.evidence_shape if for_evidence else None
+        evidence_grad = _backward(circuit, batch, ctx.lease.space, tables, grads, grad_GHB, evidence_shape)
+        if again is not None:
+            more = [None if grad is None else torch.zeros_like(grad) for grad in grads]
+            _backward(circuit, again.batch, again.lease.space, tables, more, again_GHS, None)
+            for grad, added in zip(grads, more):
+                if grad is not None and added is not None:
+                    grad.add_(added)
+        return (None, None, None, None, None, evidence_grad, *grads)
+
+
+@dataclass
+class _Again:
+    """Pairs of a circuit and an example in a batch for the general pass: (circuit, column), once there and once here.
+
+    Circuits with fewer pairs than others have some other example in the columns that they do not need.
+    """
+
+    batch: Batch
+    lease: Lease[Workspace]
+    circuit: Tensor  # (N,)
+    column: Tensor  # (N,), in the whole batch
+    place: Tensor  # (N,), in this one
+
+    def split(self, grad_GHB: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of these pairs, (G, H, S), and that of the rest, with 0 for these, (G, H, B)."""
+        again_GSH = grad_GHB.new_zeros(len(grad_GHB), self.batch.size, grad_GHB.shape[1])
+        rest_GBH = grad_GHB.transpose(1, 2).clone()
+        again_GSH[self.circuit, self.place] = rest_GBH[self.circuit, self.column]
+        rest_GBH[self.circuit, self.column] = 0.0
+        return again_GSH.transpose(1, 2), rest_GBH.transpose(1, 2)
+
+
+def _evaluate(
+    circuit: Circuit,
+    batch: Batch,
+    tables: Sequence[Tensor],
+    keep: bool,
+    wanted: Tensor | None,
+    margin: float | None,
+) -> tuple[Tensor, object, _Again | None]:
+    """log p of all heads (G, H, B), the lease whose workspace a backward pass needs, and what it needs besides."""
+    if circuit.is_linear and not fused_gpu.applies(circuit.device, circuit.dtype):
+        kind = FusedWorkspace if passes.applies(circuit, tables) else LinearWorkspace
+        linear: Lease[Any] = Lease(circuit, kind, batch.size, keep)
+        log_GHB, scale_GB = run_linear(circuit, batch, tables, linear.space)
+        threshold_GB = None
+        if margin is not None:
+            best_B = log_GHB.amax((0, 1)) * layers.BITS_PER_NAT
+            threshold_GB = (best_B - margin * layers.BITS_PER_NAT - scale_GB).exp2()
+        bad_GB = inexact(circuit, batch, tables, linear.space, wanted, threshold_GB)
+        if bad_GB is None:
+            return log_GHB, linear, None
+        if 2 * int(bad_GB.sum(1).max()) < batch.size:
+            return log_GHB, linear, _compute_again(circuit, batch, tables, bad_GB, log_GHB, keep)
+    lease = circuit.lease(batch.size, keep)
+    circuit.run_forward(batch, tables, lease.space)
+    return lease.space.values[circuit.roots] / layers.BITS_PER_NAT, lease, None
+
+
+def _compute_again(
+    circuit: Circuit, batch: Batch, tables: Sequence[Tensor], bad_GB: Tensor, log_GHB: Tensor, keep: bool
+) -> _Again:
+    """Compute log p of the heads for some pairs of a circuit and an example by the general pass, into `log_GHB`."""
+    count_G = bad_GB.sum(1)
+    size = min(few_sizes(int(count_G.max())), batch.size)
+    index_GS = bad_GB.byte().argsort(dim=1, descending=True, stable=True)[:, :size]
+    few = batch.take([index_GS[leaf.circuits] for leaf in circuit._leaf_layers()])
+    lease = circuit.lease(size, keep)
+    circuit.run_forward(few, tables, lease.space)
+    g, place = (torch.arange(size, device=bad_GB.device) < count_G[:, None]).nonzero(as_tuple=True)
+    column = index_GS[g, place]
+    log_GSH = lease.space.values[circuit.roots].transpose(1, 2)
+    log_GHB.transpose(1, 2)[g, column] = log_GSH[g, place] / layers.BITS_PER_NAT
+    return _Again(few, lease, g, column, place)
+
+
+def _backward(
+    circuit: Circuit,
+    batch: Batch,
+    space: Any,
+    tables: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    grad_GHB: Tensor,
+    evidence_shape: torch.Size | None,
+) -> Tensor | None:
+    """Gradients for parameters, into `grads`, and that for the evidence, if its shape is given."""
+    if isinstance(space, FusedWorkspace):
+        space.backward(batch, tables, grads, grad_GHB)
+        return None
+    gradient = circuit.gradient_space(batch.size)
+    circuit.head_rows(gradient.inner).copy_(grad_GHB)
+    circuit.run_backward(space, tables, gradient, grads)
+    evidence_grad = None
+    kernels = fused_gpu.passes_for(circuit.device, circuit.dtype)
+    for number, layer in enumerate(circuit._leaf_layers()):
+        if layer.group < 0:
+            if evidence_shape is not None:
+                evidence_grad = _evidence_gradient(circuit, layer, gradient.inner, batch, evidence_shape)
+            continue
+        found = grads[layer.group]
+        if found is not None:
+            observed = None if batch.observed is None else batch.observed[number]
+            if kernels is not None and kernels.has_kernel(layer):
+                kernels.backward_inputs(
+                    layer, gradient.inner, tables[layer.group], batch.values[number], observed, found
+                )
+                continue
+            statistics = circuit.statistics_of(layer.group)
+            layer.backward(gradient.inner, tables[layer.group], batch.values[number], observed, found, statistics)
+    circuit.return_gradient_space(gradient)
+    return evidence_grad
+
+
+def _gradient_buffer(circuit: Circuit, number: int, table: Tensor) -> Tensor:
+    found = circuit.gradient_pool.pop(number, None)
+    if found is None or (found.shape, found.dtype, found.device) != (table.shape, table.dtype, table.device):
+        found = torch.empty_like(table)
+    return found.zero_() if number in circuit._zeroed else found
+
+
+def _evidence_gradient(
+    circuit: Circuit, layer: InputLayer, inner_grad: Tensor, batch: Batch, shape: torch.Size
+) -> Tensor:
+    """Gradient for the evidence: several folds may look at one variable."""
+    grad_FKB = layer.gradient_of(inner_grad, 0, layer.num_folds)
+    if batch.observed is not None:
+        grad_FKB = grad_FKB.masked_fill(~batch.observed[0][:, None, :], 0.0)
+    shared = len(shape) == 3
+    index = layer.variables if shared else layer.columns
+    rows = circuit.num_variables * (1 if shared else circuit.num_circuits)
+    out_VBK = grad_FKB.new_zeros(rows, shape[-3], shape[-1])
+    out_VBK.index_add_(0, index, grad_FKB.transpose(1, 2))
+    if shared:
+        return out_VBK.transpose(0, 1)
+    return out_VBK.view(circuit.num_circuits, circuit.num_variables, *out_VBK.shape[1:]).transpose(1, 2)

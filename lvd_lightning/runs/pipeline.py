@@ -1,0 +1,302 @@
+"""Runs the stages of an experiment in order into one run directory; starting again continues."""
+
+import json
+import logging
+import pickle
+import shutil
+import signal
+import sys
+import traceback
+import warnings
+import zipfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torchmetrics import Metric
+
+from lvd_lightning.runs.bookkeeping import EpochCheckpoint, EpochLines, EpochSeed, MetricsFile, ProgressBar, Stopwatch, protocol_note
+from lvd_lightning.files import write_atomically
+from lvd_lightning.runs.evaluation import circuit_bpd, evaluate_run, final_stage
+from lvd_lightning.runs.experiment import (
+    EVALUATE,
+    REPORT,
+    Experiment,
+    Stage,
+    adopt_run_directory,
+    check_trained_with,
+    record_stage,
+)
+from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.context import DONE_MARKER, StageContext
+from lvd_lightning.stages.stage import StageModule
+from lvd_lightning.seeds import derive_seed
+from lvd_lightning.ranks import Ranks
+from lvd_lightning.runs.report import write_report
+from lvd_lightning.runs.lock import locked
+
+__all__ = ["Pipeline"]
+
+METRICS = "metrics.csv"
+
+
+class Pipeline:
+    """One experiment on the processes of one job.
+
+    A stage is finished when its folder holds done.json, which is written last. A stage that was interrupted goes on
+    from its last epoch-end checkpoint, and ends as it would have without the interruption if its module derives its
+    random numbers from (seed, stage, epoch).
+    """
+
+    def __init__(self, experiment: Experiment, ranks: Ranks) -> None:
+        self.experiment = experiment
+        self.ranks = ranks
+        self._data: dict[Callable[[], LightningDataModule], LightningDataModule] = {}
+        _quieten_lightning()
+
+    def run(self, only: str | None = None, changed: str = "refuse") -> None:
+        """Run every stage that is not finished, or the stage `only`.
+
+        changed: what to do when the run directory was begun with another configuration, see `adopt_run_directory`.
+
+        Raises:
+            ValueError: another process is working on the run directory.
+        """
+        stages = self.experiment.stages if only is None else (self.experiment.stage(only),)
+        for stage in stages:
+            self._check(stage)
+        with ExitStack() as held:
+            self.ranks.on_first(partial(held.enter_context, locked(self.experiment.run_dir)))
+            self.ranks.on_first(partial(adopt_run_directory, self.experiment, changed))
+            for stage in stages:
+                try:
+                    self._run_stage(stage)
+                except Exception as error:
+                    self._keep_details(stage, error)
+                    raise
+            if only is None:
+                self._evaluate()
+
+    def print_bpd(self, split: str) -> None:
+        """Print what the run's final circuit reaches on "val" or "test"; nothing is written."""
+        run_dir = self.experiment.run_dir
+        stage = final_stage(run_dir)
+        if stage is None:
+            raise ValueError(f"{run_dir} holds no trained circuit: run `fit` with the same config first")
+        check_trained_with(self.experiment, stage)
+        data = self.datamodule()
+        circuit = AssembledCircuit.load(run_dir / stage).to(self.ranks.device).eval()
+        bpd = circuit_bpd(circuit, data, split, self.ranks)
+        note = protocol_note(data.lossy, data.region)
+        self.say(f"{split}/bpd {bpd:.4f}{note}  ({run_dir / stage}, {data.num_examples(split)} images, {data.color})")
+
+    def datamodule(self, make: Callable[[], LightningDataModule] | None = None) -> Any:
+        """The datamodule that `make` makes (the experiment's own by default), set up; made once."""
+        make = self.experiment.data if make is None else make
+        if make not in self._data:
+            data = make()
+            if self.ranks.local_rank == 0:
+                data.prepare_data()
+            self.ranks.wait()
+            data.setup("fit")
+            self._data[make] = data
+        return self._data[make]
+
+    def say(self, text: str) -> None:
+        if self.ranks.is_first:
+            print(text, flush=True)
+
+    def _check(self, stage: Stage) -> None:
+        """Make a stage's module before any stage runs: what is wrong with it is said at once, not after hours.
+
+        So is what a callback that would edit it says about it.
+        """
+        if stage.model is not None and not (self.experiment.run_dir / stage.name / DONE_MARKER).is_file():
+            with torch.random.fork_rng(devices=[]):
+                try:
+                    module = stage.model()
+                    for check in (getattr(callback, "check_module", None) for callback in stage.callbacks()):
+                        if check is not None:
+                            check(module)
+                except ValueError as error:
+                    raise ValueError(f"stages.{stage.name}: {error}") from error
+
+    def _run_stage(self, stage: Stage) -> None:
+        folder = self.experiment.run_dir / stage.name
+        if self.ranks.on_first((folder / DONE_MARKER).is_file):
+            self.say(f"{stage.name}: finished before, skipped")
+            return
+        self.ranks.on_first(partial(self._open, stage))
+        self.say(f"{stage.name}: starts")
+        clock = Stopwatch()
+        context = self._context(stage)
+        # After the datamodule was made, which draws random numbers only in the first stage of each process.
+        seed_everything(derive_seed(self.experiment.seed, stage.name), verbose=False)
+        results = self._train(stage, context, clock) if stage.function is None else stage.function(context)
+        self.ranks.on_first(partial(mark_done, folder, {"seconds": clock.seconds, **results}))
+        (folder / "error.txt").unlink(missing_ok=True)
+        self.say(f"{stage.name}: done in {clock.seconds:.1f} s")
+
+    def _evaluate(self) -> None:
+        """Evaluate the circuits on all splits and write the report, once: test images are looked at after training."""
+        run_dir, data = self.experiment.run_dir, self.datamodule()
+        if not self.ranks.on_first((run_dir / EVALUATE / DONE_MARKER).is_file):
+            self.say("evaluate: the circuits on all splits")
+            clock = Stopwatch()
+            results = evaluate_run(run_dir, data, self.ranks)
+            self.ranks.on_first(partial(mark_done, run_dir / EVALUATE, {"seconds": clock.seconds, **results}))
+        self.ranks.on_first(partial(write_report, self.experiment, data, self.ranks.device))
+
+    def _open(self, stage: Stage) -> None:
+        # What was evaluated before this stage ran is no longer the whole experiment.
+        for folder in (EVALUATE, REPORT):
+            shutil.rmtree(self.experiment.run_dir / folder, ignore_errors=True)
+        record_stage(self.experiment, stage)
+
+    def _keep_details(self, stage: Stage, error: Exception) -> None:
+        """Leave the traceback in the stage's folder: the command line prints the message of an error alone."""
+        folder = self.experiment.run_dir / stage.name
+        if self.ranks.is_first and folder.is_dir():
+            write_atomically(folder / "error.txt", traceback.format_exc())
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(f"(stage {stage.name}, details in {folder / 'error.txt'})")
+
+    def _context(self, stage: Stage) -> StageContext:
+        return StageContext(
+            run_dir=self.experiment.run_dir,
+            stage=stage.name,
+            seed=self.experiment.seed,
+            data=self.datamodule(stage.data),
+            shared=self.experiment.shared,
+            stages=tuple(other.name for other in self.experiment.stages),
+            device=self.ranks.device,
+        )
+
+    def _train(self, stage: Stage, context: StageContext, clock: Stopwatch) -> dict[str, float]:
+        if stage.model is None:
+            raise ValueError(f"stage {stage.name!r} has neither a model nor a function")
+        module = stage.model()
+        module.begin_stage(context)
+        checkpoint = EpochCheckpoint(context.dir, module.monitor, module.monitor_mode)
+        metrics = MetricsFile(context.dir / METRICS, lambda: clock.seconds)
+        last_epoch = self.ranks.on_first(partial(resume_epoch, checkpoint))
+        self.ranks.on_first(partial(metrics.keep, last_epoch))
+        if last_epoch >= 0:
+            self.say(f"{stage.name}: goes on after epoch {last_epoch + 1}")
+        note = protocol_note(context.data.lossy, context.data.region)
+        trainer = self._trainer(stage, module, (clock, checkpoint), metrics, note)
+        try:
+            trainer.fit(
+                module,
+                datamodule=None if is_overridden("train_dataloader", module) else context.data,
+                ckpt_path=checkpoint.last_path if last_epoch >= 0 else None,
+                weights_only=True,
+            )
+        except SystemExit as ended:
+            # Lightning makes of an interruption an exit, without a word and with further interruptions ignored.
+            if not trainer.interrupted:
+                raise
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt from ended
+        close_wandb()
+        return self.ranks.on_first(partial(self._finish, module, context, checkpoint))
+
+    def _finish(self, module: StageModule, context: StageContext, checkpoint: EpochCheckpoint) -> dict[str, float]:
+        load_best(module, checkpoint)
+        module.to(self.ranks.device).eval()
+        for metric in module.modules():
+            if isinstance(metric, Metric):
+                metric.distributed_available_fn = lambda: False  # the other ranks wait and would not answer
+        return module.finish_stage(context)
+
+    def _trainer(
+        self, stage: Stage, module: StageModule, own: tuple[Callback, Callback], metrics: MetricsFile, note: str
+    ) -> Trainer:
+        """The Trainer of a stage: what the config says, and what makes it resumable."""
+        folder = metrics.path.parent
+        arguments = {key: value for key, value in stage.trainer(folder).items() if value is not None}
+        callbacks = [EpochSeed(derive_seed(self.experiment.seed, stage.name)), *arguments.pop("callbacks", [])]
+        bar = arguments.pop("enable_progress_bar", sys.stdout.isatty())
+        if not any(isinstance(callback, AnyProgressBar) for callback in callbacks):
+            callbacks.append(ProgressBar(note) if bar else EpochLines(stage.name, metrics.clock, note))
+        if module.em and self.ranks.world_size > 1 and arguments.get("strategy", "auto") in ("auto", "ddp"):
+            from lvd_lightning.strategies import EMStrategy
+
+            arguments["strategy"] = EMStrategy()
+        defaults = {"num_sanity_val_steps": 0, "enable_model_summary": sys.stdout.isatty()}
+        return Trainer(
+            **{**self.experiment.devices, **defaults, **arguments, "logger": [metrics, *arguments.get("logger", [])]},
+            callbacks=[own[0], *callbacks, own[1]],
+            default_root_dir=folder,
+            use_distributed_sampler=False,
+            enable_progress_bar=any(isinstance(callback, AnyProgressBar) for callback in callbacks),
+        )
+
+
+def resume_epoch(checkpoint: EpochCheckpoint) -> int:
+    """The epoch (0-based) after which a stage goes on; -1 if it starts, and then no older checkpoint is left.
+
+    A file that was cut short, which only a full disk or a broken machine can do, starts the stage again.
+    """
+    # What Lightning saves when SLURM sends a job back is taken in the middle of an epoch, and would go first.
+    for interrupted in checkpoint.folder.glob("hpc_ckpt_*"):
+        interrupted.unlink()
+    path = checkpoint.last_path
+    if path.is_file():
+        if zipfile.is_zipfile(path):
+            try:
+                return int(torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)["epoch"])
+            except pickle.UnpicklingError:
+                raise  # a module that puts more than plain types into its checkpoints
+            except (RuntimeError, OSError, EOFError, KeyError) as error:
+                warnings.warn(f"{path} cannot be read ({error}): the stage starts again", stacklevel=2)
+        else:
+            warnings.warn(f"{path} is not a complete checkpoint: the stage starts again", stacklevel=2)
+    checkpoint.last_path.unlink(missing_ok=True)
+    checkpoint.best_path.unlink(missing_ok=True)
+    return -1
+
+
+def load_best(module: StageModule, checkpoint: EpochCheckpoint) -> None:
+    """Load the best epoch into the module; without one it keeps what it has, with a warning if it was trained."""
+    if not checkpoint.best_path.is_file():
+        if checkpoint.last_path.is_file():
+            warnings.warn(
+                f"no epoch logged a finite {checkpoint.monitor!r}: the last epoch is taken for the best", stacklevel=2
+            )
+        return
+    content = torch.load(checkpoint.best_path, map_location="cpu", weights_only=True)
+    module.on_load_checkpoint(content)
+    module.load_state_dict(content["state_dict"])
+
+
+def mark_done(folder: Path, results: dict[str, Any]) -> None:
+    """Write the marker that says that a folder is complete, with figures for the report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / DONE_MARKER, json.dumps(results, indent=2))
+
+
+def close_wandb() -> None:
+    """End the W&B run of a stage, or that of the next one would be taken for it."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
+
+
+def _quieten_lightning() -> None:
+    """Every stage makes a Trainer; what each says about the machine and about its settings is said once too often."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*smaller than the logging interval.*",
+        ".*exists and is not empty.*",
+        ".*treespec, LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,361 @@
+"""Stage "baseline": plain EM on a circuit over whole images, with as many parameters and as much time.
+
+Shapes: B images, N sample, D dimensions of an image.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, ClassVar, get_args
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from typing_extensions import override
+
+from lvd_lightning import circuits as pc
+from lvd_lightning.context import DONE_MARKER, ImageData, StageContext
+from lvd_lightning.files import write_atomically
+from lvd_lightning.latents.processes import Processes
+from lvd_lightning.metrics import BitsPerDim
+from lvd_lightning.models.assembled import MAX_NUMBERS
+from lvd_lightning.models.structures import ImageStructure, StructureName
+from lvd_lightning.stages.em_student import Rule, check_at_least, check_step_sizes, make_optimizer
+from lvd_lightning.stages.stage import StageModule
+
+__all__ = ["CircuitBaseline"]
+
+RULES: tuple[Rule, ...] = get_args(Rule)[::-1]
+#: Stages whose time a baseline may take.
+TIMED = ("teacher", "latents", "conditional", "prior", "finetune")
+#: Stages that leave a circuit over images, the last one first: a baseline has as many parameters.
+SIZED = ("finetune", "prior")
+#: Step sizes fall to this share of the first.
+FINAL_SHARE = 0.1
+#: Steps that are timed. The fastest counts: others may have waited for something else that the machine did.
+TIMED_STEPS = 12
+
+
+class CircuitBaseline(StageModule):
+    """Trains the same circuit over all pixels of the image twice: by mini-batch EM and by Anemone.
+
+    It has as many latent states (units) as give it about the parameters of the distilled circuit, or more, and each
+    rule trains for about as long as all earlier stages took. The number of steps is fixed once, from a measured rate,
+    and written to `plan.json`, so a resumed run ends as an uninterrupted one. A tree is learnt outside that time.
+
+    Logs `train/em_bpd`, `train/anemone_bpd`, `val/em_bpd`, `val/anemone_bpd` and the lower one of these two as
+    `val/bpd`; of each rule the epoch with the best validation counts. The steps are divided evenly over the epochs.
+
+    Args:
+        structure: "hclt", "rat_spn" or "poon_domingos".
+        structure_settings: see `ConditionalStudent`.
+        num_latents: hidden states of an HCLT, units of every region of another structure; null to match the parameters
+            of the distilled circuit.
+        seconds: per rule; null for the time that earlier stages took.
+        batch_size: images per step, all ranks together.
+        init: "random", or "quantiles" (from data, see `hclt_from_data` and `regions_from_data`).
+        em_lr, anemone_lr: first step sizes; both fall linearly to a tenth.
+        momentum: of Anemone.
+        em_pseudocount, anemone_pseudocount: per sum node and input unit, in examples of a step.
+        max_tree_examples: training images from which the tree (and quantiles) are learnt.
+        val_images: validation images on which both circuits are evaluated after every epoch.
+    """
+
+    em: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        structure: StructureName = "hclt",
+        num_latents: int | None = None,
+        seconds: float | None = None,
+        batch_size: int = 256,
+        init: str = "random",
+        em_lr: float = 0.2,
+        anemone_lr: float = 0.4,
+        momentum: float = 0.9,
+        em_pseudocount: float = 0.01,
+        anemone_pseudocount: float = 1e-3,
+        max_tree_examples: int = 2000,
+        val_images: int = 256,
+        structure_settings: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.structure = ImageStructure.of(structure, structure_settings)
+        if init not in ("random", "quantiles"):
+            raise ValueError(f"init: got {init!r}, expected one of random, quantiles")
+        for name, lr in (("em_lr", em_lr), ("anemone_lr", anemone_lr)):
+            check_step_sizes(lr, lr, momentum, lr_name=name)
+        check_at_least(0, seconds=seconds, em_pseudocount=em_pseudocount, anemone_pseudocount=anemone_pseudocount)
+        check_at_least(
+            1,
+            num_latents=num_latents,
+            batch_size=batch_size,
+            max_tree_examples=max_tree_examples,
+            val_images=val_images,
+        )
+        self.automatic_optimization = False
+        self.save_hyperparameters()
+
+    @override
+    def begin_stage(self, context: StageContext) -> None:
+        self._context = context
+        sample_ND = self._sample(context)
+        plan = self._plan(context, sample_ND)
+        circuit = self._first_circuit(context, sample_ND, plan)
+        self.circuits = nn.ModuleDict({rule: copy.deepcopy(circuit) for rule in RULES})
+        self.steps: dict[str, int] = plan["steps"]
+        self.seconds = dict.fromkeys(RULES, 0.0)
+        self.best = dict.fromkeys(RULES, math.inf)
+        metrics = {f"{split}_{rule}": BitsPerDim(circuit.num_variables) for split in ("train", "val") for rule in RULES}
+        self.metrics = nn.ModuleDict(metrics)
+
+    def circuit(self, rule: Rule) -> pc.Circuit:
+        """The circuit that this rule trains."""
+        found = self.circuits[rule]
+        assert isinstance(found, pc.Circuit)
+        return found
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training steps of an epoch."""
+        epochs = self.trainer.max_epochs
+        if epochs is None or epochs < 1:
+            raise ValueError(
+                f"stage {self._context.stage}: set max_epochs of its trainer, which the steps are spread over"
+            )
+        return max(1, math.ceil(max(self.steps.values()) / epochs))
+
+    @override
+    def configure_optimizers(self) -> Any:
+        return [self._optimizer(rule, self.circuit(rule)) for rule in RULES]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The batches of this epoch's steps: random images, a function of (seed, epoch)."""
+        batches = _RandomBatches(self, self._context, self.hparams["batch_size"], self.steps_per_epoch)
+        return DataLoader(_Images(self._context.data), sampler=batches, batch_size=None)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Validation images of the datamodule."""
+        found: DataLoader[Any] = self._context.data.val_dataloader()
+        return found
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizers = self.optimizers()
+        assert isinstance(optimizers, list)
+        done = self.current_epoch * self.steps_per_epoch + batch_idx
+        for rule, optimizer in zip(RULES, optimizers, strict=True):
+            if done < self.steps[rule]:
+                assert isinstance(optimizer, LightningOptimizer)
+                self._step(rule, optimizer, batch.flatten(1), done)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, index = batch
+        wanted = index < self.hparams["val_images"]
+        for rule in RULES:
+            metric = self._metric("val", rule)
+            if bool(wanted.any()):
+                metric.update(_log_prob(self.circuit(rule), images[wanted]))
+            self.log(f"val/{rule}_bpd", metric, on_step=False, on_epoch=True, prog_bar=True)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        scores = {rule: float(self._metric("val", rule).compute()) for rule in RULES}
+        self.log("val/bpd", min(scores.values()), sync_dist=True)  # the same on all ranks
+        if self.trainer.sanity_checking:
+            return
+        for rule, score in scores.items():
+            if score < self.best[rule] or math.isinf(self.best[rule]):  # some epoch has to count, whatever its score
+                self.best[rule] = math.inf if math.isnan(score) else score
+                if self.trainer.is_global_zero:
+                    pc.save(self.circuit(rule), self._context.dir / rule)
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        if self.trainer.is_global_zero:  # finish_stage holds the best epoch's state, which may be an earlier one
+            write_atomically(self._context.dir / "spent.json", json.dumps(self.seconds))
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["baseline"] = {"seconds": dict(self.seconds), "best": dict(self.best)}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.seconds = dict(checkpoint["baseline"]["seconds"])
+        self.best = dict(checkpoint["baseline"]["best"])
+
+    @override
+    @torch.no_grad()
+    def finish_stage(self, context: StageContext) -> dict[str, float]:
+        """Evaluate each rule's best epoch on all of validation and, once, on test."""
+        results = {}
+        spent = json.loads((context.dir / "spent.json").read_text())
+        for rule in RULES:
+            circuit = pc.load(context.dir / rule, device=self.device)
+            results[rule] = {
+                "seconds": spent[rule],
+                "num_parameters": circuit.num_parameters,
+                "val_bpd": _bpd(circuit, context.data, "val"),
+                "bpd": _bpd(circuit, context.data, "test"),
+            }
+        write_atomically(context.dir / "baseline.json", json.dumps(results, indent=2))
+        return {"val_bpd": min(found["val_bpd"] for found in results.values())}
+
+    def _step(self, rule: Rule, optimizer: LightningOptimizer, images_BD: Tensor, done: int) -> None:
+        """One EM step by a rule, with the clock running."""
+        start = self._now()
+        for group in optimizer.param_groups:
+            group["lr"] = self._step_size(rule, done)
+        log_B = self.circuit(rule).log_prob(images_BD)[:, 0]
+        self.manual_backward(-log_B.sum())
+        optimizer.step()
+        optimizer.zero_grad()
+        self.seconds[rule] += self._now() - start
+        metric = self._metric("train", rule)
+        metric.update(log_B)
+        self.log(f"train/{rule}_bpd", metric, on_step=False, on_epoch=True)
+
+    def _step_size(self, rule: Rule, step: int) -> float:
+        fallen = (1 - FINAL_SHARE) * step / max(1, self.steps[rule] - 1)
+        return float(self.hparams[f"{rule}_lr"] * (1 - fallen))
+
+    def _metric(self, split: str, rule: Rule) -> BitsPerDim:
+        found = self.metrics[f"{split}_{rule}"]
+        assert isinstance(found, BitsPerDim)
+        return found
+
+    def _optimizer(self, rule: Rule, circuit: pc.Circuit) -> torch.optim.Optimizer:
+        settings = self.hparams
+        lr, pseudocount = settings[f"{rule}_lr"], settings[f"{rule}_pseudocount"]
+        return make_optimizer(rule, circuit, lr, settings["momentum"], pseudocount)
+
+    def _sample(self, context: StageContext) -> Tensor:
+        """Training images for the tree and for timing, uint8 (N, D)."""
+        count = context.data.num_examples("train")
+        order = torch.randperm(count, generator=context.generator("sample"))[: self.hparams["max_tree_examples"]]
+        found: Tensor = context.data.batch("train", order.sort().values)
+        return found.flatten(1)
+
+    def _plan(self, context: StageContext, sample_ND: Tensor) -> dict[str, Any]:
+        """Tree, size and number of steps: decided once, by rank 0, and read ever after. All ranks call."""
+        path = context.dir / "plan.json"
+        if not path.is_file():
+            tree_D = pc.chow_liu_tree(sample_ND, 256, max_examples=None) if self.structure.needs_tree else None
+            plan: dict[str, Any] = {
+                "parents": None if tree_D is None else tree_D.tolist(),
+                "num_latents": self._num_latents(context),
+                "seconds": self._time_limit(context),
+            }
+            circuit = self._first_circuit(context, sample_ND, plan)
+            plan["steps"] = {rule: self._measure(circuit, sample_ND, rule, plan["seconds"]) for rule in RULES}
+            context.dir.mkdir(parents=True, exist_ok=True)
+            Processes().on_first(partial(write_atomically, path, json.dumps(plan)))
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+    def _first_circuit(self, context: StageContext, sample_ND: Tensor, plan: dict[str, Any]) -> pc.Circuit:
+        parents = None if plan["parents"] is None else torch.tensor(plan["parents"])
+        shape, num_latents, generator = context.data.image_shape, plan["num_latents"], context.generator("parameters")
+        if self.hparams["init"] == "quantiles":
+            graph = self.structure.graph_from_data(sample_ND, shape, num_latents, parents=parents, generator=generator)
+        else:
+            graph = self.structure.graph(shape, num_latents, parents=parents, generator=generator)
+        return pc.Circuit(graph)
+
+    def _num_latents(self, context: StageContext) -> int:
+        """The fewest hidden states with at least (nearly) as many parameters as the distilled circuit."""
+        if self.hparams["num_latents"] is not None:
+            return int(self.hparams["num_latents"])
+        for stage in SIZED:
+            folder = context.previous(stage)
+            if folder is not None:
+                wanted = float(json.loads((folder / DONE_MARKER).read_text())["num_parameters"])
+                generator = context.generator("parameters")  # as that of the circuit itself
+                counts = self.structure.num_parameters(context.data.image_shape, generator=generator)
+                states = 1
+                while sum(count * states**power for power, count in counts.items()) < 0.98 * wanted:
+                    states += 1
+                return states
+        raise ValueError(
+            f"stage {context.stage}: no stage {' or '.join(SIZED)} says how large it may be; set num_latents"
+        )
+
+    def _time_limit(self, context: StageContext) -> float:
+        if self.hparams["seconds"] is not None:
+            return float(self.hparams["seconds"])
+        folders = [folder for folder in map(context.previous, TIMED) if folder is not None]
+        if not folders:
+            raise ValueError(f"stage {context.stage}: no earlier stage says how long it may take; set seconds")
+        return sum(float(json.loads((folder / DONE_MARKER).read_text())["seconds"]) for folder in folders)
+
+    def _measure(self, circuit: pc.Circuit, sample_ND: Tensor, rule: Rule, seconds: float) -> int:
+        """How many steps of all ranks fit into `seconds`, from a few that are timed on a copy. All ranks call."""
+        processes = Processes()
+        circuit = copy.deepcopy(circuit).to(self._context.device)
+        optimizer = self._optimizer(rule, circuit)
+        batch_BD = sample_ND[: self.hparams["batch_size"]][processes.rank :: processes.size].to(circuit.device)
+        spent = []
+        for _ in range(TIMED_STEPS):
+            start = self._now()
+            (-circuit.log_prob(batch_BD).sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            spent.append(self._now() - start)
+        return max(1, round(seconds / min(spent)))
+
+    def _now(self) -> float:
+        """Seconds on a clock, when the device is done with what it was given."""
+        if self._context.device.type == "cuda":
+            torch.cuda.synchronize(self._context.device)
+        return time.monotonic()
+
+
+class _Images(Dataset[Tensor]):
+    """Training images by batches of numbers."""
+
+    def __init__(self, data: ImageData) -> None:
+        self.data = data
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self.data.batch("train", index)
+
+
+class _RandomBatches(Sampler[Tensor]):
+    """This rank's share of the batches of one epoch: random order, starting over as often as needed."""
+
+    def __init__(self, module: CircuitBaseline, context: StageContext, batch_size: int, num_batches: int) -> None:
+        self.module, self.context = module, context
+        self.batch_size, self.num_batches = batch_size, num_batches
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        count = self.context.data.num_examples("train")
+        generator = self.context.generator("batches", self.module.current_epoch)
+        order = torch.empty(0, dtype=torch.int64)
+        for _ in range(self.num_batches):
+            while len(order) < min(self.batch_size, count):
+                order = torch.cat([order, torch.randperm(count, generator=generator)])
+            index, order = order[: self.batch_size], order[self.batch_size :]
+            yield index[self.module.global_rank :: self.module.trainer.world_size]
+
+
+def _log_prob(circuit: pc.Circuit, images: Tensor) -> Tensor:
+    """log p(x) in nats of whole images, in bounded memory."""
+    limit = MAX_NUMBERS["cpu" if circuit.device.type == "cpu" else "cuda"]
+    step = max(1, limit // circuit.plan.num_value_rows)
+    return torch.cat([circuit.log_prob(part.flatten(1))[:, 0] for part in images.split(step)])
+
+
+def _bpd(circuit: pc.Circuit, data: ImageData, split: str) -> float:
+    """Bits per dimension over a whole split, computed by this rank alone."""
+    metric = BitsPerDim(circuit.num_variables, sync_on_compute=False).to(circuit.device)
+    for index in torch.arange(data.num_examples(split)).split(256):
+        metric.update(_log_prob(circuit, data.batch(split, index).to(circuit.device)))
+    return float(metric.compute())

@@ -1,0 +1,309 @@
+"""Stage "conditional": p(x_i | z_i), a circuit per cluster of patches, each trained on its own; some grow more heads.
+
+Shapes: B images, N images of a split, P patches, D variables of a patch, K latent values, G circuits, S slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lvd_lightning import circuits as pc
+from lvd_lightning.circuits.engine.workspace import few_sizes
+from lvd_lightning.circuits.io import pack_structure, unpack_structure
+from lvd_lightning.context import StageContext
+from lvd_lightning.growing.agreement import check_agreement, from_first
+from lvd_lightning.growing.clustering import first_heads
+from lvd_lightning.growing.examples import Examples
+from lvd_lightning.growing.features import PatchFeatures
+from lvd_lightning.growing.likelihood import best_heads
+from lvd_lightning.latents import load_latents_info
+from lvd_lightning.latents.assignments import read_clusters, write_assignments
+from lvd_lightning.metrics import BitsPerDim
+from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.models.first_circuits import first_circuits
+from lvd_lightning.models.priors import chow_liu_prior, latent_tree
+from lvd_lightning.models.routing import route
+from lvd_lightning.models.structures import ImageStructure, StructureName
+from lvd_lightning.stages.em_student import EMStudent, Rule, check_at_least
+
+__all__ = ["ConditionalStudent"]
+
+_PRIOR = "assembled.prior."
+
+
+class ConditionalStudent(EMStudent):
+    """A circuit over patches for every cluster of stage latents (tied over positions), or a set of them per position.
+
+    All of them run as one folded circuit. In every step each circuit sees the patches of the batch in its cluster, in
+    equally many slots for all; where there are more patches than slots a random subset stands for them by larger
+    weights. The cost of a step depends on the number of patches, not on that of the circuits.
+
+    A circuit may have several heads, each for patches of its own (LVD-PG: Liu, Liu, Van den Broeck and Liang, ICML
+    2023): `num_heads` to begin with, and more where `callbacks.GrowClusters` copies some. A latent value z is a head,
+    counted through all circuits, and every patch is trained under its head.
+
+    Logs `train/lvd_objective_bpd` (of log p(x, z), the prior over z having the counts of the training patches'
+    assignments, in a Chow-Liu tree over the clusters), `val/bpd`, that of the circuit assembled with the same prior, on
+    the first `val_images` validation images, and `val/lvd_objective_bpd` of these; the z of a validation patch is the
+    likeliest head of its cluster.
+
+    Args:
+        num_latents: states of every hidden variable in an HCLT, units of every region of another structure.
+        structure: "hclt"; "rat_spn", whose random splits are drawn for each circuit; or "poon_domingos", rectangles of
+            the patch whose pixels keep their channels together.
+        structure_settings: of a RAT-SPN depth, num_repetitions and product, of a Poon-Domingos structure delta and
+            product; see `ImageStructure` for what they are if not given. Circuits with Kronecker products do not grow.
+        tied: one set of circuits for all positions, or one per position.
+        num_heads: heads per circuit to begin with, clusters of the features inside its cluster; fewer where there are
+            too few patches.
+        min_examples: training patches per head to begin with.
+        optimizer, lr, final_lr, momentum, pseudocount, round_epochs, val_images: see `EMStudent`. Callbacks that edit
+            circuits do so at the beginning of rounds; a shorter last round may follow the last edit.
+        init: "quantiles", from data (see `hclt_from_data`, and `regions_from_data` for other structures), or "random".
+        slots: slots per circuit and step, as a multiple of the mean number of patches.
+        max_examples: patches per circuit from which its tree (and first parameters) are learnt.
+    """
+
+    def __init__(
+        self,
+        num_latents: int = 16,
+        tied: bool = True,
+        num_heads: int = 1,
+        min_examples: int = 100,
+        optimizer: Rule = "anemone",
+        lr: float = 0.3,
+        final_lr: float = 0.03,
+        momentum: float = 0.9,
+        pseudocount: float = 1e-3,
+        round_epochs: int | None = None,
+        init: str = "quantiles",
+        slots: float = 1.5,
+        max_examples: int = 3000,
+        val_images: int = 256,
+        structure: StructureName = "hclt",
+        structure_settings: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.structure = ImageStructure.of(structure, structure_settings)
+        if init not in ("quantiles", "random"):
+            raise ValueError(f"init: got {init!r}, expected one of quantiles, random")
+        if not slots > 0:
+            raise ValueError(f"slots: got {slots}, expected a positive multiple of the mean number of patches")
+        check_at_least(1, num_latents=num_latents, num_heads=num_heads, min_examples=min_examples)
+        check_at_least(1, max_examples=max_examples, round_epochs=round_epochs)
+        if num_heads > 1 and not tied:
+            raise ValueError(f"num_heads: got {num_heads}, but circuits of their own per position have one head each")
+
+    @override
+    def begin_stage(self, context: StageContext) -> None:
+        super().begin_stage(context)
+        self.clusters_NP, num_clusters = read_clusters(context)
+        self._check_ties(context)
+        self._tree = latent_tree(self.clusters_NP["train"], num_clusters)
+        self.round = 0
+        circuit_NP, num_circuits = self.clusters_NP["train"], num_clusters
+        if not self.hparams["tied"]:
+            circuit_NP = circuit_NP + num_clusters * torch.arange(circuit_NP.shape[1])
+            num_circuits *= circuit_NP.shape[1]
+        heads_NP = torch.zeros(circuit_NP.shape, dtype=torch.int16)
+        if self.hparams["num_heads"] > 1:
+            heads_NP = first_heads(
+                self.features(),
+                circuit_NP,
+                num_circuits,
+                self.hparams["num_heads"],
+                min_examples=self.hparams["min_examples"],
+                generator=self.generator("first heads"),
+            )
+        graphs = first_circuits(
+            context,
+            circuit_NP,
+            heads_NP,
+            num_circuits,
+            structure=self.structure,
+            num_latents=self.hparams["num_latents"],
+            from_data=self.hparams["init"] == "quantiles",
+            max_examples=self.hparams["max_examples"],
+        )
+        self._assemble(graphs, heads_NP)
+        dims = self.assembled.num_dims
+        self.train_objective, self.val_bpd, self.val_objective = BitsPerDim(dims), BitsPerDim(dims), BitsPerDim(dims)
+
+    @override
+    def trained(self) -> nn.Module:
+        return self.assembled.conditional
+
+    def _check_ties(self, context: StageContext) -> None:
+        folder = context.previous("latents")
+        assert folder is not None
+        if self.hparams["tied"] and not load_latents_info(folder)["pooled"]:
+            raise ValueError(
+                "tied: is true, but every position has clusters of its own, so that a value means something else at "
+                "each: set tied: false, or latents.pooled: true"
+            )
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, index = batch
+        conditional = self.assembled.conditional
+        z_BP = self._latent_values(self.clusters_NP["train"][index.cpu()], self.heads_NP[index.cpu()]).to(images.device)
+        circuit_N, head_N = self.assembled.circuit_index(z_BP)
+        slots = few_sizes(round(self.hparams["slots"] * len(circuit_N) / conditional.num_circuits))
+        routed = route(circuit_N, conditional.num_circuits, slots=slots, generator=self.step_generator(batch_idx))
+        patches_ND = self.assembled.patches(images).flatten(0, 1)
+        is_filled = routed.weight > 0
+        head_GS = torch.where(is_filled, head_N[routed.index], 0)
+        log_GS = conditional.log_prob(patches_ND[routed.index], head=head_GS, wanted=is_filled)
+        total = (routed.weight * log_GS).sum()
+        self.em_step(-total)
+        with torch.no_grad():
+            log_z_B = self.assembled.prior_log_prob(z_BP)
+            self.train_objective.update(log_z_B + total.detach() / len(images))
+        self.log("train/lvd_objective_bpd", self.train_objective, on_step=False, on_epoch=True, prog_bar=True)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, index = batch
+        wanted = index < self.hparams["val_images"]
+        if bool(wanted.any()):
+            self._update_metrics(images[wanted], index[wanted])
+        self.log("val/bpd", self.val_bpd, on_step=False, on_epoch=True, prog_bar=True)
+        self.log("val/lvd_objective_bpd", self.val_objective, on_step=False, on_epoch=True)
+
+    @override
+    def finish_stage(self, context: StageContext) -> dict[str, float]:
+        """Hand on the circuits and, if some have several heads, the latent value of every patch of all splits."""
+        conditional = self.assembled.conditional
+        pc.save(conditional, context.dir / "conditional")
+        if conditional.num_heads > 1:
+            write_assignments(context.dir, self._assign(context), self.assembled.num_states)
+        return {
+            "val_bpd": self.validate(self.assembled, context),
+            "val_images": min(self.hparams["val_images"], context.data.num_examples("val")),
+            "num_heads": self.assembled.num_states,
+            "num_parameters": conditional.num_parameters,
+        }
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What the state_dict does not hold: structure, heads of the training patches, rounds of growth so far.
+
+        The prior, K x K numbers for every patch, is left out: it follows from the heads by counting.
+        """
+        text, tensors = pack_structure(self.assembled.conditional.structures)
+        checkpoint["growing"] = {"structure": text, "tensors": tensors, "heads": self.heads_NP, "round": self.round}
+        for name in [name for name in checkpoint.get("state_dict", {}) if name.startswith(_PRIOR)]:
+            del checkpoint["state_dict"][name]
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build the circuits of a checkpoint, whose parameters are loaded next, and count their prior."""
+        found = checkpoint["growing"]
+        self.round = int(found["round"])
+        self._assemble(unpack_structure(found["structure"], found["tensors"]), found["heads"])
+        for name, counted in self.assembled.prior.state_dict(prefix=_PRIOR).items():
+            checkpoint["state_dict"].setdefault(name, counted)  # older checkpoints have it
+
+    @property
+    def context(self) -> StageContext:
+        """That of the stage."""
+        return self._context
+
+    @property
+    def heads_per_circuit(self) -> list[int]:
+        """How many heads each circuit has."""
+        return [structure.num_heads for structure in self.assembled.conditional.structures]
+
+    def examples(self) -> Examples:
+        """The training patches with their circuits and heads as they are now.
+
+        Raises:
+            ValueError: there is a set of circuits for every position; these do not grow.
+        """
+        if not self.hparams["tied"]:
+            raise ValueError("tied: is false, but only circuits that positions share are pruned, reassigned and grown")
+        context = self._context
+        return Examples(
+            context.data, int(context.shared["patch_size"]), self.clusters_NP["train"], self.heads_NP, "train"
+        )
+
+    def features(self) -> PatchFeatures:
+        """The features of the training patches."""
+        return PatchFeatures.of(self._context)
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Random numbers for an edit, a function of (seed, stage, round)."""
+        return self._context.generator(purpose, self.round)
+
+    def replace_circuits(self, graphs: list[pc.CircuitGraph], heads_NP: Tensor | None = None) -> None:
+        """Go on training with edited circuits, and other heads of the training patches if given, int16 (N, P).
+
+        The same on every process, which is checked; parameters are those of the first. The prior is counted again, and
+        there is a new optimizer, with the schedule going on.
+        """
+        text, tensors = pack_structure(graphs)
+        check_agreement("the structure of the edited circuits", text, tensors.values())
+        self._assemble(graphs, self.heads_NP if heads_NP is None else self._checked(heads_NP))
+        with torch.no_grad():
+            for table in self.assembled.conditional.tables:
+                table.copy_(from_first(table))
+        self.renew_optimizer()
+
+    def replace_heads(self, heads_NP: Tensor) -> None:
+        """Go on with other heads of the training patches, int16 (N, P); the prior is counted again."""
+        self.heads_NP = self._checked(heads_NP)
+        self.assembled.prior = self._prior().to(self.device)
+
+    def _checked(self, heads_NP: Tensor) -> Tensor:
+        check_agreement("the heads of the training patches", "", (heads_NP,))
+        return heads_NP
+
+    def _assemble(self, graphs: list[pc.CircuitGraph], heads_NP: Tensor) -> None:
+        """The circuits, and their prior by the counts of latent values."""
+        self.heads_NP = heads_NP
+        heads_G = torch.tensor([graph.num_heads for graph in graphs])
+        self._first_G = heads_G.cumsum(0) - heads_G
+        context = self._context
+        patch_size, image_shape = int(context.shared["patch_size"]), context.data.image_shape
+        conditional = pc.Circuit(graphs)
+        self.num_states = int(heads_G.sum())
+        if not self.hparams["tied"]:
+            self.num_states //= self.heads_NP.shape[1]
+        self.assembled = AssembledCircuit(self._prior(), conditional, patch_size, image_shape).to(self.device)
+
+    def _prior(self) -> pc.Circuit:
+        z_NP = self._latent_values(self.clusters_NP["train"], self.heads_NP)
+        return chow_liu_prior(z_NP, self.num_states, self._tree).requires_grad_(False)
+
+    def _latent_values(self, clusters: Tensor, heads: Tensor) -> Tensor:
+        """z of patches by cluster and head: heads counted through, circuit 0 first."""
+        return self._first_G[clusters] + heads if self.hparams["tied"] else clusters
+
+    @torch.no_grad()
+    def _update_metrics(self, images: Tensor, index: Tensor) -> None:
+        evidence_BPK = self.assembled.evidence(images)
+        z_BP = self._likeliest(evidence_BPK, self.clusters_NP["val"][index.cpu()].to(images.device))
+        self.val_bpd.update(self.assembled.prior.log_prob(evidence_BPK)[:, 0])
+        given_B = evidence_BPK.gather(2, z_BP[..., None]).sum((1, 2))
+        self.val_objective.update(given_B + self.assembled.prior_log_prob(z_BP))
+
+    def _likeliest(self, evidence_BPK: Tensor, clusters_BP: Tensor) -> Tensor:
+        """The likeliest head of each patch's cluster, as a latent value (B, P)."""
+        if self.assembled.conditional.num_heads == 1:
+            return clusters_BP
+        elsewhere_BPK = self.assembled.circuit_of != clusters_BP[..., None]
+        # A patch that no head explains gets one of its own cluster, too.
+        return evidence_BPK.nan_to_num(neginf=-1e30).masked_fill(elsewhere_BPK, -torch.inf).argmax(-1)
+
+    def _assign(self, context: StageContext) -> dict[str, Tensor]:
+        """z of every patch of all splits, int64 (N, P); in validation and test images the likeliest of its cluster."""
+        out = {"train": self._latent_values(self.clusters_NP["train"], self.heads_NP)}
+        clusters = {**self.clusters_NP, **read_clusters(context, "test")[0]}
+        patch_size = int(context.shared["patch_size"])
+        for split in ("val", "test"):
+            examples = Examples(context.data, patch_size, clusters[split], torch.zeros_like(clusters[split]), split)
+            heads_NP, _ = best_heads(self.assembled.conditional, examples, alone=True)
+            out[split] = self._latent_values(clusters[split], heads_NP)
+        return out

@@ -1,0 +1,154 @@
+"""What the circuit students share: EM optimizers with a schedule, and the step that uses them."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lvd_lightning import circuits as pc
+from lvd_lightning.context import StageContext
+from lvd_lightning.metrics import BitsPerDim
+from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.stages.stage import StageModule
+
+__all__ = [
+    "EMStudent",
+    "Rule",
+    "check_at_least",
+    "check_rule",
+    "check_step_sizes",
+    "make_optimizer",
+    "step_factor",
+]
+
+Rule = Literal["anemone", "em"]
+
+
+def check_rule(name: str, rule: str) -> None:
+    if rule not in get_args(Rule):
+        raise ValueError(f"{name}: got {rule!r}, expected one of {', '.join(get_args(Rule))}")
+
+
+def check_at_least(least: float, **settings: float | None) -> None:
+    """Raise a ValueError for the first setting that is a number below `least` (or NaN)."""
+    for name, value in settings.items():
+        if value is not None and not value >= least:
+            raise ValueError(f"{name}: got {value}, expected at least {least}")
+
+
+def check_step_sizes(lr: float, final_lr: float, momentum: float, lr_name: str = "lr") -> None:
+    """Raise a ValueError if these are no step sizes and momentum of EM."""
+    if not 0 < lr <= 1:
+        raise ValueError(f"{lr_name}: got {lr}, expected a step size of EM, above 0 and at most 1")
+    if not 0 < final_lr <= lr:
+        raise ValueError(f"final_lr: got {final_lr}, expected a step size above 0 and at most {lr_name}, which is {lr}")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum: got {momentum}, expected 0 <= momentum < 1")
+
+
+def make_optimizer(rule: Rule, module: nn.Module, lr: float, momentum: float, pseudocount: float) -> Optimizer:
+    """Anemone, or the classical mini-batch rule (which has no momentum)."""
+    check_rule("optimizer", rule)
+    if rule == "anemone":
+        return pc.Anemone(module, lr=lr, momentum=momentum, pseudocount=pseudocount)
+    return pc.CircuitEM(module, lr=lr, pseudocount=pseudocount)
+
+
+def step_factor(step: int, total: float, ratio: float, length: float | None = None) -> float:
+    """What the step size of step `step` (from 0) is multiplied by: falls linearly from 1 to `ratio`.
+
+    total: steps of the stage; length: steps of a round, in each of which the step size falls anew, in the last (which
+    may be shorter) too; None: the stage is one round.
+    """
+    start = 0.0 if length is None else step // length * length
+    end = total if length is None else min(start + length, total)
+    return 1 + (ratio - 1) * min(1.0, (step - start) / max(1.0, end - start - 1))
+
+
+class EMStudent(StageModule):
+    """A stage whose circuits are trained by EM: manual optimisation, the step size falling linearly per step.
+
+    Subclasses keep these among their hyperparameters:
+
+    optimizer: "anemone" or "em".
+    lr, final_lr: EM step size, falling linearly per step from one to the other; 0 < final_lr <= lr <= 1.
+    momentum: of Anemone's moving averages, 0 <= momentum < 1.
+    pseudocount: per sum node and input unit, in examples of a step.
+    round_epochs: optional; the step size falls anew in every round of so many epochs.
+    val_images: validation images on which the circuit is evaluated after every epoch.
+    """
+
+    em: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.save_hyperparameters()
+        settings = self.hparams
+        check_rule("optimizer", settings["optimizer"])
+        check_step_sizes(settings["lr"], settings["final_lr"], settings["momentum"])
+        check_at_least(0, pseudocount=settings["pseudocount"])
+        check_at_least(1, val_images=settings["val_images"])
+
+    def begin_stage(self, context: StageContext) -> None:
+        self._context = context
+
+    def trained(self) -> nn.Module:
+        """The module whose circuits are trained."""
+        raise TypeError(f"{type(self).__name__} is abstract")
+
+    def configure_optimizers(self) -> Any:
+        """One EM optimizer, and a schedule that `em_step` steps, as manual optimisation wants it."""
+        settings = self.hparams
+        optimizer = make_optimizer(
+            settings["optimizer"], self.trained(), settings["lr"], settings["momentum"], settings["pseudocount"]
+        )
+        total = float(self.trainer.estimated_stepping_batches)
+        if total == float("inf"):
+            raise ValueError(
+                f"stage {self._context.stage}: set max_epochs of its trainer, so that the step size can fall"
+            )
+        ratio, round_epochs = settings["final_lr"] / settings["lr"], settings.get("round_epochs")
+        length = None if round_epochs is None else round_epochs * total / max(1, self.trainer.max_epochs or 1)
+        return [optimizer], [LambdaLR(optimizer, lambda step: step_factor(step, total, ratio, length))]
+
+    def renew_optimizer(self) -> None:
+        """An optimizer of the circuits as they are now, without moving averages; the schedule goes on."""
+        before = self.lr_schedulers()
+        assert isinstance(before, LambdaLR)
+        self.trainer.strategy.setup_optimizers(self.trainer)
+        schedule = self.lr_schedulers()
+        assert isinstance(schedule, LambdaLR)
+        schedule.load_state_dict(before.state_dict())
+        for group, lr in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = lr
+
+    def em_step(self, *losses: Tensor) -> None:
+        """Add up the flows of the losses (minus weighted log-likelihoods) and take one step."""
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        for loss in losses:
+            self.manual_backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule = self.lr_schedulers()
+        assert isinstance(schedule, LambdaLR)
+        schedule.step()
+
+    @torch.no_grad()
+    def validate(self, assembled: AssembledCircuit, context: StageContext) -> float:
+        """Bits per dimension on the first `val_images` validation images, computed by this rank alone."""
+        metric = BitsPerDim(assembled.num_dims, sync_on_compute=False).to(self.device)
+        count = min(self.hparams["val_images"], context.data.num_examples("val"))
+        for index in torch.arange(count).split(64):
+            metric.update(assembled.log_prob(context.data.batch("val", index).to(self.device)))
+        return float(metric.compute())
+
+    def step_generator(self, batch_idx: int) -> torch.Generator:
+        """Random numbers of one step, a function of (seed, stage, epoch, batch, rank)."""
+        return self._context.generator("step", self.current_epoch, batch_idx, self.global_rank)

@@ -1,0 +1,197 @@
+"""Stage "finetune": log p(x) of the assembled circuit, end to end, in bounded memory.
+
+Shapes: B images, P patches, D variables of a patch, K latent values, M candidates per patch, G circuits, S slots,
+H heads, U pairs of a patch and a circuit.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lvd_lightning.circuits.engine.workspace import few_sizes
+from lvd_lightning.context import StageContext
+from lvd_lightning.latents.assignments import read_assignments
+from lvd_lightning.metrics import BitsPerDim
+from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.models.evidence import Candidates, CircuitGroups, EvidenceCache
+from lvd_lightning.models.evidence_source import EvidenceSource, load_candidate_table
+from lvd_lightning.models.routing import route
+from lvd_lightning.stages.em_student import EMStudent, Rule
+
+__all__ = ["FinetuneStudent"]
+
+
+class FinetuneStudent(EMStudent):
+    r"""Finetunes prior and conditionals together by EM on log p(x) = log sum_z p(z) prod_i p(x_i | z_i).
+
+    A step has two halves, both of which need little memory. First the evidence log p(x_i | z_i = k) without gradients;
+    through it the prior's backward pass gives the posteriors p(z_i = k | x). Then only pairs of a patch and a latent
+    value whose posterior exceeds `posterior_floor` pass through their conditional once more, weighted by it: by the
+    chain rule these are the flows of the whole circuit.
+
+    Evidence is computed for values whose kept evidence (see `PriorStudent`) is within `margin` nats of the patch's
+    best, about one value in ten; for the others the kept evidence stands in. Of images without kept evidence it is
+    computed for all candidates. With `margin: null` and `posterior_floor: 0` every step is exact. Validation always is.
+
+    Logs `train/bpd` and `val/bpd` (on the first `val_images` validation images).
+
+    Args:
+        optimizer, lr, final_lr, momentum, pseudocount, val_images: see `EMStudent`.
+        margin: in nats; null computes the evidence of all latent values in every step.
+        posterior_floor: posteriors below it count as zero.
+        slots: slots per conditional circuit and step, as a multiple of the mean number of its patches.
+    """
+
+    def __init__(
+        self,
+        optimizer: Rule = "anemone",
+        lr: float = 0.2,
+        final_lr: float = 0.02,
+        momentum: float = 0.9,
+        pseudocount: float = 1e-3,
+        margin: float | None = 12.0,
+        posterior_floor: float = 1e-3,
+        slots: float = 2.0,
+        val_images: int = 256,
+    ) -> None:
+        super().__init__()
+        if margin is not None and not margin > 0:
+            raise ValueError(f"margin: got {margin}, expected a positive number of nats, or null for no limit")
+        if not 0 <= posterior_floor < 1:
+            raise ValueError(f"posterior_floor: got {posterior_floor}, expected 0 <= floor < 1")
+        if not slots > 0:
+            raise ValueError(f"slots: got {slots}, expected a positive multiple of the mean number of patches")
+
+    @override
+    def begin_stage(self, context: StageContext) -> None:
+        super().begin_stage(context)
+        folder = context.previous("prior")
+        if folder is None:
+            raise ValueError(f"stage {context.stage} needs the circuit of a stage prior; the experiment has none")
+        self.assembled = AssembledCircuit.load(folder)
+        self.source: EvidenceSource | None = None
+        if self.hparams["margin"] is not None:
+            self.source = self._source(context, folder / "evidence")
+        dims = self.assembled.num_dims
+        self.train_bpd, self.val_bpd = BitsPerDim(dims), BitsPerDim(dims)
+
+    @override
+    def trained(self) -> nn.Module:
+        return self.assembled
+
+    @override
+    def on_fit_start(self) -> None:
+        if self.source is not None:
+            self.groups.to(self.device)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, index = batch
+        evidence_BPK = self._evidence(images, index).requires_grad_()
+        log_B = self.assembled.prior.log_prob(evidence_BPK)[:, 0]
+        self.manual_backward(-log_B.sum())
+        assert evidence_BPK.grad is not None
+        self.em_step(self._conditional_loss(images, -evidence_BPK.grad, batch_idx))
+        self.train_bpd.update(log_B)
+        self.log("train/bpd", self.train_bpd, on_step=False, on_epoch=True, prog_bar=True)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, index = batch
+        wanted = index < self.hparams["val_images"]
+        if bool(wanted.any()):
+            self.val_bpd.update(self.assembled.log_prob(images[wanted]))
+        self.log("val/bpd", self.val_bpd, on_step=False, on_epoch=True, prog_bar=True)
+
+    @override
+    @torch.no_grad()
+    def finish_stage(self, context: StageContext) -> dict[str, float]:
+        """Keep the best epoch, or the circuit that finetuning began with if no epoch is better on validation."""
+        folder = context.previous("prior")
+        assert folder is not None
+        before = AssembledCircuit.load(folder).to(self.device)
+        start_bpd, val_bpd = self.validate(before, context), self.validate(self.assembled, context)
+        improved = val_bpd < start_bpd
+        if not improved:
+            warnings.warn(
+                f"finetuning did not lower the validation bpd ({start_bpd:.4f} before, {val_bpd:.4f} at best): the "
+                "circuit of stage prior is kept; try a smaller lr or a larger pseudocount",
+                stacklevel=2,
+            )
+        kept = self.assembled if improved else before
+        kept.save(context.dir)
+        return {
+            "val_bpd": val_bpd if improved else start_bpd,
+            "improved": float(improved),
+            "val_images": min(self.hparams["val_images"], context.data.num_examples("val")),
+            "num_parameters": kept.num_parameters,
+        }
+
+    @torch.no_grad()
+    def _evidence(self, images: Tensor, index: Tensor) -> Tensor:
+        """log p(x_i | z_i), (B, P, K): fresh within the margin, kept beyond it, -inf for no candidates."""
+        if self.source is None:
+            return self.assembled.evidence(images)
+        self.groups.refresh()
+        found_BPK = self.source.evidence(images, index)
+        image_B = (index < self.source.num_kept).nonzero()[:, 0]  # the others are fresh
+        kept_BPK = found_BPK[image_B]
+        near = kept_BPK > kept_BPK.amax(-1, keepdim=True) - self.hparams["margin"]
+        image, position, state = near.nonzero(as_tuple=True)
+        image = image_B[image]
+        circuit, head = self._circuits(position, state)
+        patches_ND = self.assembled.patches(images).flatten(0, 1)
+        item = image * self.assembled.num_positions + position
+        found_BPK[image, position, state] = self.groups.log_prob(patches_ND, item, circuit, head)
+        return found_BPK
+
+    def _conditional_loss(self, images: Tensor, posterior_BPK: Tensor, batch_idx: int) -> Tensor:
+        """Minus the log-likelihoods of the conditionals, weighted by posteriors."""
+        image, position, state = (posterior_BPK > self.hparams["posterior_floor"]).nonzero(as_tuple=True)
+        circuit, head = self._circuits(position, state)
+        conditional = self.assembled.conditional
+        # An example is a patch in a circuit: the heads that it may have share everything below them.
+        item = image * self.assembled.num_positions + position
+        pair, place = (item * conditional.num_circuits + circuit).unique(return_inverse=True)
+        item, circuit = pair // conditional.num_circuits, pair % conditional.num_circuits
+        weight_UH = posterior_BPK.new_zeros(len(pair), conditional.num_heads)
+        weight_UH[place, head] = posterior_BPK[image, position, state]
+        weight_U = weight_UH.sum(1)
+        slots = few_sizes(round(self.hparams["slots"] * len(pair) / conditional.num_circuits))
+        routed = route(
+            circuit, conditional.num_circuits, slots=slots, weight=weight_U, generator=self.step_generator(batch_idx)
+        )
+        patches_ND = self.assembled.patches(images).flatten(0, 1)
+        share_GSH = weight_UH[routed.index] / weight_U[routed.index][..., None]
+        weight_GSH = routed.weight[..., None] * share_GSH
+        log_GSH = conditional.log_prob(patches_ND[item[routed.index]], wanted=weight_GSH > 0)
+        return -(weight_GSH * log_GSH).sum()
+
+    def _circuits(self, position: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Circuit and head of pairs of a position and a latent value."""
+        flat = state if self.assembled.tied else position * self.assembled.num_states + state
+        return self.assembled.circuit_of[flat], self.assembled.head_of[flat]
+
+    def _source(self, context: StageContext, folder: Path) -> EvidenceSource:
+        """What stage prior kept, and how to compute the rest of it."""
+        cache, table_KM = EvidenceCache.open(folder / "train"), load_candidate_table(folder)
+        if cache is None and table_KM is None:
+            raise ValueError(f"{folder}: is not complete; run stage prior again, or set margin: null")
+        z_NP = read_assignments(context)[0]["train"]
+        self.groups = CircuitGroups(self.assembled.conditional, self._load(cache))
+        candidates = None if table_KM is None else Candidates(table_KM.to(context.device), self.groups)
+        return EvidenceSource(self.assembled, cache, candidates, z_NP)
+
+    def _load(self, cache: EvidenceCache | None) -> Tensor:
+        """How many patches of a sample have each circuit within the margin; without a sample, equally many."""
+        if cache is None:
+            return torch.ones(self.assembled.conditional.num_circuits)
+        sample = torch.arange(0, len(cache), max(1, len(cache) // 512))
+        kept_BPK = cache.evidence(sample, "cpu")
+        near = kept_BPK > kept_BPK.amax(-1, keepdim=True) - self.hparams["margin"]
+        _, position, state = near.nonzero(as_tuple=True)
+        circuit, _ = self._circuits(position, state)
+        return torch.bincount(circuit, minlength=self.assembled.conditional.num_circuits)

@@ -1,0 +1,238 @@
+"""Stage "prior": p(z) over the latents of an image, first from assignments, then on soft evidence.
+
+Shapes: B images, P patches, K latent values, M candidates per patch.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lvd_lightning import circuits as pc
+from lvd_lightning.circuits.io import pack_structure, unpack_structure
+from lvd_lightning.context import ImageData, StageContext
+from lvd_lightning.latents.assignments import read_assignments
+from lvd_lightning.latents.processes import Processes
+from lvd_lightning.metrics import BitsPerDim
+from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.models.evidence import Candidates, CircuitGroups, EvidenceCache, candidate_table
+from lvd_lightning.models.evidence_source import EvidenceSource, images_within, save_candidate_table
+from lvd_lightning.models.priors import chow_liu_prior, clusters_tree, hidden_prior
+from lvd_lightning.stages.em_student import EMStudent, Rule, check_at_least
+
+__all__ = ["PriorStudent"]
+
+
+class PriorStudent(EMStudent):
+    """The prior: a Chow-Liu tree over z in closed form from counts, or with `num_latents` a hidden Chow-Liu tree.
+
+    Trained for `hard_epochs` epochs on assignments (which a tree from counts does not need), then on soft evidence: the
+    log-likelihoods of every patch under the frozen conditionals, computed once and kept in `evidence/`, so that the
+    prior is fitted to log p(x) (the latent distribution step of Liu et al., ICLR 2023, section 3).
+
+    Logs `train/bpd`, `val/bpd` (exact: all latent values, on the first `val_images` validation images).
+
+    Args:
+        num_latents: null for the tree over z itself, else the states of its hidden variables.
+        hard_epochs: epochs on assignments; 0 for the tree from counts.
+        candidates: latent values kept per patch, those that patches of its cluster may have; null for all. What is
+            left out counts as impossible, so `train/bpd` is an upper bound; validation leaves nothing out.
+        max_cache_gb: disk space for the evidence of training images, in gigabytes; what does not fit is computed again
+            in every epoch, here and in finetuning.
+        counts_pseudocount: examples that smooth the counts of a parent's state.
+        prune_threshold: at the beginning of the last epoch, remove edges with at most this share of the training
+            images' flow; null removes none. With K states a tree over P patches has P K^2 edges, most of them idle.
+        optimizer, lr, final_lr, momentum, pseudocount, val_images: see `EMStudent`.
+    """
+
+    def __init__(
+        self,
+        num_latents: int | None = None,
+        hard_epochs: int = 0,
+        candidates: int | None = 16,
+        max_cache_gb: float = 20.0,
+        counts_pseudocount: float = 1.0,
+        prune_threshold: float | None = None,
+        optimizer: Rule = "anemone",
+        lr: float = 0.2,
+        final_lr: float = 0.02,
+        momentum: float = 0.9,
+        pseudocount: float = 1e-3,
+        val_images: int = 256,
+    ) -> None:
+        super().__init__()
+        check_at_least(1, num_latents=num_latents, candidates=candidates)
+        check_at_least(0, hard_epochs=hard_epochs, max_cache_gb=max_cache_gb)
+        if num_latents is not None and hard_epochs < 1:
+            raise ValueError(
+                f"hard_epochs: got {hard_epochs}, but a prior with num_latents starts at random: give it 1 or more"
+            )
+        if not counts_pseudocount > 0:
+            raise ValueError(f"counts_pseudocount: got {counts_pseudocount}, expected a positive number of examples")
+        if prune_threshold is not None and not 0 <= prune_threshold < 1:
+            raise ValueError(f"prune_threshold: got {prune_threshold}, expected 0 <= threshold < 1, or null")
+
+    @override
+    def begin_stage(self, context: StageContext) -> None:
+        super().begin_stage(context)
+        conditional_dir = context.previous("conditional")
+        if conditional_dir is None:
+            raise ValueError("stage prior needs the circuits of a stage conditional; the experiment has none")
+        self.z_NP, num_states = read_assignments(context)
+        conditional = pc.load(conditional_dir / "conditional")
+        self.assembled = AssembledCircuit(
+            self._first_prior(context, num_states, conditional),
+            conditional,
+            int(context.shared["patch_size"]),
+            context.data.image_shape,
+        )
+        self.assembled.conditional.requires_grad_(False)
+        self.assembled.to(context.device)
+        self.train_evidence = self._train_evidence(context)
+        count = min(self.hparams["val_images"], context.data.num_examples("val"))
+        self.val_cache = self._cache(context, "val", (count, self.assembled.num_positions, num_states), None)
+        dims = self.assembled.num_dims
+        self.train_bpd, self.val_bpd, self.hard_bpd = BitsPerDim(dims), BitsPerDim(dims), BitsPerDim(dims)
+
+    @override
+    def trained(self) -> nn.Module:
+        return self.assembled.prior
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        """Prune, so that the last epoch trains, and validation judges, what was pruned."""
+        threshold = self.hparams["prune_threshold"]
+        if threshold is not None and self.current_epoch + 1 == self.trainer.max_epochs:
+            self.replace_prior(pc.prune(self.assembled.prior, self.flows(), threshold))
+            self.renew_optimizer()
+
+    def flows(self) -> pc.Flows:
+        """Flows of the prior over all training images, summed over all processes, which all have to call."""
+        flows, data = pc.Flows(self.assembled.prior), self._context.data
+        for index in torch.arange(self.global_rank, len(self.z_NP["train"]), self.trainer.world_size).split(256):
+            images = data.batch("train", index).to(self.device)
+            flows.add(self.train_evidence.evidence(images, index.to(self.device)))
+        flows.all_reduce()
+        return flows
+
+    def replace_prior(self, graph: pc.CircuitGraph | list[pc.CircuitGraph]) -> None:
+        """Go on with another prior over the same latents."""
+        self.assembled.prior = pc.Circuit(graph[0] if isinstance(graph, list) else graph).to(self.device)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The structure of the prior: which edges are left."""
+        text, tensors = pack_structure(self.assembled.prior.structures)
+        checkpoint["prior"] = {"structure": text, "tensors": tensors}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build the prior of a checkpoint, whose parameters are loaded next."""
+        self.replace_prior(unpack_structure(checkpoint["prior"]["structure"], checkpoint["prior"]["tensors"]))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, index = batch
+        if self.current_epoch < self.hparams["hard_epochs"]:
+            z_BP = self.z_NP["train"][index.cpu()].to(images.device)
+            log_B = self.assembled.prior_log_prob(z_BP)
+            self.hard_bpd.update(log_B)
+            self.log("train/log_p_z_bpd", self.hard_bpd, on_step=False, on_epoch=True)
+        else:
+            log_B = self.assembled.prior.log_prob(self.train_evidence.evidence(images, index))[:, 0]
+            self.train_bpd.update(log_B)
+            self.log("train/bpd", self.train_bpd, on_step=False, on_epoch=True, prog_bar=True)
+        self.em_step(-log_B.sum())
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, index = batch
+        wanted = index < len(self.val_cache)
+        if bool(wanted.any()):
+            evidence_BPK = self.val_cache.evidence(index[wanted], images.device)
+            self.val_bpd.update(self.assembled.prior.log_prob(evidence_BPK)[:, 0])
+        self.log("val/bpd", self.val_bpd, on_step=False, on_epoch=True, prog_bar=True)
+
+    @override
+    def finish_stage(self, context: StageContext) -> dict[str, float]:
+        self.assembled.save(context.dir)
+        metric = BitsPerDim(self.assembled.num_dims, sync_on_compute=False).to(self.device)  # of this rank alone
+        count = len(self.val_cache)
+        for index in torch.arange(count).split(256):
+            evidence_BPK = self.val_cache.evidence(index, self.device)
+            metric.update(self.assembled.prior.log_prob(evidence_BPK)[:, 0])
+        return {
+            "val_bpd": float(metric.compute()),
+            "val_images": count,
+            "num_parameters": self.assembled.num_parameters,
+        }
+
+    def _first_prior(self, context: StageContext, num_states: int, conditional: pc.Circuit) -> pc.Circuit:
+        z_NP = self.z_NP["train"]
+        tree = clusters_tree(z_NP, num_states, conditional)
+        if self.hparams["num_latents"] is None:
+            return chow_liu_prior(z_NP, num_states, tree, self.hparams["counts_pseudocount"])
+        return hidden_prior(num_states, self.hparams["num_latents"], tree, context.generator("parameters"))
+
+    def _train_evidence(self, context: StageContext) -> EvidenceSource:
+        """The evidence of training images, of candidates; as much of it as fits is computed once. All ranks call."""
+        folder, states = context.dir / "evidence", self.assembled.num_states
+        kept = min(self.hparams["candidates"] or states, states)
+        shape = (context.data.num_examples("train"), self.assembled.num_positions, kept)
+        count = images_within(self.hparams["max_cache_gb"], shape, states)
+        cache, candidates = EvidenceCache.open(folder / "train"), None
+        finished = cache is not None and cache.shape == (count, *shape[1:])
+        if kept < states and not (finished and count == shape[0]):
+            candidates = find_candidates(context, self.assembled, self.z_NP["train"], kept)
+        if not finished:
+            table_KM = None if candidates is None else candidates.table
+            Processes().on_first(partial(save_candidate_table, folder, table_KM))
+            cache = self._cache(context, "train", (count, *shape[1:]), candidates) if count else None
+        return EvidenceSource(self.assembled, cache, candidates, self.z_NP["train"])
+
+    def _cache(
+        self, context: StageContext, split: str, shape: tuple[int, int, int], candidates: Candidates | None
+    ) -> EvidenceCache:
+        """The evidence of the first images of a split, computed once. All ranks call."""
+        folder = context.dir / "evidence" / split
+        found = EvidenceCache.open(folder)
+        if found is None or found.shape != shape:
+            fill_cache(folder, self.assembled, context.data, split, shape, self.z_NP[split], candidates)
+            found = EvidenceCache.open(folder)
+        assert found is not None
+        return found
+
+
+def find_candidates(
+    context: StageContext, assembled: AssembledCircuit, z_NP: Tensor, num_candidates: int, num_images: int = 512
+) -> Candidates:
+    """Candidates of each latent value from a sample of training images, and circuits grouped by their load."""
+    sample = torch.randperm(len(z_NP), generator=context.generator("candidates"))[:num_images].sort().values
+    images, z_BP = context.data.batch("train", sample).to(context.device), z_NP[sample].to(context.device)
+    table_KM = candidate_table(assembled, images, z_BP, num_candidates)
+    circuit, _ = assembled.circuit_index(table_KM[z_BP].permute(0, 2, 1).reshape(-1, z_NP.shape[1]))
+    load = torch.bincount(circuit, minlength=assembled.conditional.num_circuits)
+    return Candidates(table_KM, CircuitGroups(assembled.conditional, load))
+
+
+def fill_cache(
+    folder: Path,
+    assembled: AssembledCircuit,
+    data: ImageData,
+    split: str,
+    shape: tuple[int, int, int],
+    z_NP: Tensor,
+    candidates: Candidates | None,
+) -> None:
+    """Fill a cache of `shape` (N, P, M) with all processes, each its share; the first makes and completes it."""
+    processes = Processes()
+    sparse, states = candidates is not None, assembled.num_states
+    processes.on_first(partial(EvidenceCache.begin, folder, shape, states, sparse))
+    share = -(-shape[0] // processes.size)
+    rows = range(min(shape[0], processes.rank * share), min(shape[0], (processes.rank + 1) * share))
+    EvidenceCache.fill(folder, assembled, data, split, rows=rows, z_NP=z_NP, candidates=candidates)
+    processes.wait()
+    processes.on_first(partial(EvidenceCache.complete, folder, states))

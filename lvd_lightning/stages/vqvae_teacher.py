@@ -1,0 +1,195 @@
+"""The stage that trains a vector-quantised autoencoder as the teacher.
+
+Shapes: B images, P patches, K codes.
+"""
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.nn.functional import pad
+from typing_extensions import override
+
+from lvd_lightning.color import decode_color, unpatchify
+from lvd_lightning.context import StageContext
+from lvd_lightning.seeds import derive_seed
+from lvd_lightning.stages.mae_teacher import save_picture
+from lvd_lightning.stages.stage import StageModule
+from lvd_lightning.teachers import VQVAE, VQVAEOutput, save_teacher
+from lvd_lightning.teachers.vqvae_scores import VQVAEScores
+
+__all__ = ["VQVAETeacher", "code_sheet"]
+
+_SHEET_COLUMNS = 32
+
+
+class VQVAETeacher(StageModule):
+    """Trains a vector-quantised autoencoder, and with it a prior over its codes.
+
+    Adam minimises, per image of D dimensions, -(log p(x | z) + log p(z)) / (D log 2) + commitment |h - code|^2 / E with
+    the features h; the prior's gradients stay in the prior, and the codebook follows by moving averages (see
+    `Codebook`). There is no augmentation: the latents have to match the images as they are. What is random is a
+    function of the seed, the epoch and the batch, so an interrupted run ends like an uninterrupted one.
+
+    Logs, for `train` and `val` alike, `elbo_bpd` (the negative evidence lower bound in bits per dimension of the image,
+    the sum of the next two), `reconstruction_bpd`, `prior_bpd`, `loss` (what is minimised), `code_perplexity` and
+    `codes_used` (the share of the codebook that some patch has). Writes to `pictures/` after every epoch
+    reconstructions (originals above), and, if patches are decoded alone, the patches of all codes, from the most to the
+    least used.
+
+    Args:
+        channels: of the convolutions; this and the other sizes, and `decoder`, as in `VQVAE`.
+        commitment: the weight of the features' distance from their codes.
+        lr: the learning rate, reached linearly in the first `warmup` share of all steps.
+        final_lr: where the learning rate falls to, on a cosine; null: it stays.
+        num_pictures: validation images shown in the pictures; 0 writes none.
+
+    References:
+        see `VQVAE`; the defaults are those of Liu et al., ICML 2023, which trains for 50 epochs of batches of 64.
+    """
+
+    monitor = "val/elbo_bpd"
+    monitor_mode = "min"
+
+    def __init__(
+        self,
+        channels: int = 128,
+        num_residual_blocks: int = 2,
+        num_features: int = 128,
+        codebook_size: int = 1024,
+        decoder: str = "independent",
+        num_components: int = 10,
+        commitment: float = 0.25,
+        codebook_decay: float = 0.99,
+        prior_hidden_size: int = 128,
+        prior_num_layers: int = 4,
+        prior_num_heads: int = 4,
+        prior_dropout: float = 0.1,
+        lr: float = 3e-4,
+        final_lr: float | None = None,
+        warmup: float = 0.0,
+        num_pictures: int = 8,
+    ) -> None:
+        super().__init__()
+        if commitment < 0:
+            raise ValueError(f"commitment is {commitment}, expected 0 or more")
+        if not lr > 0 or (final_lr is not None and not 0 <= final_lr <= lr):
+            raise ValueError(f"lr is {lr} and final_lr {final_lr}, expected 0 <= final_lr <= lr and lr > 0")
+        if not 0.0 <= warmup < 1.0:
+            raise ValueError(f"warmup is {warmup}, expected a share of the steps, 0 <= warmup < 1")
+        self.save_hyperparameters()
+
+    @override
+    def begin_stage(self, context: StageContext) -> None:
+        _, height, width = context.data.image_shape
+        if height != width:
+            raise ValueError(f"images are {height} x {width}, expected square ones: VQVAETeacher knows no others")
+        sizes = (
+            *("channels", "num_residual_blocks", "num_features", "codebook_size", "decoder", "num_components"),
+            *("codebook_decay", "prior_hidden_size", "prior_num_layers", "prior_num_heads", "prior_dropout"),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(context.seed, context.stage, "parameters"))
+            self.teacher = VQVAE(
+                image_size=height,
+                patch_size=int(context.shared["patch_size"]),
+                **{name: self.hparams[name] for name in sizes},
+            )
+        count = context.data.num_examples("train")
+        self.teacher.start_from(context.data.batch("train", torch.linspace(0, count - 1, min(count, 500)).long()))
+        self.train_scores, self.val_scores = self._scores(context), self._scores(context)
+        self._context = context
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.Adam(self.teacher.parameters(), lr=self.hparams["lr"])
+        final_lr, warmup = self.hparams["final_lr"], self.hparams["warmup"]
+        if final_lr is None and warmup == 0.0:
+            return optimizer
+        num_steps = self.trainer.estimated_stepping_batches
+        if math.isinf(num_steps):
+            raise ValueError("the schedule needs an end: set max_epochs or max_steps of stage teacher's trainer")
+        num_warmup, ratio = round(warmup * num_steps), 1.0 if final_lr is None else final_lr / self.hparams["lr"]
+
+        def factor(step: int) -> float:
+            if step < num_warmup:
+                return (step + 1) / (num_warmup + 1)
+            share = min(1.0, (step - num_warmup) / max(1, num_steps - num_warmup))
+            return ratio + (1.0 - ratio) * 0.5 * (1.0 + math.cos(math.pi * share))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @override
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, _ = batch
+        output = self.teacher(images)
+        generator = self._context.generator("codes", self.current_epoch, batch_idx, self.global_rank)
+        self.teacher.codebook.update(output.features, output.codes, generator)
+        return self._log(output, "train", self.train_scores).mean()
+
+    @override
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._log(self.teacher(batch[0]), "val", self.val_scores)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        if self.hparams["num_pictures"] > 0 and not self.trainer.sanity_checking:
+            self._show(f"epoch_{self.current_epoch:03d}")
+
+    @override
+    @torch.no_grad()
+    def finish_stage(self, context: StageContext) -> dict[str, float]:
+        save_teacher(self.teacher, context.dir)
+        self.eval()
+        scores = self._scores(context, sync_on_compute=False).to(self.device)  # of this rank alone
+        for index in torch.arange(context.data.num_examples("val")).split(256):
+            scores.update(self.teacher(context.data.batch("val", index).to(self.device)))
+        found = {f"val_{name}": float(metric.compute()) for name, metric in scores.named()}
+        parameters = sum(p.numel() for p in self.teacher.parameters()) + self.teacher.codebook.codes.numel()
+        return {**found, "num_parameters": float(parameters)}
+
+    def _scores(self, context: StageContext, **metric_arguments: Any) -> VQVAEScores:
+        dims, codes = math.prod(context.data.image_shape), self.hparams["codebook_size"]
+        return VQVAEScores(dims, codes, self.hparams["commitment"], **metric_arguments)
+
+    def _log(self, output: VQVAEOutput, split: str, scores: VQVAEScores) -> Tensor:
+        """Log the scores of a batch; its losses, with shape (B,)."""
+        loss_B = scores.update(output)
+        for name, metric in scores.named():
+            self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "elbo_bpd")
+        return loss_B
+
+    @torch.no_grad()
+    @rank_zero_only
+    def _show(self, name: str) -> None:
+        data = self._context.data
+        images = data.batch("val", torch.arange(min(self.hparams["num_pictures"], data.num_examples("val"))))
+        seen = self.teacher.reconstruct(self.teacher.codes(images.to(self.device))).cpu()
+        rows = torch.stack([decode_color(images, data.color), decode_color(seen, data.color)])  # (rows, B, 3, H, W)
+        picture = rows.permute(0, 3, 1, 4, 2).reshape(2 * images.shape[2], -1, 3)
+        save_picture(self, self._context.dir, name, "reconstructions", picture)
+        if self.hparams["decoder"] == "independent":
+            save_picture(self, self._context.dir, f"codes_{name}", "codes", code_sheet(self.teacher, data.color))
+
+
+def code_sheet(teacher: VQVAE, color: str) -> Tensor:
+    """The patches that the codes are decoded to, each alone, side by side from the most to the least used one.
+
+    Args:
+        teacher: with the independent decoder.
+        color: of the teacher's images.
+
+    Returns:
+        uint8 RGB with shape (rows p, 32 p, 3), the rest of the last row black.
+    """
+    codebook, side = teacher.codebook, teacher.patch_size
+    by_use_KE = codebook.codes[codebook.count.argsort(descending=True, stable=True)]
+    mean_KCX = teacher.likelihood(by_use_KE[:, None]).mean()[:, 0]
+    rgb = decode_color(mean_KCX.round().to(torch.uint8).unflatten(2, (side, side)).cpu(), color)
+    rows = -(-len(rgb) // _SHEET_COLUMNS)
+    patches = pad(rgb.flatten(1), (0, 0, 0, rows * _SHEET_COLUMNS - len(rgb)))
+    return unpatchify(patches[None], side, rows * side, _SHEET_COLUMNS * side)[0].permute(1, 2, 0).contiguous()

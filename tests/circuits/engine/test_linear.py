@@ -1,0 +1,205 @@
+"""The forward pass with linear values against the general one, and when it gives way to it."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import lvd_lightning.circuits as pc
+from lvd_lightning.circuits.engine.batch import prepare
+from lvd_lightning.circuits.engine.kernels.cpu import passes
+from lvd_lightning.circuits.engine.linear import inexact, run_linear
+from lvd_lightning.circuits.engine.log_prob import Lease
+from lvd_lightning.circuits.engine.workspace import LinearWorkspace
+
+
+def gradients(circuit: pc.Circuit, x: torch.Tensor, observed: torch.Tensor) -> list[torch.Tensor]:
+    circuit.zero_grad()
+    log_p = circuit.log_prob(x, observed=observed)
+    log_p.where(log_p > -torch.inf, 0.0).sum().backward()
+    return [log_p.detach(), *(parameter.grad.clone() for parameter in circuit.parameters())]
+
+
+def test_both_passes_agree(case: Any) -> None:
+    if not case.circuit.is_linear:
+        pytest.skip("only the general pass takes this circuit")
+    linear = gradients(case.circuit, case.x, case.observed)
+    case.circuit.is_linear = False
+    general = gradients(case.circuit, case.x, case.observed)
+    for first, second in zip(linear, general, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("rare", "is_enough"), [(1e-3, True), (1e-20, False)])
+def test_numbers_that_are_too_small_are_found(rare: float, is_enough: bool) -> None:
+    """A star whose states never change, and leaves that contradict each other: p(x) is the square of `rare`."""
+    torch.set_default_dtype(torch.float32)
+    graph = pc.hclt(torch.tensor([-1, 0, 0, 0]), 2, pc.Categorical(2))
+    for index, node in enumerate(graph.nodes):
+        if node.kind == "input":
+            node.params = torch.tensor([[1 - rare, rare], [rare, 1 - rare]])
+        elif node.kind == "sum" and index != graph.root:
+            node.weight = torch.eye(2)
+    circuit = pc.Circuit(graph)
+    x = torch.tensor([[0, 1, 1, 0]])
+    with torch.no_grad():
+        space = Lease(circuit, LinearWorkspace, 1, keep=True).space
+        batch, tables = prepare(circuit, x, None), circuit.probabilities()
+        run_linear(circuit, batch, tables, space)
+        assert (inexact(circuit, batch, tables, space) is None) is is_enough
+        expected = pc.Circuit(graph).double().log_prob(x)
+        torch.testing.assert_close(circuit.log_prob(x).double(), expected, rtol=1e-4, atol=0)
+
+
+def contradictions(rare: float = 1e-20) -> list[pc.CircuitGraph]:
+    """Three stars whose states never change; in each, one variable may contradict the others at little cost."""
+    graphs = []
+    for seed in range(3):
+        graph = pc.hclt(torch.tensor([-1, 0, 0, 0, 0]), 2, pc.Categorical(2), num_heads=2)
+        for index, node in enumerate(graph.nodes):
+            if node.kind == "input":
+                p = rare if node.variable != seed else 0.4
+                node.params = torch.tensor([[1 - p, p], [p, 1 - p]])
+            elif node.kind == "sum" and index != graph.root:
+                node.weight = torch.eye(2)
+        graphs.append(graph)
+    return graphs
+
+
+WORLDS = torch.cartesian_prod(*[torch.arange(2)] * 5)
+
+
+@pytest.fixture(params=[True, False], ids=["kernels", "torch"])
+def any_pass(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear values by the compiled kernels (where there is a compiler) and without them; single precision."""
+    torch.set_default_dtype(torch.float32)
+    if not request.param:
+        monkeypatch.setattr(passes, "applies", lambda *_: False)
+
+
+def general_passes(circuit: pc.Circuit, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the batches that the general pass is given, as they come."""
+    sizes: list[int] = []
+    run_forward = circuit.run_forward
+    monkeypatch.setattr(
+        circuit, "run_forward", lambda batch, *rest: (sizes.append(batch.size), run_forward(batch, *rest))
+    )
+    return sizes
+
+
+@pytest.mark.usefixtures("any_pass")
+@pytest.mark.parametrize("training", [False, True])
+def test_only_what_is_too_small_is_computed_again(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three circuits, each with contradictions of its own: the general pass sees these pairs alone."""
+    graphs = contradictions()
+    circuit, exact = pc.Circuit(graphs), pc.Circuit(graphs).double()
+    observed = torch.ones_like(WORLDS, dtype=torch.bool)
+    observed[5, 1] = False
+    sizes = general_passes(circuit, monkeypatch)
+    weight = torch.rand(3, len(WORLDS), 2)
+    with torch.set_grad_enabled(training):
+        expected = exact.log_prob(WORLDS, observed=observed)
+        found = circuit.log_prob(WORLDS, observed=observed)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    assert len(sizes) == 1
+    assert 0 < sizes[0] < len(WORLDS) / 2
+    if training:
+        (weight * found).sum().backward()
+        (weight.double() * expected).sum().backward()
+        for parameter, reference in zip(circuit.parameters(), exact.parameters(), strict=True):
+            flow, expected_flow = parameter * parameter.grad, reference * reference.grad
+            torch.testing.assert_close(flow.double(), expected_flow, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("any_pass")
+@pytest.mark.parametrize("rare", [1e-20, 0.0])
+def test_what_is_not_wanted_is_not_computed_again(rare: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it disturb the gradient of the rest, even where an example is impossible."""
+    graphs = contradictions(rare)
+    circuit, exact = pc.Circuit(graphs), pc.Circuit(graphs).double()
+    sizes = general_passes(circuit, monkeypatch)
+    expected = exact.log_prob(WORLDS)
+    likely = expected > -30
+    found = circuit.log_prob(WORLDS, wanted=likely)
+    assert sizes == []
+    assert bool((found[~likely] == 0).all())
+    torch.testing.assert_close(found[likely].double(), expected[likely], rtol=1e-4, atol=1e-4)
+    found.sum().backward()
+    expected[likely].sum().backward()
+    for parameter, reference in zip(circuit.parameters(), exact.parameters(), strict=True):
+        flow, expected_flow = parameter * parameter.grad, reference * reference.grad
+        torch.testing.assert_close(flow.double(), expected_flow, rtol=1e-4, atol=1e-4)
+
+
+def test_one_head_of_each_example_is_wanted_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that hardly explains an example does not matter to another one that does."""
+    torch.set_default_dtype(torch.float32)
+    graph = pc.hclt(torch.tensor([-1, 0]), 2, pc.Categorical(2), num_heads=2)
+    for node in graph.nodes:
+        if node.kind == "input":
+            node.params = torch.tensor([[1 - 1e-25, 1e-25], [1e-25, 1 - 1e-25]])
+        elif node.kind == "sum":
+            node.weight = torch.eye(2)
+    circuit = pc.Circuit(graph)
+    sizes = general_passes(circuit, monkeypatch)
+    x = torch.tensor([[0, 0], [1, 1]])
+    torch.testing.assert_close(circuit.log_prob(x, head=torch.tensor([0, 1])), torch.zeros(2))
+    assert sizes == []
+    circuit.log_prob(x)
+    assert sizes == [2]
+
+
+@pytest.mark.usefixtures("any_pass")
+def test_what_is_far_below_the_best_may_come_out_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never higher, and what is near enough is exact."""
+    graphs = contradictions(1e-18)
+    circuit, exact = pc.Circuit(graphs), pc.Circuit(graphs).double()
+    sizes = general_passes(circuit, monkeypatch)
+    with torch.no_grad():
+        expected = exact.log_prob(WORLDS)
+        best = expected.amax((0, 2), keepdim=True)
+        given = []
+        for margin in (20.0, 40.0, 400.0):
+            found = circuit.log_prob(WORLDS, margin=margin).double()
+            near = expected > best - margin
+            torch.testing.assert_close(found[near], expected[near], rtol=1e-4, atol=1e-4)
+            assert bool((found <= expected + 1e-4).all())
+            given.append(sum(sizes))
+            sizes.clear()
+    assert given[0] < given[1] < given[2]
+    with pytest.raises(ValueError, match="margin"):
+        circuit.log_prob(WORLDS, margin=10.0)
+
+
+def test_wanted_results_are_those_of_all(case: Any) -> None:
+    """Values and gradients, for every structure; the rest is 0."""
+    wanted = torch.rand(len(case.x), case.circuit.num_heads) < 0.5
+    whole = case.circuit.log_prob(case.x)
+    expected = torch.autograd.grad(whole[wanted & (whole > -torch.inf)].sum(), list(case.circuit.parameters()))
+    found = case.circuit.log_prob(case.x, wanted=wanted)
+    torch.testing.assert_close(found, torch.where(wanted, whole, 0.0))
+    found = found[found > -torch.inf].sum()
+    for first, second in zip(torch.autograd.grad(found, list(case.circuit.parameters())), expected, strict=True):
+        torch.testing.assert_close(first, second)
+    one = case.circuit.log_prob(case.x, head=0, wanted=wanted[:, 0])
+    torch.testing.assert_close(one, torch.where(wanted[:, 0], whole[:, 0], 0.0))
+
+
+def test_wanted_has_the_shape_of_the_result() -> None:
+    circuit = pc.Circuit(contradictions())
+    for head, wanted in ((None, torch.ones(3, 32)), (None, torch.ones(32, 2) > 0), (0, torch.ones(3, 32, 2) > 0)):
+        with pytest.raises(ValueError, match="wanted: expected a bool tensor of shape"):
+            circuit.log_prob(WORLDS, head=head, wanted=wanted)
+
+
+def test_only_trees_over_tables_are_linear() -> None:
+    tree = torch.tensor([-1, 0, 0])
+    star = torch.tensor([-1] + [0] * 40)
+    assert pc.Circuit(pc.hclt(tree, 2, pc.Bernoulli())).is_linear
+    assert not pc.Circuit(pc.hclt(tree, 2, pc.Gaussian())).is_linear
+    assert not pc.Circuit(pc.hclt(tree, 2, pc.SoftEvidence(2))).is_linear
+    assert not pc.Circuit(pc.hclt(star, 2, pc.Bernoulli())).is_linear  # a product of 41 factors
+    mixture = pc.CircuitGraph()
+    leaves = [mixture.add_input(0, pc.Categorical(3), 2) for _ in range(2)]
+    mixture.add_sum(leaves, 1)
+    assert not pc.Circuit(mixture).is_linear

@@ -1,0 +1,203 @@
+"""Tests of evaluation and report on a run directory that holds small random circuits."""
+
+import dataclasses
+import json
+import math
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from datamodules import Arrays
+from lvd_lightning import circuits as pc
+from lvd_lightning.runs.evaluation import circuit_bpd, evaluate_run
+from lvd_lightning.runs.experiment import EVALUATE, Experiment, Stage
+from lvd_lightning.latents import load_assignments, run_latents
+from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.context import StageContext
+from lvd_lightning.runs.pictures import grid, half_masks
+from lvd_lightning.runs.pipeline import mark_done
+from lvd_lightning.ranks import Ranks
+from lvd_lightning.runs.report import summarize, table_rows, write_report
+from lvd_lightning.teachers import VQVAE, save_teacher
+
+STAGES = ("latents", "prior", "finetune", "baseline")
+PATCH, CLUSTERS = 4, 3
+
+
+def random_circuit(shape: tuple[int, int, int], seed: int) -> AssembledCircuit:
+    generator = torch.Generator().manual_seed(seed)
+    positions, size = shape[1] * shape[2] // PATCH**2, shape[0] * PATCH**2
+    chain = torch.arange(size) - 1
+    heads = [pc.hclt(chain, 2, pc.Categorical(256), generator=generator) for _ in range(CLUSTERS)]
+    prior = pc.hclt(torch.arange(positions) - 1, CLUSTERS, pc.SoftEvidence(CLUSTERS), generator=generator)
+    return AssembledCircuit(pc.Circuit(prior), pc.Circuit(heads), PATCH, shape)
+
+
+@pytest.fixture
+def ranks() -> Ranks:
+    return Ranks({"accelerator": "cpu", "devices": 1})
+
+
+def finished_run(folder: Path, **settings: Any) -> tuple[Experiment, Arrays]:
+    """A run directory as the stages leave it, with random circuits."""
+    images = np.random.default_rng(0).integers(0, 256, (60, 3, 8, 8), dtype=np.uint8)
+    np.save(folder / "images.npy", images)
+    data = Arrays(path=str(folder / "images.npy"), image_size=8, **settings)
+    data.setup()
+    run_dir, shared = folder / "run", {"patch_size": PATCH}
+    context = StageContext(run_dir, "latents", 0, data, shared)
+    mark_done(run_dir / "latents", {"seconds": 1.0, **run_latents(context, {"num_clusters": CLUSTERS})})
+    for number, stage in enumerate(("prior", "finetune")):
+        (run_dir / stage).mkdir()
+        random_circuit(data.image_shape, number).save(run_dir / stage)
+        mark_done(run_dir / stage, {"seconds": 10.0, "val_bpd": 8.5})
+    (run_dir / "baseline").mkdir()
+    baseline = {"em": {"bpd": 7.5, "val_bpd": 7.4, "num_parameters": 12, "seconds": 3.0}}
+    (run_dir / "baseline" / "baseline.json").write_text(json.dumps(baseline))
+    mark_done(run_dir / "baseline", {"seconds": 4.0})
+    (run_dir / "finetune" / "metrics.csv").write_text("epoch,step,seconds,val/bpd\n0,1,2.0,8.7\n1,2,4.0,8.5\n")
+    stages = tuple(Stage(name, {}, lambda: data) for name in STAGES)
+    return Experiment("run", run_dir, 0, lambda: data, stages, shared=shared), data
+
+
+def test_evaluation_counts_every_dimension_of_every_image(tmp_path: Path, ranks: Ranks) -> None:
+    experiment, data = finished_run(tmp_path)
+    found = evaluate_run(experiment.run_dir, data, ranks)
+    assert list(found["circuits"]) == ["lvd_objective", "distilled", "finetuned"]
+    images, dims = data.batch("test", torch.arange(data.num_examples("test"))), 3 * 8 * 8
+    before, after = (AssembledCircuit.load(experiment.run_dir / stage) for stage in ("prior", "finetune"))
+    expected = -after.log_prob(images).double().mean().item() / dims / math.log(2)
+    assert found["circuits"]["finetuned"]["test_bpd"] == pytest.approx(expected, rel=1e-5)
+    z = load_assignments(experiment.run_dir / "latents", "test")
+    joint = -before.lvd_objective(images, z).double().mean().item() / dims / math.log(2)
+    assert found["circuits"]["lvd_objective"]["test_bpd"] == pytest.approx(joint, rel=1e-5)
+    assert found["circuits"]["lvd_objective"]["test_bpd"] > found["circuits"]["distilled"]["test_bpd"]
+    assert found["num_heads"] == CLUSTERS
+    assert found["num_parameters"] == after.num_parameters
+
+
+def test_gap_compares_teacher_objective_and_student(tmp_path: Path, ranks: Ranks) -> None:
+    experiment, data = finished_run(tmp_path)
+    sizes = {"channels": 4, "num_features": 4, "codebook_size": 4, "prior_hidden_size": 8, "prior_num_heads": 1}
+    teacher = VQVAE(8, PATCH, **sizes)
+    save_teacher(teacher, experiment.run_dir / "teacher")
+    mark_done(experiment.run_dir / "teacher", {"seconds": 5.0})
+    found = evaluate_run(experiment.run_dir, data, ranks)
+    images = data.batch("test", torch.arange(data.num_examples("test")))
+    expected = teacher.eval().elbo(images).double().mean().item()
+    assert found["gap"]["distilled"]["teacher_elbo"]["nats"] == pytest.approx(expected, rel=1e-5)
+    for name, gap in found["gap"].items():
+        assert gap["log_prob"]["bpd"] == found["circuits"][name]["test_bpd"]
+        assert gap["lvd_objective"]["nats"] < gap["log_prob"]["nats"]
+    assert "teacher_elbo" not in found["gap"]["finetuned"]  # it is the same
+    mark_done(experiment.run_dir / EVALUATE, {"seconds": 1.0, **found})
+    stages = tuple(Stage(name, {}, lambda: data) for name in ("teacher", *STAGES))
+    write_report(dataclasses.replace(experiment, stages=stages), data, torch.device("cpu"))
+    folder = experiment.run_dir / "report"
+    elbo_bpd = json.loads((folder / "summary.json").read_text())["test"]["teacher_elbo_bpd"]
+    assert elbo_bpd == found["circuits"]["teacher_elbo"]["test_bpd"]
+    text = (folder / "summary.md").read_text()
+    assert f"| teacher, ELBO | the teacher's codes | {expected:,.1f} | {elbo_bpd:.4f} |" in text
+    assert imread(folder / "gap.png").std() > 0
+
+
+def test_figures_do_not_depend_on_the_number_of_ranks(tmp_path: Path, ranks: Ranks) -> None:
+    _, data = finished_run(tmp_path)
+    circuit = random_circuit(data.image_shape, 0)
+    whole = circuit_bpd(circuit, data, "test", ranks)
+    parts = [ranks.share(torch.arange(7)) for ranks.rank, ranks.world_size in ((0, 3), (1, 3), (2, 3))]
+    assert sorted(torch.cat(parts).tolist()) == list(range(7))
+    ranks.rank, ranks.world_size = 0, 1
+    assert circuit_bpd(circuit, data, "test", ranks) == whole
+
+
+def test_report_has_pictures_and_the_keys_scripts_read(
+    tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment, data = finished_run(tmp_path)
+    mark_done(experiment.run_dir / EVALUATE, {"seconds": 1.0, **evaluate_run(experiment.run_dir, data, ranks)})
+    write_report(experiment, data, torch.device("cpu"))
+    folder = experiment.run_dir / "report"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary) == ["stages", "test", "baseline", "protocol"]
+    assert list(summary["stages"]) == list(STAGES)
+    assert set(summary["test"]) == {"bpd", "distilled_bpd", "lvd_objective_bpd", "num_parameters", "num_heads"}
+    assert summary["test"]["bpd"] != summary["test"]["distilled_bpd"]
+    assert summary["baseline"] == {"em": {"bpd": 7.5, "num_parameters": 12, "seconds": 3.0}}
+    text = (folder / "summary.md").read_text()
+    for name in ("samples", "inpainting", "clusters", "training"):
+        assert f"({name}.png)" in text
+        assert imread(folder / f"{name}.png").std() > 0
+    assert "lossy" not in text
+    assert "finetuned circuit" in capsys.readouterr().out
+
+    (folder / "samples.png").unlink()
+    write_report(experiment, data, torch.device("cpu"))
+    assert not (folder / "samples.png").exists()  # what is finished is not made again
+
+
+def test_table_adds_up_seconds_and_leaves_absent_figures_empty(tmp_path: Path, ranks: Ranks) -> None:
+    experiment, data = finished_run(tmp_path)
+    mark_done(experiment.run_dir / EVALUATE, {"seconds": 1.0, **evaluate_run(experiment.run_dir, data, ranks)})
+    rows = {row["model"]: row for row in table_rows(experiment.run_dir, STAGES)}
+    assert rows["distilled circuit"]["seconds"] == 11.0
+    assert rows["finetuned circuit"]["seconds"] == 21.0
+    assert (rows["baseline, EM"]["test"], rows["baseline, EM"]["train"]) == (7.5, None)
+
+
+def test_a_model_that_is_worse_than_uniform_is_one_line(tmp_path: Path) -> None:
+    experiment, data = finished_run(tmp_path)
+    good, bad = {"val_bpd": 8.0, "test_bpd": 8.0}, {"val_bpd": 8.5, "test_bpd": 8.5}
+    circuits = {"lvd_objective": bad, "distilled": good, "finetuned": good}  # the first is a bound
+    mark_done(experiment.run_dir / EVALUATE, {"seconds": 1.0, "circuits": circuits})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_report(experiment, data, torch.device("cpu"))
+    shutil.rmtree(experiment.run_dir / "report")
+    mark_done(experiment.run_dir / EVALUATE, {"seconds": 1.0, "circuits": {**circuits, "finetuned": bad}})
+    with pytest.warns(UserWarning, match="validation bpd above 8, .*: finetuned circuit 8.5000; train") as caught:
+        write_report(experiment, data, torch.device("cpu"))
+    (line,) = {str(found.message) for found in caught if "bpd" in str(found.message)}
+    assert "\n" not in line
+    assert "**Validation bpd above 8" in (experiment.run_dir / "report" / "summary.md").read_text()
+
+
+def test_what_a_run_has_not_is_absent(tmp_path: Path) -> None:
+    _, data = finished_run(tmp_path)
+    assert summarize(tmp_path / "empty", STAGES, data) == {
+        "protocol": {"color": "ycocg_r", "region": "whole", "lossy": False}
+    }
+
+
+def test_lossy_and_quadrant_stand_next_to_every_figure(
+    tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment, data = finished_run(tmp_path, color="ycbcr_lossy", region="quadrant")
+    mark_done(experiment.run_dir / EVALUATE, {"seconds": 1.0, **evaluate_run(experiment.run_dir, data, ranks)})
+    write_report(experiment, data, torch.device("cpu"))
+    rows = [line for line in (experiment.run_dir / "report/summary.md").read_text().splitlines() if "circuit |" in line]
+    assert len(rows) == 2
+    assert all(line.count("(lossy, quadrant)") == 3 for line in rows)
+    assert capsys.readouterr().out.count("lossy") >= 3
+
+
+def test_half_masks_give_half() -> None:
+    masks = half_masks(4, 6, 8)
+    assert masks.float().mean((1, 2, 3)).tolist() == [0.5] * 4
+    assert masks[0, 0, :, :4].all()
+    assert masks[1, 0, :3].all()
+
+
+def test_grid_places_images_row_by_row() -> None:
+    images = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 3, 2, 2)
+    canvas = grid(images, columns=2)
+    assert canvas.shape == (3, 5, 5)
+    assert canvas[0, :2, 3:].eq(1).all()
+    assert canvas[0, 3:, :2].eq(2).all()
+    assert canvas[0, 2].eq(255).all()
