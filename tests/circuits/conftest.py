@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers.cases import LEAVES, Case, list_cases, make_case
+from helpers.cases import LEAVES, Case, list_cases, make_batch, make_case
 from helpers.enumeration import AnemoneReference, Reference
 from helpers.structures import KRONECKER
 
@@ -23,7 +23,7 @@ def double_precision() -> Iterator[None]:
 @pytest.fixture(params=list_cases(tuple(LEAVES)))
 def case(request: pytest.FixtureRequest, double_precision: None) -> Case:
     """Every structure with tables and Gaussians, or those that are listed with it; some with every other leaf."""
-    return make_case(*request.param)
+    return make_batch() if request.param == "batch" else make_case(*request.param)
 
 
 @pytest.fixture(params=list_cases(tuple(LEAVES), skip=KRONECKER))

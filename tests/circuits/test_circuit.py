@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.cases import few_discrete_structures, few_structures
 from helpers.gradients import EXACT
 
 import lvd_lightning.circuits as pc
@@ -54,6 +55,7 @@ def test_marginal_is_the_sum_over_the_worlds_that_agree(discrete: Any) -> None:
     np.testing.assert_allclose(found, agree @ joint, **EXACT)
 
 
+@few_structures
 def test_values_of_unobserved_variables_do_not_matter(case: Any) -> None:
     x = case.x.masked_fill(~case.observed, 99)
     expected = case.circuit.log_prob(case.x, observed=case.observed)
@@ -70,6 +72,7 @@ def test_nan_in_unobserved_variables_does_not_matter(build_case: Callable[..., A
     assert all(parameter.grad.isfinite().all() for parameter in case.circuit.parameters())
 
 
+@few_structures
 def test_head_selects(case: Any) -> None:
     heads = torch.randint(0, case.graph.num_heads, (len(case.x),))
     every = case.circuit.log_prob(case.x)
@@ -93,11 +96,13 @@ def test_chunks_of_folds_do_not_show(case: Any, monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-13)
 
 
+@few_discrete_structures
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float32])
 def test_every_type_of_whole_numbers_is_read_alike(dtype: torch.dtype, discrete: Any) -> None:
     assert torch.equal(discrete.circuit.log_prob(discrete.x.to(dtype)), discrete.circuit.log_prob(discrete.x))
 
 
+@few_structures
 def test_empty_batch(case: Any) -> None:
     found = case.circuit.log_prob(case.x[:0])
     assert found.shape == (0, case.graph.num_heads)
@@ -106,6 +111,7 @@ def test_empty_batch(case: Any) -> None:
         assert parameter.grad is None or not parameter.grad.any()
 
 
+@few_structures
 def test_copies_and_round_trips_are_exact(case: Any) -> None:
     expected = case.circuit.log_prob(case.x)
     again = pc.Circuit(case.circuit.to_graph())
@@ -127,6 +133,7 @@ def test_copies_and_round_trips_are_exact(case: Any) -> None:
         )
 
 
+@few_structures
 def test_a_copy_owns_its_parameters(case: Any) -> None:
     expected = case.circuit.log_prob(case.x)
     graph = case.circuit.to_graph()
@@ -140,6 +147,7 @@ def test_a_copy_owns_its_parameters(case: Any) -> None:
     assert torch.equal(case.circuit.log_prob(case.x), expected)
 
 
+@few_structures
 def test_precision_follows_the_module(case: Any) -> None:
     expected = case.circuit.log_prob(case.x)
     single = copy.deepcopy(case.circuit).float()

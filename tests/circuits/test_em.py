@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.cases import few_discrete_structures, few_structures, few_structures_and_a_batch
 from helpers.em_steps import assert_parameters, optimizers, step
 from torch import Tensor
 
@@ -29,9 +30,18 @@ def per_head(case: Any, heads: Tensor, weights: Tensor) -> np.ndarray:
     return (torch.nn.functional.one_hot(heads, case.graph.num_heads) * weights[:, None]).numpy()
 
 
-@pytest.mark.parametrize("lr", [0.3, 1.0])
-@pytest.mark.parametrize("pseudocount", [0.0, 0.5])
+@pytest.mark.parametrize(("lr", "pseudocount"), [(0.3, 0.5), (1.0, 0.0)])
 def test_circuit_em(case: Any, lr: float, pseudocount: float) -> None:
+    check_circuit_em(case, lr, pseudocount)
+
+
+@few_structures
+@pytest.mark.parametrize(("lr", "pseudocount"), [(0.3, 0.0), (1.0, 0.5)])
+def test_circuit_em_with_other_settings(case: Any, lr: float, pseudocount: float) -> None:
+    check_circuit_em(case, lr, pseudocount)
+
+
+def check_circuit_em(case: Any, lr: float, pseudocount: float) -> None:
     optimizer = pc.CircuitEM(case.circuit, lr=lr, pseudocount=pseudocount)
     for x, observed, heads, weights in batches(case, 3):
         step(optimizer, -(weights * case.circuit.log_prob(x, head=heads, observed=observed)).sum())
@@ -39,8 +49,17 @@ def test_circuit_em(case: Any, lr: float, pseudocount: float) -> None:
         assert_parameters(case.circuit, [case.reference])
 
 
-@pytest.mark.parametrize("pseudocount", [0.0, 1e-6, 0.5])
+@pytest.mark.parametrize("pseudocount", [0.0, 0.5])
 def test_anemone(case: Any, anemone_reference: Callable[..., Any], pseudocount: float) -> None:
+    check_anemone(case, anemone_reference, pseudocount)
+
+
+@few_structures
+def test_anemone_with_a_tiny_pseudocount(case: Any, anemone_reference: Callable[..., Any]) -> None:
+    check_anemone(case, anemone_reference, 1e-6)
+
+
+def check_anemone(case: Any, anemone_reference: Callable[..., Any], pseudocount: float) -> None:
     optimizer = pc.Anemone(case.circuit, lr=0.4, momentum=0.9, pseudocount=pseudocount)
     reference = anemone_reference([case.reference], 0.4, 0.9, pseudocount)
     for x, observed, heads, weights in batches(case, 4):
@@ -103,6 +122,7 @@ def test_what_has_no_flow_keeps_its_parameters(kind: int, build_case: Callable[.
     assert moved > 3
 
 
+@few_discrete_structures
 @pytest.mark.parametrize("kind", [0, 1], ids=["em", "anemone"])
 def test_structural_zeros_stay_and_rows_stay_normalised(kind: int, discrete: Any) -> None:
     optimizer = optimizers(discrete.circuit)[kind]
@@ -115,10 +135,18 @@ def test_structural_zeros_stay_and_rows_stay_normalised(kind: int, discrete: Any
     np.testing.assert_allclose(discrete.circuit.log_prob(discrete.x).exp().sum(0).detach(), 1, rtol=1e-8)
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["complete", "masked"])
-def test_full_batch_em_never_lowers_the_likelihood(case: Any, masked: bool) -> None:
+def test_full_batch_em_never_lowers_the_likelihood(case: Any) -> None:
+    check_monotonicity(case, share_observed=0.7)
+
+
+@few_structures
+def test_full_batch_em_never_lowers_the_likelihood_of_complete_examples(case: Any) -> None:
+    check_monotonicity(case)
+
+
+def check_monotonicity(case: Any, share_observed: float | None = None) -> None:
     x = case.x[torch.randint(0, len(case.x), (30,))]
-    observed = torch.rand(x.shape) < 0.7 if masked else None
+    observed = None if share_observed is None else torch.rand(x.shape) < share_observed
     heads = torch.randint(0, case.graph.num_heads, (30,))
     optimizer = pc.CircuitEM(case.circuit, lr=1.0, pseudocount=0.0)
     values = []
@@ -130,6 +158,7 @@ def test_full_batch_em_never_lowers_the_likelihood(case: Any, masked: bool) -> N
     assert values[-1] > values[0]
 
 
+@few_structures_and_a_batch
 @pytest.mark.parametrize("kind", [0, 1], ids=["em", "anemone"])
 def test_a_weight_counts_like_repetition(kind: int, case: Any) -> None:
     other = copy.deepcopy(case.circuit)
@@ -142,6 +171,7 @@ def test_a_weight_counts_like_repetition(kind: int, case: Any) -> None:
         torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-12)
 
 
+@few_structures
 def test_full_batch_em_in_parts(case: Any) -> None:
     """Gradients of a whole data set, gathered part by part, and one step of size 1: the step in NumPy on all of it."""
     optimizer = pc.CircuitEM(case.circuit, lr=1.0, pseudocount=0.0)
@@ -155,6 +185,7 @@ def test_full_batch_em_in_parts(case: Any) -> None:
         assert_parameters(case.circuit, [case.reference])
 
 
+@few_structures
 @pytest.mark.parametrize("kind", [0, 1], ids=["em", "anemone"])
 def test_missing_values_may_be_anything(kind: int, case: Any, anemone_reference: Callable[..., Any]) -> None:
     """Learning with variables left out, whatever stands in their place, is EM in NumPy with them summed out."""

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.cases import few_structures, few_structures_and_a_batch
 from helpers.em_steps import assert_parameters, optimizers, step
 
 import lvd_lightning.circuits as pc
 
 
+@few_structures_and_a_batch
 @pytest.mark.parametrize("kind", [0, 1], ids=["em", "anemone"])
 def test_a_step_without_examples_changes_nothing(kind: int, case: Any) -> None:
     before = [parameter.detach().clone() for parameter in case.circuit.parameters()]
@@ -21,6 +23,7 @@ def test_a_step_without_examples_changes_nothing(kind: int, case: Any) -> None:
         assert torch.equal(first, second)
 
 
+@few_structures_and_a_batch
 @pytest.mark.parametrize("kind", [0, 1], ids=["em", "anemone"])
 def test_flows_accumulate_over_backward_passes(kind: int, case: Any) -> None:
     other = copy.deepcopy(case.circuit)
@@ -34,6 +37,7 @@ def test_flows_accumulate_over_backward_passes(kind: int, case: Any) -> None:
         torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-12)
 
 
+@few_structures_and_a_batch
 @pytest.mark.parametrize("kind", [0, 1], ids=["em", "anemone"])
 @pytest.mark.parametrize("who", ["optimizer", "module"])
 def test_zero_grad_forgets_flows(kind: int, who: str, case: Any) -> None:
@@ -47,6 +51,7 @@ def test_zero_grad_forgets_flows(kind: int, who: str, case: Any) -> None:
         torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-12)
 
 
+@few_structures_and_a_batch
 @pytest.mark.parametrize("kind", [0, 1], ids=["em", "anemone"])
 def test_an_interrupted_optimizer_continues_bit_for_bit(kind: int, case: Any, tmp_path: Path) -> None:
     optimizer = optimizers(case.circuit)[kind]
@@ -109,6 +114,7 @@ def test_groups_have_step_sizes_of_their_own(rule: type, build_case: Callable[..
             torch.testing.assert_close(first, second, rtol=1e-12, atol=0)
 
 
+@few_structures
 def test_learning_rate_schedulers_set_the_step(case: Any) -> None:
     optimizer = pc.CircuitEM(case.circuit, lr=0.8, pseudocount=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)

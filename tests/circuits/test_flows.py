@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.cases import few_structures, few_structures_and_a_batch
 from helpers.processes import free_port, one_of_two
 from torch import Tensor
 
@@ -42,10 +43,17 @@ def assert_flows(flows: pc.Flows, reference: Any, edges: dict[int, np.ndarray], 
         np.testing.assert_allclose(flows.units(index, circuit), units[index], 1e-9, 1e-12)
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["complete", "masked"])
-def test_flows_are_those_counted_by_hand(case: Any, masked: bool) -> None:
+def test_flows_are_those_counted_by_hand(case: Any) -> None:
+    check_flows(case, case.observed)
+
+
+@few_structures
+def test_flows_of_complete_examples(case: Any) -> None:
+    check_flows(case, None)
+
+
+def check_flows(case: Any, observed: Tensor | None) -> None:
     head, weight, per_head = draw_heads(case, case.graph.num_heads)
-    observed = case.observed if masked else None
     flows = pc.Flows(case.circuit)
     flows.add(case.x, head, weight, observed=observed, chunk_size=5)
     expected = case.reference.flows(case.x, per_head, observed)
@@ -88,6 +96,7 @@ def test_examples_given_to_all_circuits(build_case: Callable[..., Any]) -> None:
     assert float(together.inner_E.sum()) > 0
 
 
+@few_structures
 def test_chunks_and_calls_add_up(case: Any) -> None:
     whole, parts = pc.Flows(case.circuit), pc.Flows(case.circuit)
     whole.add(case.x, chunk_size=10**6)
@@ -100,6 +109,7 @@ def test_chunks_and_calls_add_up(case: Any) -> None:
     assert float(whole.units(case.graph.root).sum()) == pytest.approx(len(case.x))
 
 
+@few_structures_and_a_batch
 def test_counting_leaves_the_circuit_alone(case: Any) -> None:
     circuit = case.circuit
     fresh = pc.Flows(circuit)

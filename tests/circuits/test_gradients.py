@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.cases import few_structures_and_a_batch
 from helpers.gradients import assert_flows, flows_by_gradient
 
 import lvd_lightning.circuits as pc
@@ -24,6 +25,7 @@ def test_flow_under_one_head_per_example(case: Any) -> None:
     assert_flows(graph, case.reference, case.reference.flows(case.x, per_head))
 
 
+@few_structures_and_a_batch
 def test_gradients_of_two_passes_add_up(case: Any) -> None:
     half = len(case.x) // 2
     (case.circuit.log_prob(case.x[:half]).sum() + case.circuit.log_prob(case.x[half:]).sum()).backward()
@@ -39,6 +41,7 @@ def test_gradients_of_two_passes_add_up(case: Any) -> None:
         torch.testing.assert_close(second, parameter.grad, rtol=1e-9, atol=1e-11)
 
 
+@few_structures_and_a_batch
 def test_a_pass_without_gradient_between_forward_and_backward_does_no_harm(case: Any) -> None:
     """Buffers are reused between passes: those a backward pass still needs must not be."""
     loss = case.circuit.log_prob(case.x).sum()
@@ -54,6 +57,7 @@ def test_a_pass_without_gradient_between_forward_and_backward_does_no_harm(case:
         torch.testing.assert_close(first, parameter.grad, rtol=1e-9, atol=1e-11)
 
 
+@few_structures_and_a_batch
 def test_a_graph_may_be_walked_back_twice(case: Any) -> None:
     loss = case.circuit.log_prob(case.x).sum()
     loss.backward(retain_graph=True)
@@ -63,6 +67,7 @@ def test_a_graph_may_be_walked_back_twice(case: Any) -> None:
         torch.testing.assert_close(2 * first, parameter.grad, rtol=1e-10, atol=0)
 
 
+@few_structures_and_a_batch
 def test_gradients_of_gradients_are_refused(case: Any) -> None:
     """Also where the incoming gradient is a constant, so that nothing else would notice."""
     parameters = list(case.circuit.parameters())
@@ -81,6 +86,7 @@ def test_gradients_of_evidence_have_none_of_their_own() -> None:
         torch.autograd.grad(circuit.log_prob(evidence).sum(), evidence, create_graph=True)
 
 
+@few_structures_and_a_batch
 def test_a_refusal_leaves_the_circuit_as_it_was(case: Any) -> None:
     """The same graph still has first derivatives, retained or not, and inference mode is what it was."""
     parameters = list(case.circuit.parameters())

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.cases import few_growing_structures
 from helpers.edits import HCLTS, assert_same, assert_sound, count, dead_units, draw, kronecker_graph, put_zeros
 
 import lvd_lightning.circuits as pc
@@ -251,6 +252,7 @@ def test_noise_on_gaussians_is_relative_to_their_width(build_case: Callable[...,
     assert moved > 0
 
 
+@few_growing_structures
 def test_a_generator_decides(growing: Any) -> None:
     flows = count(growing.circuit, *draw(growing.circuit, [0]))
     first, again, other = (

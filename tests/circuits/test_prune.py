@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.cases import few_structures
 from helpers.edits import HCLTS, assert_same, assert_sound, count, dead_units, draw, kronecker_graph, put_zeros
 from torch import Tensor
 
@@ -48,9 +49,20 @@ def reachable_units(reference: Any, kept: dict[int, np.ndarray]) -> set[tuple[in
     return found
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.05, 1.0])
-@pytest.mark.parametrize("zeros", [False, True], ids=["positive", "zeros"])
+@pytest.mark.parametrize(("threshold", "zeros"), [(0.0, True), (0.05, False)])
 def test_pruning_by_the_rule(case: Any, threshold: float, zeros: bool, enumerate_trees: Callable[..., Any]) -> None:
+    check_pruning(case, threshold, zeros, enumerate_trees)
+
+
+@few_structures
+@pytest.mark.parametrize(("threshold", "zeros"), [(0.0, False), (0.05, True), (1.0, False), (1.0, True)])
+def test_pruning_with_other_settings(
+    case: Any, threshold: float, zeros: bool, enumerate_trees: Callable[..., Any]
+) -> None:
+    check_pruning(case, threshold, zeros, enumerate_trees)
+
+
+def check_pruning(case: Any, threshold: float, zeros: bool, enumerate_trees: Callable[..., Any]) -> None:
     """What is left is the old circuit with the renormalised weights of the edges that stay, and without dead units.
 
     Only the last head has examples.

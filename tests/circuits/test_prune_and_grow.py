@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.cases import few_growing_structures
 from helpers.edits import assert_same, assert_sound, count, draw, put_zeros
 
 import lvd_lightning.circuits as pc
@@ -25,8 +26,16 @@ def test_structures_of_kronecker_products_are_pruned_but_do_not_grow(kronecker: 
         pc.grow(again, count(again, x, head), [0])
 
 
-@pytest.mark.parametrize("rule", [pc.Anemone, pc.CircuitEM])
-def test_rounds_of_training_pruning_and_growing(rule: type, growing: Any, tmp_path: Path) -> None:
+def test_rounds_of_training_pruning_and_growing(growing: Any, tmp_path: Path) -> None:
+    check_rounds(pc.Anemone, growing, tmp_path)
+
+
+@few_growing_structures
+def test_rounds_of_mini_batch_em(growing: Any, tmp_path: Path) -> None:
+    check_rounds(pc.CircuitEM, growing, tmp_path)
+
+
+def check_rounds(rule: type, growing: Any, tmp_path: Path) -> None:
     graph = put_zeros(growing.graph)
     x = draw(pc.Circuit(graph), [0], 40)[0]
     for number in range(3):

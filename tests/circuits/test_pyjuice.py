@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.cases import few_structures
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
@@ -117,8 +118,16 @@ def single_precision() -> None:
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("max_block_size", [1, 1024])
-def test_every_structure_there_and_back(case: Any, max_block_size: int) -> None:
+def test_every_structure_there_and_back(case: Any) -> None:
+    check_there_and_back(case, max_block_size=1024)
+
+
+@few_structures
+def test_blocks_of_one_unit(case: Any) -> None:
+    check_there_and_back(case, max_block_size=1)
+
+
+def check_there_and_back(case: Any, max_block_size: int) -> None:
     circuit = case.circuit.float().double()
     leaves = [node.distribution for node in case.graph.nodes if node.kind == "input"]
     if not all(isinstance(leaf, (pc.Categorical, pc.Gaussian)) for leaf in leaves):

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.cases import few_structures
 from scipy import stats
 from torch import Tensor
 
@@ -113,12 +114,14 @@ def test_samples_of_mixed_variables(build_case: Callable[..., Any]) -> None:
     assert_frequencies(sample, worlds, np.exp(case.reference.log_prob(worlds, seen)[:, 0]))
 
 
+@few_structures
 def test_samples_are_seeded(case: Any) -> None:
     first, again, other = (case.circuit.sample(50, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
+@few_structures
 def test_nothing_to_sample(case: Any) -> None:
     everything = torch.ones(case.x.shape, dtype=torch.bool)
     assert torch.equal(case.circuit.sample(x=case.x, observed=everything).to(case.x.dtype), case.x)
@@ -134,6 +137,7 @@ def test_maximum_over_variables_and_latents(case: Any) -> None:
         np.testing.assert_allclose(np.log(case.reference.joint(assignment, head=head).max(1)), expected, **EXACT)
 
 
+@few_structures
 def test_maximum_under_full_evidence_is_over_latents(case: Any) -> None:
     assignment, value = case.circuit.mpe(case.x, observed=torch.ones(case.x.shape, dtype=torch.bool))
     assert torch.equal(assignment.to(case.x.dtype), case.x)
@@ -163,11 +167,13 @@ def test_posterior_of_a_latent_that_is_not_always_reached(build_case: Callable[.
     assert (case.circuit.posterior(case.x, 1).sum(1) < 1 - 1e-3).any()
 
 
+@few_structures
 def test_a_posterior_leaves_parameters_without_gradient(case: Any) -> None:
     case.circuit.posterior(case.x, next(iter(case.graph.latents)))
     assert all(parameter.grad is None for parameter in case.circuit.parameters())
 
 
+@few_structures
 def test_heads_per_row(case: Any) -> None:
     heads = torch.randint(0, case.graph.num_heads, (len(case.x),))
     name = next(iter(case.graph.latents))

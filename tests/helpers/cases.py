@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,19 @@ from torch import Tensor
 import lvd_lightning.circuits as pc
 from helpers.enumeration import Reference
 from helpers.families import table_of
-from helpers.structures import ALL, COMPOSED, STRUCTURES
+from helpers.structures import ALL, COMPOSED, KRONECKER, STRUCTURES
 
-__all__ = ["LEAVES", "Case", "list_cases", "make_case"]
+__all__ = [
+    "LEAVES",
+    "Case",
+    "few_discrete_structures",
+    "few_growing_structures",
+    "few_structures",
+    "few_structures_and_a_batch",
+    "list_cases",
+    "make_batch",
+    "make_case",
+]
 
 
 # A floor that EM reaches, yet wide enough for the reference's linear densities.
@@ -49,11 +60,14 @@ def num_values(distribution: pc.Distribution) -> int:
 
 @dataclass
 class Case:
-    """A circuit, its enumeration, and examples: all worlds of discrete variables, or random rows."""
+    """A circuit, its enumeration, and examples: all worlds of discrete variables, or random rows.
 
-    graph: pc.CircuitGraph
+    Of a batch of circuits there are lists of graphs and of enumerations.
+    """
+
+    graph: pc.CircuitGraph | list[pc.CircuitGraph]
     circuit: pc.Circuit
-    reference: Reference
+    reference: Reference | list[Reference]
     x: Tensor
     observed: Tensor
 
@@ -91,3 +105,35 @@ def list_cases(leaves: tuple[str, ...], skip: frozenset[str] = frozenset()) -> l
     for i, (structure, (_, some)) in enumerate(COMPOSED.items()):
         cases += [(structure, leaf, 1 + (i + j) % 3) for j, leaf in enumerate(some) if leaf in leaves]
     return [pytest.param(found, id="{}-{}-{}heads".format(*found)) for found in cases if found[0] not in skip]
+
+
+def make_batch() -> Case:
+    """A tree and a DAG of two heads each, folded into one; both see all examples."""
+    parts = [make_case(structure, "categorical", 2) for structure in ("chain", "shared")]
+    graphs = [part.graph for part in parts]
+    return Case(graphs, pc.Circuit(graphs), [part.reference for part in parts], parts[0].x, parts[0].observed)
+
+
+#: A tree, leaves of several families, structural zeros, a DAG with shared nodes, padded layers, tied nodes of a hidden
+#: Markov model, Kronecker products; with them every family of leaves.
+FEW = (
+    ("star", "categorical", 2),
+    ("chain", "mixed", 3),
+    ("sparse", "categorical", 3),
+    ("shared", "logistic", 2),
+    ("ragged", "binomial", 3),
+    ("homogeneous", "gaussian", 2),
+    ("rat-kronecker", "bernoulli", 3),
+)
+
+
+def few(fixture: str, cases: Iterable[Any]) -> pytest.MarkDecorator:
+    """Run a test of `fixture` on these cases instead of all: for what does not depend on the structure."""
+    named = [pytest.param(found, id=found if found == "batch" else "{}-{}-{}heads".format(*found)) for found in cases]
+    return pytest.mark.parametrize(fixture, named, indirect=True)
+
+
+few_structures = few("case", FEW)
+few_structures_and_a_batch = few("case", (*FEW, "batch"))
+few_growing_structures = few("growing", [found for found in FEW if found[0] not in KRONECKER])
+few_discrete_structures = few("discrete", [found for found in FEW if found[1] not in ("gaussian", "mixed")])

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.cases import few_structures
 
 import lvd_lightning.circuits as pc
 from lvd_lightning.circuits.engine.batch import prepare
@@ -171,6 +172,7 @@ def test_what_is_far_below_the_best_may_come_out_lower(monkeypatch: pytest.Monke
         circuit.log_prob(WORLDS, margin=10.0)
 
 
+@few_structures
 def test_wanted_results_are_those_of_all(case: Any) -> None:
     """Values and gradients, for every structure; the rest is 0."""
     wanted = torch.rand(len(case.x), case.circuit.num_heads) < 0.5
