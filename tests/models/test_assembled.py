@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
-from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.models import assembled as module
+from lvd_lightning.models.assembled import AssembledCircuit
 
 VALUES = 4
 # Two pixels of different patches: the prior alone connects them.
