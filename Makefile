@@ -19,6 +19,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # Made again when the pins or the package's metadata change, not otherwise.
 $(INSTALLED): requirements.lock pyproject.toml

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lvd_lightning import circuits as pc
+from lvd_lightning.checks import check_at_least
 from lvd_lightning.circuits.structures.regions import ProductKind
-from lvd_lightning.stages.em_student import check_at_least
 
 __all__ = ["ImageStructure", "StructureName"]
 

@@ -15,9 +15,9 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loggers import Logger
 
+from lvd_lightning.context import StageContext
 from lvd_lightning.files import write_atomically
 from lvd_lightning.runs.experiment import STAGES, Experiment, Stage
-from lvd_lightning.context import StageContext
 from lvd_lightning.stages.stage import StageModule
 
 __all__ = ["experiment_from", "make", "merge"]

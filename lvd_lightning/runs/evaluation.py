@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lvd_lightning.context import DONE_MARKER, ImageData
 from lvd_lightning.latents import load_assignments
+from lvd_lightning.latents.assignments import assignments_folder
 from lvd_lightning.metrics import LVDGap
 from lvd_lightning.models.assembled import AssembledCircuit
-from lvd_lightning.latents.assignments import assignments_folder
-from lvd_lightning.context import DONE_MARKER, ImageData
-from lvd_lightning.seeds import derive_seed
 from lvd_lightning.ranks import Ranks
+from lvd_lightning.seeds import derive_seed
 from lvd_lightning.teachers import load_teacher
 
 __all__ = ["CIRCUIT_STAGES", "SPLITS", "circuit_bpd", "evaluate_run", "final_stage", "lvd_gap", "mean_bpds"]

@@ -9,9 +9,9 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from omegaconf import OmegaConf
 
-from lvd_lightning.runs.bookkeeping import LAST_CHECKPOINT
-from lvd_lightning.files import write_atomically
 from lvd_lightning.context import DONE_MARKER, StageContext
+from lvd_lightning.files import write_atomically
+from lvd_lightning.runs.bookkeeping import LAST_CHECKPOINT
 from lvd_lightning.stages.stage import StageModule
 
 __all__ = [

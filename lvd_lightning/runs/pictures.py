@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from torch import Tensor
 
-from lvd_lightning.runs.bookkeeping import protocol_note, read_metrics
 from lvd_lightning.color import decode_color, decode_mean, patchify
+from lvd_lightning.context import ImageData
 from lvd_lightning.latents import load_assignments, load_latents_info
 from lvd_lightning.models.assembled import AssembledCircuit
-from lvd_lightning.context import ImageData
+from lvd_lightning.runs.bookkeeping import protocol_note, read_metrics
 
 __all__ = [
     "cluster_picture",

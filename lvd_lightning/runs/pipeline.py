@@ -21,8 +21,19 @@ from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torchmetrics import Metric
 
-from lvd_lightning.runs.bookkeeping import EpochCheckpoint, EpochLines, EpochSeed, MetricsFile, ProgressBar, Stopwatch, protocol_note
+from lvd_lightning.context import DONE_MARKER, StageContext
 from lvd_lightning.files import write_atomically
+from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.ranks import Ranks
+from lvd_lightning.runs.bookkeeping import (
+    EpochCheckpoint,
+    EpochLines,
+    EpochSeed,
+    MetricsFile,
+    ProgressBar,
+    Stopwatch,
+    protocol_note,
+)
 from lvd_lightning.runs.evaluation import circuit_bpd, evaluate_run, final_stage
 from lvd_lightning.runs.experiment import (
     EVALUATE,
@@ -33,13 +44,10 @@ from lvd_lightning.runs.experiment import (
     check_trained_with,
     record_stage,
 )
-from lvd_lightning.models.assembled import AssembledCircuit
-from lvd_lightning.context import DONE_MARKER, StageContext
-from lvd_lightning.stages.stage import StageModule
-from lvd_lightning.seeds import derive_seed
-from lvd_lightning.ranks import Ranks
-from lvd_lightning.runs.report import write_report
 from lvd_lightning.runs.lock import locked
+from lvd_lightning.runs.report import write_report
+from lvd_lightning.seeds import derive_seed
+from lvd_lightning.stages.stage import StageModule
 
 __all__ = ["Pipeline"]
 

@@ -10,15 +10,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lvd_lightning.runs.bookkeeping import protocol_note
+from lvd_lightning.context import DONE_MARKER, ImageData
 from lvd_lightning.files import write_atomically
+from lvd_lightning.latents.assignments import assignments_folder
+from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.runs.bookkeeping import protocol_note
 from lvd_lightning.runs.evaluation import final_stage
 from lvd_lightning.runs.experiment import EVALUATE, REPORT, Experiment
-from lvd_lightning.models.assembled import AssembledCircuit
-from lvd_lightning.latents.assignments import assignments_folder
-from lvd_lightning.context import DONE_MARKER, ImageData
-from lvd_lightning.seeds import derive_seed
 from lvd_lightning.runs.pictures import cluster_picture, curve_picture, gap_picture, inpainting_picture, sample_picture
+from lvd_lightning.seeds import derive_seed
 
 __all__ = ["print_table", "summarize", "table_rows", "worse_than_uniform", "write_report"]
 

@@ -20,13 +20,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from typing_extensions import override
 
 from lvd_lightning import circuits as pc
+from lvd_lightning.checks import check_at_least
 from lvd_lightning.context import DONE_MARKER, ImageData, StageContext
 from lvd_lightning.files import write_atomically
 from lvd_lightning.latents.processes import Processes
 from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.models.assembled import MAX_NUMBERS
 from lvd_lightning.models.structures import ImageStructure, StructureName
-from lvd_lightning.stages.em_student import Rule, check_at_least, check_step_sizes, make_optimizer
+from lvd_lightning.stages.em_student import Rule, check_step_sizes, make_optimizer
 from lvd_lightning.stages.stage import StageModule
 
 __all__ = ["CircuitBaseline"]

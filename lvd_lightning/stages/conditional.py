@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lvd_lightning import circuits as pc
+from lvd_lightning.checks import check_at_least
 from lvd_lightning.circuits.engine.workspace import few_sizes
 from lvd_lightning.circuits.io import pack_structure, unpack_structure
 from lvd_lightning.context import StageContext
@@ -28,7 +29,7 @@ from lvd_lightning.models.first_circuits import first_circuits
 from lvd_lightning.models.priors import chow_liu_prior, latent_tree
 from lvd_lightning.models.routing import route
 from lvd_lightning.models.structures import ImageStructure, StructureName
-from lvd_lightning.stages.em_student import EMStudent, Rule, check_at_least
+from lvd_lightning.stages.em_student import EMStudent, Rule
 
 __all__ = ["ConditionalStudent"]
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lvd_lightning import circuits as pc
+from lvd_lightning.checks import check_at_least
 from lvd_lightning.context import StageContext
 from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.models.assembled import AssembledCircuit
@@ -19,7 +20,6 @@ from lvd_lightning.stages.stage import StageModule
 __all__ = [
     "EMStudent",
     "Rule",
-    "check_at_least",
     "check_rule",
     "check_step_sizes",
     "make_optimizer",
@@ -32,13 +32,6 @@ Rule = Literal["anemone", "em"]
 def check_rule(name: str, rule: str) -> None:
     if rule not in get_args(Rule):
         raise ValueError(f"{name}: got {rule!r}, expected one of {', '.join(get_args(Rule))}")
-
-
-def check_at_least(least: float, **settings: float | None) -> None:
-    """Raise a ValueError for the first setting that is a number below `least` (or NaN)."""
-    for name, value in settings.items():
-        if value is not None and not value >= least:
-            raise ValueError(f"{name}: got {value}, expected at least {least}")
 
 
 def check_step_sizes(lr: float, final_lr: float, momentum: float, lr_name: str = "lr") -> None:

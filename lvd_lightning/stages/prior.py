@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lvd_lightning import circuits as pc
+from lvd_lightning.checks import check_at_least
 from lvd_lightning.circuits.io import pack_structure, unpack_structure
 from lvd_lightning.context import ImageData, StageContext
 from lvd_lightning.latents.assignments import read_assignments
@@ -23,7 +24,7 @@ from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.models.evidence import Candidates, CircuitGroups, EvidenceCache, candidate_table
 from lvd_lightning.models.evidence_source import EvidenceSource, images_within, save_candidate_table
 from lvd_lightning.models.priors import chow_liu_prior, clusters_tree, hidden_prior
-from lvd_lightning.stages.em_student import EMStudent, Rule, check_at_least
+from lvd_lightning.stages.em_student import EMStudent, Rule
 
 __all__ = ["PriorStudent"]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from lvd_lightning.ranks import Ranks
 from lvd_lightning.runs import lock as run_lock
 from lvd_lightning.runs.experiment import Experiment
-from lvd_lightning.runs.pipeline import Pipeline
-from lvd_lightning.ranks import Ranks
 from lvd_lightning.runs.lock import LOCK, locked
+from lvd_lightning.runs.pipeline import Pipeline
 
 
 def test_another_holder_is_named(tmp_path: Path) -> None:

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 from torchmetrics import MeanMetric
 
+from lvd_lightning.context import StageContext
+from lvd_lightning.ranks import Ranks
 from lvd_lightning.runs.bookkeeping import EpochCheckpoint, MetricsFile, read_metrics
 from lvd_lightning.runs.experiment import Experiment, Stage, check_trained_with, record_stage
-from lvd_lightning.context import StageContext
-from lvd_lightning.stages.stage import StageModule
-from lvd_lightning.seeds import derive_seed
 from lvd_lightning.runs.pipeline import Pipeline, resume_epoch
-from lvd_lightning.ranks import Ranks
+from lvd_lightning.seeds import derive_seed
+from lvd_lightning.stages.stage import StageModule
 
 KILLS = (("teacher", "batch"), ("codes", "function"), ("student", "between"), ("tuned", "finish"))
 

@@ -15,14 +15,14 @@ from matplotlib.image import imread
 
 from datamodules import Arrays
 from lvd_lightning import circuits as pc
-from lvd_lightning.runs.evaluation import circuit_bpd, evaluate_run
-from lvd_lightning.runs.experiment import EVALUATE, Experiment, Stage
+from lvd_lightning.context import StageContext
 from lvd_lightning.latents import load_assignments, run_latents
 from lvd_lightning.models.assembled import AssembledCircuit
-from lvd_lightning.context import StageContext
+from lvd_lightning.ranks import Ranks
+from lvd_lightning.runs.evaluation import circuit_bpd, evaluate_run
+from lvd_lightning.runs.experiment import EVALUATE, Experiment, Stage
 from lvd_lightning.runs.pictures import grid, half_masks
 from lvd_lightning.runs.pipeline import mark_done
-from lvd_lightning.ranks import Ranks
 from lvd_lightning.runs.report import summarize, table_rows, write_report
 from lvd_lightning.teachers import VQVAE, save_teacher
 

@@ -61,9 +61,9 @@ def before(module: Any, name: str, stage: str, run_dir: Path) -> None:
 
 
 def fit(run_dir: Path) -> int:
-    from lvd_lightning.runs import pipeline, report
     from lvd_lightning.cli import main
     from lvd_lightning.latents import run as latents
+    from lvd_lightning.runs import pipeline, report
 
     torch.set_num_threads(1)
     before(latents, "write_clusters", "latents", run_dir)
