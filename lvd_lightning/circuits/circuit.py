@@ -5,7 +5,9 @@ Shapes: G circuits, B batch, D variables, H heads, F folded nodes, V and E the r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 import torch
@@ -24,11 +26,15 @@ from lvd_lightning.circuits.engine.layers import TINY, InputLayer, Layer
 from lvd_lightning.circuits.engine.log_prob import Lease, LogProb
 from lvd_lightning.circuits.engine.parameters import check_types, from_logits, root_rows, stack, to_logits
 from lvd_lightning.circuits.engine.plan import Plan, compile_plan
+from lvd_lightning.circuits.engine.reference import is_vmapped, log_values, take_inputs
 from lvd_lightning.circuits.engine.sparse import LAYOUTS, Layout, SparseEdges
 from lvd_lightning.circuits.engine.workspace import GradientSpace, Pool, Workspace
 from lvd_lightning.circuits.graph import CircuitGraph, Node, with_sum_root
 
 __all__ = ["Circuit"]
+
+#: Circuits whose `log_prob` runs the reference pass here and now; copies of them are others.
+_BY_REFERENCE: ContextVar[tuple[object, ...]] = ContextVar("by_reference", default=())
 
 
 class Circuit(nn.Module):
@@ -114,6 +120,7 @@ class Circuit(nn.Module):
         self._error_bound: ErrorBound | None = None
         self.gradient_pool: dict[int, Tensor] = {}
         self.statistics: dict[int, Tensor] = {}
+        self.lacks_statistics = False  # gradients came from the reference pass, which adds nothing to `statistics`
         self._is_evidence = self._check_evidence()
 
     def extra_repr(self) -> str:
@@ -196,19 +203,25 @@ class Circuit(nn.Module):
             ValueError: a value outside the support of its variable, a wrong shape, or NaN in an observed variable. On a
                 GPU values and heads are checked behind the computation, and a later call raises; see `check_inputs`.
         """
-        batch = prepare(self, x, observed, late=True)
+        by_reference = any(found is self for found in _BY_REFERENCE.get())
+        given = [found for found in (x, observed, head) if by_reference and isinstance(found, Tensor)]
+        checked = not any(is_vmapped(found) for found in given)
+        batch = prepare(self, x, observed, late=True, checked=checked)
         tables = self.probabilities()
         parts = [*tables, x] if self._is_evidence else tables
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in parts)
         evidence = x if self._is_evidence else None
-        head_GB = None if head is None else head_index(self, head, batch.size, late=True)
+        head_GB = None if head is None else head_index(self, head, batch.size, late=True, checked=checked)
         shape = (self.num_circuits, batch.size) if head is not None else (self.num_circuits, batch.size, self.num_heads)
         if margin is not None:
             check_number("margin", margin, 0, above_low=True, meaning=", in nats")
             if keep:
                 raise ValueError("margin: is for values without gradients; call log_prob under torch.no_grad()")
         selected = wanted_heads(self, wanted, head_GB, shape)
-        log_GHB = LogProb.apply(self, batch, keep, selected, margin, evidence, *tables)
+        if by_reference:
+            log_GHB = self._reference_pass(x, observed, tables)
+        else:
+            log_GHB = self._fused_pass(batch, keep, selected, margin, evidence, *tables)
         found = log_GHB.transpose(1, 2) if head_GB is None else log_GHB.gather(1, head_GB[:, None])[:, 0]
         if wanted is not None:
             found = found.masked_fill(~wanted.view(shape), 0.0)
@@ -217,6 +230,30 @@ class Circuit(nn.Module):
     def forward(self, x: Tensor, head: int | Tensor | None = None, observed: Tensor | None = None) -> Tensor:
         """Same as `log_prob`."""
         return self.log_prob(x, head, observed)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside it `log_prob` of this circuit runs in plain PyTorch operations, which autograd can see through.
+
+        So there are second derivatives, gradients for continuous x, and the transforms of `torch.func`; under
+        `torch.vmap` nothing checks x and heads. Values and first gradients are those of the fused pass, which takes a
+        fraction of the time and memory. Other queries stay as they are. EM on Gaussians, binomials and logistics needs
+        more than gradients and refuses those that were made in here.
+
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> graph = pc.hclt([-1, 0], 2, pc.Gaussian(), generator=torch.Generator().manual_seed(0))
+        >>> circuit = pc.Circuit(graph)
+        >>> with circuit.reference():
+        ...     curvature = torch.func.hessian(lambda x: circuit.log_prob(x[None])[0, 0])(torch.zeros(2))
+        >>> curvature.shape
+        torch.Size([2, 2])
+        """
+        token = _BY_REFERENCE.set((*_BY_REFERENCE.get(), self))
+        try:
+            yield
+        finally:
+            _BY_REFERENCE.reset(token)
 
     def check_inputs(self) -> None:
         """Wait for the device, and raise if `log_prob` was given values or heads that do not exist.
@@ -324,8 +361,33 @@ class Circuit(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients and, with them, the flow statistics of inputs whose gradients do not hold them."""
         super().zero_grad(set_to_none)
+        self.lacks_statistics = False
         for statistics in self.statistics.values():
             statistics.zero_()
+
+    def _fused_pass(self, *arguments: object) -> Tensor:
+        """log p of all heads, (G, H, B)."""
+        try:
+            return LogProb.apply(self, *arguments)
+        except RuntimeError as error:
+            if "setup_context" not in str(error):  # a static method that PyTorch misses in our autograd function
+                raise
+            raise RuntimeError(
+                "log_prob: its fast passes do not work under torch.func; call it inside `with circuit.reference():`"
+            ) from error
+
+    def _reference_pass(self, x: Tensor, observed: Tensor | None, tables: Sequence[Tensor]) -> Tensor:
+        """log p of all heads, (G, H, B)."""
+        is_shared = (x.ndim == 3) == self._is_evidence
+        masks = None if observed is None else take_inputs(self.plan, observed, is_shared)
+        found = log_values(self.plan, tables, take_inputs(self.plan, x, is_shared), masks)
+        for layer, log_FKB in zip(self.plan.inputs, found.inputs, strict=True):
+            if layer.distribution.num_statistics and log_FKB.requires_grad:
+                log_FKB.register_hook(self._lack_statistics)
+        return found.heads
+
+    def _lack_statistics(self, _: Tensor) -> None:
+        self.lacks_statistics = True
 
     # What follows is for the engine's own modules.
 

@@ -101,6 +101,12 @@ class _CircuitOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             self._check(group)
+        if any(circuit.lacks_statistics for circuit in self.circuits):
+            raise ValueError(
+                f"{type(self).__name__}: a circuit has inputs that need more than gradients (Gaussian, Binomial, "
+                "DiscretizedLogistic), and these came from inside `circuit.reference()`: call log_prob outside of it "
+                "and zero_grad() first"
+            )
         self._reduce()
         for circuit, group in zip(self.circuits, self.param_groups, strict=True):
             if any(table.grad is not None for table in group["params"]):
@@ -113,6 +119,7 @@ class _CircuitOptimizer(torch.optim.Optimizer):
         The next backward pass writes its gradients to the memory of these: clone those that you want to keep.
         """
         for circuit in self.circuits:
+            circuit.lacks_statistics = False
             for statistics in circuit.statistics.values():
                 statistics.zero_()
             for number, table in enumerate(circuit.tables):

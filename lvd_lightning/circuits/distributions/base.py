@@ -93,6 +93,10 @@ class Distribution:
         """Write log2 p(x | unit) to `out_FKB`."""
         raise TypeError(f"{type(self).__name__} is abstract")
 
+    def log_prob(self, params_FKS: Tensor, x_FB: Tensor) -> Tensor:
+        """log p(x | unit) in nats, (F, K, B): out of place and differentiable, for the reference pass."""
+        raise TypeError(f"{type(self).__name__} has no log_prob, which the reference pass needs")
+
     def likelihood(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
         """Write p(x | unit) to `out_FKB`; tables only."""
         raise TypeError(f"{type(self).__name__} is no table")

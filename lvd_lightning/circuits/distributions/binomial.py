@@ -71,6 +71,11 @@ class Binomial(Distribution):
         torch.bmm(logs_FK2, self._counts(x_FB, out_FKB.dtype).transpose(1, 2), out=out_FKB)
         out_FKB.add_(self._log_orders(x_FB)[:, None, :].to(out_FKB.dtype) / math.log(2.0))
 
+    def log_prob(self, params_FKS: Tensor, x_FB: Tensor) -> Tensor:
+        x_F1B = x_FB[:, None].to(params_FKS.dtype)
+        orders_F1B = self._log_orders(x_FB)[:, None].to(params_FKS.dtype)
+        return x_F1B * params_FKS.log() + (self.total - x_F1B) * torch.log1p(-params_FKS) + orders_F1B
+
     def backward(self, params_FKS: Tensor, x_FB: Tensor, grad_FKB: Tensor, out_FKS: Tensor) -> None:
         successes_FK, failures_FK = torch.bmm(grad_FKB, self._counts(x_FB, grad_FKB.dtype)).unbind(-1)
         p_FK = params_FKS[..., 0]

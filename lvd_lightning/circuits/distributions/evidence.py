@@ -39,3 +39,7 @@ class SoftEvidence(Distribution):
 
     def is_outside(self, values: Tensor) -> Tensor:
         return (torch.isnan(values) | (values == math.inf)).any()
+
+    def log_prob(self, params_FKS: Tensor, x_FB: Tensor) -> Tensor:
+        """The evidence itself, given as (F, B, K); there are no parameters."""
+        return x_FB.transpose(1, 2)

@@ -55,6 +55,11 @@ class Gaussian(Distribution):
         torch.sub(x_FB[:, None, :].to(out_FKB.dtype), mean, out=out_FKB)
         out_FKB.div_(std).square_().mul_(-0.5 / math.log(2.0)).sub_(std.log2() + 0.5 * math.log2(2 * math.pi))
 
+    def log_prob(self, params_FKS: Tensor, x_FB: Tensor) -> Tensor:
+        mean_FK1, std_FK1 = params_FKS.split(1, -1)
+        z_FKB = (x_FB[:, None].to(params_FKS.dtype) - mean_FK1) / std_FK1
+        return -0.5 * z_FKB.square() - std_FK1.log() - 0.5 * math.log(2 * math.pi)
+
     def backward(self, params_FKS: Tensor, x_FB: Tensor, grad_FKB: Tensor, out_FKS: Tensor) -> None:
         mean, std = params_FKS[..., :1], params_FKS[..., 1:]
         z = (x_FB[:, None, :].to(grad_FKB.dtype) - mean) / std

@@ -110,6 +110,13 @@ class DiscretizedLogistic(Distribution):
         out_FKB.addcmul_(between_FK1, edges.has_low_F1B * edges.has_high_F1B)
         out_FKB.div_(math.log(2.0))
 
+    def log_prob(self, params_FKS: Tensor, x_FB: Tensor) -> Tensor:
+        edges = self._edges(params_FKS, x_FB, params_FKS.dtype)
+        between_FK1 = torch.log(-torch.expm1(-1 / params_FKS[..., 1:]))
+        log_high_FKB = logsigmoid(edges.high_FKB) * edges.has_high_F1B
+        log_low_FKB = logsigmoid(-edges.low_FKB) * edges.has_low_F1B
+        return log_high_FKB + log_low_FKB + between_FK1 * edges.has_low_F1B * edges.has_high_F1B
+
     def backward(self, params_FKS: Tensor, x_FB: Tensor, grad_FKB: Tensor, out_FKS: Tensor) -> None:
         first_FKB, second_FKB = self._scores(params_FKS, self._edges(params_FKS, x_FB, grad_FKB.dtype))
         scale_FK = params_FKS[..., 1]

@@ -76,6 +76,12 @@ class Categorical(Distribution):
             self.likelihood(params_FKS, x_FB, out_FKB)
             out_FKB.log2_()
 
+    def log_prob(self, params_FKS: Tensor, x_FB: Tensor) -> Tensor:
+        index_FKB = x_FB.long()[:, None].expand(-1, params_FKS.shape[1], -1)
+        p_FKB = params_FKS.gather(2, index_FKB)
+        is_zero_FKB = p_FKB.detach() == 0  # such a category has no gradient, as in `backward`
+        return p_FKB.masked_fill(is_zero_FKB, 1.0).log().masked_fill(is_zero_FKB, -torch.inf)
+
     def likelihood(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
         torch.gather(params_FKS, 2, x_FB.long()[:, None, :].expand(out_FKB.shape), out=out_FKB)
 

@@ -39,13 +39,13 @@ class Batch:
         return Batch(values, observed, columns[0].shape[1])
 
 
-def prepare(circuit: Circuit, x: Tensor, observed: Tensor | None, late: bool = False) -> Batch:
+def prepare(circuit: Circuit, x: Tensor, observed: Tensor | None, late: bool = False, checked: bool = True) -> Batch:
     """Check `x` and `observed` and hand every input layer its rows.
 
-    With `late` the values of `x` are checked without waiting for a GPU.
+    With `late` the values of `x` are checked without waiting for a GPU; unless `checked`, shapes alone are.
     """
     circuit.checks.ask()
-    late = late and is_late(circuit.device)
+    late = late and checked and is_late(circuit.device)
     shape = (x.shape[:-1] if circuit._is_evidence else x.shape) if isinstance(x, Tensor) else None
     if shape is None or len(shape) not in ((2, 3) if circuit.batched else (2,)):
         raise ValueError(f"x: expected a tensor of shape {expected_shape(circuit)}, got {_describe(x)}")
@@ -69,7 +69,7 @@ def prepare(circuit: Circuit, x: Tensor, observed: Tensor | None, late: bool = F
             masks.append(mask)
         if late:
             outside.append(layer.distribution.is_outside(found))
-        else:
+        elif checked:
             layer.distribution.check_values(found)
         if not found.is_floating_point() or layer.distribution.is_table:
             found = _whole(found, layer)
@@ -81,8 +81,11 @@ def prepare(circuit: Circuit, x: Tensor, observed: Tensor | None, late: bool = F
     return Batch(values, None if observed is None else masks, shape[-2])
 
 
-def head_index(circuit: Circuit, head: int | Tensor, size: int, late: bool = False) -> Tensor:
-    """Heads as an int64 tensor (G, B), checked; with `late`, those on a GPU without waiting for it."""
+def head_index(circuit: Circuit, head: int | Tensor, size: int, late: bool = False, checked: bool = True) -> Tensor:
+    """Heads as an int64 tensor (G, B), checked; with `late`, those on a GPU without waiting for it.
+
+    Unless `checked`, the shape alone is.
+    """
     if isinstance(head, Tensor):
         expected = (circuit.num_circuits, size) if circuit.batched else (size,)
         if head.shape != expected or head.is_floating_point() or head.dtype == torch.bool:
@@ -92,6 +95,8 @@ def head_index(circuit: Circuit, head: int | Tensor, size: int, late: bool = Fal
         if not is_whole(head):
             raise ValueError(f"head: expected an int or an integer tensor, got {described(head)}")
         return torch.full((circuit.num_circuits, size), _check_head(circuit, int(head)), device=circuit.device)
+    if not checked:
+        return index
     if late and is_late(head.device):
         circuit.checks.add(len(circuit.plan.inputs), [((index < 0) | (index >= circuit.num_heads)).any()])
         return index.clamp(0, circuit.num_heads - 1)

@@ -91,7 +91,8 @@ class LogProb(torch.autograd.Function):
         if torch.is_grad_enabled():  # as it is for create_graph=True, and only then
             raise RuntimeError(
                 "log_prob: gradients of gradients are not available (create_graph=True was asked for): the backward "
-                "pass is in closed form, with nothing behind it to differentiate"
+                "pass is in closed form, with nothing behind it to differentiate; compute log_prob inside "
+                "`with circuit.reference():`, which is slower and has them"
             )
         _, _, _, _, _, for_evidence, *for_tables = ctx.needs_input_grad
         if ctx.lease is None:
