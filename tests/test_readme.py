@@ -2,27 +2,20 @@
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from helpers.pages import ROOT, blocks, commands
 
 import lvd_lightning.circuits as pc
 from lvd_lightning.cli import parse
 from lvd_lightning.runs.configuration import experiment_from
 
-README = Path(__file__).parents[1] / "README.md"
-STRUCTURES = README.parent / "docs" / "structures.md"
-
-
-def blocks(language: str, page: Path = README) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
-
-
-def commands() -> list[str]:
-    lines = [line.split(" #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    return [line for line in lines if line.startswith("python train.py ")]
+README = ROOT / "README.md"
 
 
 def test_python() -> None:
@@ -30,33 +23,12 @@ def test_python() -> None:
     graphs = [pc.hclt(torch.tensor([-1, 0, 1]), 4, pc.Categorical(8)) for _ in range(2)]
     names = {"x": torch.randint(256, (300, 6)), "mask": torch.rand(8, 6) < 0.5}
     names |= {"graph_0": graphs[0], "graph_1": graphs[1]}
-    (code,) = blocks("python")
+    (code,) = blocks("python", README)
     exec(compile(code, str(README), "exec"), names)
     assert names["larger"].num_heads == 2
 
 
-def test_larger_circuit_of_the_page_on_structures() -> None:
-    """It is the sum over the latents: of p(z_0) p(z_1 | z_0) p(z_2 | z_0) and a head of every leaf."""
-    torch.manual_seed(0)
-    names: dict[str, Any] = {}
-    (code,) = blocks("python", STRUCTURES)
-    exec(compile(code, str(STRUCTURES), "exec"), names)
-    x = torch.randint(8, (6, 12))
-    root, first, second = (names[name] / names[name].sum(1, keepdim=True) for name in ("p_root", "p_first", "p_second"))
-    given = [pc.Circuit(leaf).log_prob(x[:, 4 * i : 4 * i + 4]).exp() for i, leaf in enumerate(names["leaves"])]
-    expected = torch.einsum("bi,bj,bk,i,ij,ik->b", *given, root[0], first, second)
-    torch.testing.assert_close(names["circuit"].log_prob(x)[:, 0], expected.log())
-
-
-def test_structures_in_a_config(tmp_path: Path) -> None:
-    (text,) = blocks("yaml", STRUCTURES)
-    (tmp_path / "over.yaml").write_text(text)
-    stages = parse(["fit", "--config", "photos", "--config", str(tmp_path / "over.yaml")])[1]["stages"]
-    assert stages["conditional"]["model"]["init_args"]["structure"] == "rat_spn"
-    experiment_from(parse(["fit", "--config", "photos", "--config", str(tmp_path / "over.yaml")])[1])
-
-
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", commands(README))
 def test_commands(command: str) -> None:
     _, _, *arguments = shlex.split(command)
     if "--print_config" in arguments:
@@ -67,12 +39,48 @@ def test_commands(command: str) -> None:
 
 
 def test_there_are_commands() -> None:
-    assert len(commands()) > 8
-    assert any("--stage " in command for command in commands())
+    assert len(commands(README)) >= 8
+    assert any("--stage " in command for command in commands(README))
 
 
-def test_pictures_and_links() -> None:
-    targets = re.findall(r"\]\(([^)#]+)\)", README.read_text())
-    assert targets
-    missing = [target for target in targets if "://" not in target and not (README.parent / target).is_file()]
-    assert not missing
+def test_the_map_names_every_folder() -> None:
+    """And nothing that is not there. Folders of the library are two spaces in, those of circuits four."""
+    (text,) = [block for block in blocks("", README) if "train.py" in block]
+    named: set[str] = set()
+    above: list[str] = []
+    for line in text.splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        above = [*above[:depth], name]
+        if "*" not in name:
+            named.add("".join(above))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    for folder in ("", "lvd_lightning/", "lvd_lightning/circuits/"):
+        found = {f"{folder}{path.parent.name}/" for path in (ROOT / folder).glob("*/__init__.py")}
+        assert found <= named
+
+
+def test_headline_figures_are_those_of_the_results() -> None:
+    rows = re.findall(r"\| \**(\d\.\d+)\** \| ([\d,]+) \|$", README.read_text(), re.MULTILINE)
+    assert len(rows) == 3
+    results = (ROOT / "docs" / "results.md").read_text()
+    for figure, seconds in rows:
+        assert re.search(rf"^\|.*\| \**{figure}\** \| {seconds} \|$", results, re.MULTILINE)
+
+
+def test_installation(tmp_path: Path) -> None:
+    """It puts the whole library in its place, and the library alone; dependencies are left out here."""
+    (line,) = [line for block in blocks("sh", README) for line in block.splitlines() if line.startswith("pip ")]
+    copy, site = tmp_path / "copy", tmp_path / "site"
+    for name in ("lvd_lightning", "callbacks", "datamodules"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, copy / name)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--target", str(site), "--quiet"]
+    subprocess.run([sys.executable, "-m", *shlex.split(line), *options], cwd=copy, check=True)
+    assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} == {"lvd_lightning"}
+    for suffix in ("py", "c"):
+        files = [
+            {path.relative_to(place) for path in (place / "lvd_lightning").rglob(f"*.{suffix}")}
+            for place in (copy, site)
+        ]
+        assert files[0] == files[1] != set()

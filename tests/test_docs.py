@@ -1,0 +1,48 @@
+"""What the pages in docs/ show is run, the commands of the results are understood, and links lead somewhere."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.pages import PAGES, ROOT, blocks, commands, missing_links
+
+import lvd_lightning.circuits as pc
+from lvd_lightning.cli import parse
+from lvd_lightning.runs.configuration import experiment_from
+
+DOCS = ROOT / "docs"
+STRUCTURES = DOCS / "structures.md"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_pictures(page: Path) -> None:
+    assert missing_links(page) == []
+
+
+@pytest.mark.parametrize("command", commands(DOCS / "results.md"))
+def test_commands_of_the_results(command: str) -> None:
+    _, _, *arguments = shlex.split(command)
+    assert experiment_from(parse(arguments)[1]).stages
+
+
+def test_larger_circuit_of_the_page_on_structures() -> None:
+    """It is the sum over the latents: of p(z_0) p(z_1 | z_0) p(z_2 | z_0) and a head of every leaf."""
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    (code,) = blocks("python", STRUCTURES)
+    exec(compile(code, str(STRUCTURES), "exec"), names)
+    x = torch.randint(8, (6, 12))
+    root, first, second = (names[name] / names[name].sum(1, keepdim=True) for name in ("p_root", "p_first", "p_second"))
+    given = [pc.Circuit(leaf).log_prob(x[:, 4 * i : 4 * i + 4]).exp() for i, leaf in enumerate(names["leaves"])]
+    expected = torch.einsum("bi,bj,bk,i,ij,ik->b", *given, root[0], first, second)
+    torch.testing.assert_close(names["circuit"].log_prob(x)[:, 0], expected.log())
+
+
+def test_structures_in_a_config(tmp_path: Path) -> None:
+    (text,) = blocks("yaml", STRUCTURES)
+    (tmp_path / "over.yaml").write_text(text)
+    stages = parse(["fit", "--config", "photos", "--config", str(tmp_path / "over.yaml")])[1]["stages"]
+    assert stages["conditional"]["model"]["init_args"]["structure"] == "rat_spn"
+    experiment_from(parse(["fit", "--config", "photos", "--config", str(tmp_path / "over.yaml")])[1])
