@@ -8,6 +8,7 @@ from lvd_lightning.circuits.distributions import (
     DiscretizedLogistic,
     Distribution,
     Gaussian,
+    Indicator,
     SoftEvidence,
 )
 from lvd_lightning.circuits.em import Anemone, CircuitEM
@@ -16,6 +17,7 @@ from lvd_lightning.circuits.flows import Flows
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 from lvd_lightning.circuits.information import entropy, kl
 from lvd_lightning.circuits.io import load, save
+from lvd_lightning.circuits.materialization import materialize
 from lvd_lightning.circuits.pyjuice import from_pyjuice, to_pyjuice
 from lvd_lightning.circuits.structures import (
     chow_liu_tree,
@@ -41,6 +43,7 @@ __all__ = [
     "Distribution",
     "Flows",
     "Gaussian",
+    "Indicator",
     "Node",
     "SoftEvidence",
     "chow_liu_tree",
@@ -53,6 +56,7 @@ __all__ = [
     "hmm",
     "kl",
     "load",
+    "materialize",
     "mixture",
     "poon_domingos",
     "prune",

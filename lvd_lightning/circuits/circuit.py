@@ -106,7 +106,9 @@ class Circuit(nn.Module):
             if edges is not None:
                 table, mask = edges.take(table), None
             self.register_buffer(f"mask{number}", mask, persistent=False)
-            self.tables.append(nn.Parameter(to_logits(table, group) if parameterization == "logits" else table))
+            learnt = group.distribution is None or not group.distribution.is_fixed
+            stored = to_logits(table, group) if parameterization == "logits" else table
+            self.tables.append(nn.Parameter(stored, requires_grad=learnt))
         self.register_buffer("circuit_of_node", _circuit_of_nodes(self.plan), persistent=False)
         self.is_linear = all(plan.distribution.is_table for plan in self.plan.inputs) and self.plan.is_slim_tree
         self.pool = Pool()

@@ -23,7 +23,7 @@ from lvd_lightning.circuits.checks import (
 )
 from lvd_lightning.circuits.distributions import Distribution
 
-__all__ = ["CircuitGraph", "Node", "with_sum_root"]
+__all__ = ["CircuitGraph", "Node", "graph_dtype", "with_sum_root"]
 
 
 @dataclass(eq=False)
@@ -279,7 +279,7 @@ class CircuitGraph:
         dangling = [index for index in range(len(self.nodes)) if index not in used]
         if dangling:
             raise ValueError(f"graph: nodes {dangling[:8]} are used by no other node and are not the root")
-        masks = self._scope_bits()
+        masks = self.scope_bits()
         for index, node in enumerate(self.nodes):
             if node.kind == "sum":
                 odd = [child for child in node.children if masks[child] != masks[index]]
@@ -368,7 +368,7 @@ class CircuitGraph:
             raise ValueError(f"{caller}: children {unknown} do not exist; the graph has {len(self.nodes)} nodes")
         return children
 
-    def _scope_bits(self) -> list[int]:
+    def scope_bits(self) -> list[int]:
         """The scopes as integers with one bit per variable: set operations on thousands of nodes stay cheap."""
         bits: list[int] = []
         for node in self.nodes:
@@ -425,12 +425,13 @@ def with_sum_root(graph: CircuitGraph) -> CircuitGraph:
     if not 0 <= graph.root < len(graph.nodes) or graph.nodes[graph.root].kind == "sum":
         return graph
     out = CircuitGraph(list(graph.nodes), graph.root, dict(graph.latents))
-    eye = torch.eye(graph.num_heads, dtype=_graph_dtype(graph))
+    eye = torch.eye(graph.num_heads, dtype=graph_dtype(graph))
     out.add_sum([graph.root], graph.num_heads, weight=eye, mask=eye > 0)
     return out
 
 
-def _graph_dtype(graph: CircuitGraph) -> torch.dtype:
+def graph_dtype(graph: CircuitGraph) -> torch.dtype:
+    """The type of its parameters, or the default one if it has none."""
     for node in graph.nodes:
         found = node.weight if node.weight is not None else node.params
         if found is not None:

@@ -23,6 +23,7 @@ from lvd_lightning.circuits.distributions import (
     DiscretizedLogistic,
     Distribution,
     Gaussian,
+    Indicator,
     SoftEvidence,
 )
 from lvd_lightning.circuits.graph import CircuitGraph, Node
@@ -40,7 +41,8 @@ UNREADABLE = (
     *(OverflowError, MemoryError, RecursionError),
 )
 DISTRIBUTIONS: dict[str, type[Distribution]] = {
-    found.__name__: found for found in (Categorical, Bernoulli, Binomial, DiscretizedLogistic, Gaussian, SoftEvidence)
+    found.__name__: found
+    for found in (Categorical, Bernoulli, Indicator, Binomial, DiscretizedLogistic, Gaussian, SoftEvidence)
 }
 
 

@@ -4,6 +4,7 @@ from lvd_lightning.circuits.distributions.base import Distribution
 from lvd_lightning.circuits.distributions.binomial import Binomial
 from lvd_lightning.circuits.distributions.evidence import SoftEvidence
 from lvd_lightning.circuits.distributions.gaussian import Gaussian
+from lvd_lightning.circuits.distributions.indicator import Indicator
 from lvd_lightning.circuits.distributions.logistic import DiscretizedLogistic
 from lvd_lightning.circuits.distributions.tables import SMALLEST, Bernoulli, Categorical
 
@@ -15,5 +16,6 @@ __all__ = [
     "DiscretizedLogistic",
     "Distribution",
     "Gaussian",
+    "Indicator",
     "SoftEvidence",
 ]

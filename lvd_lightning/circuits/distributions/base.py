@@ -30,6 +30,8 @@ class Distribution:
     is_table: ClassVar[bool] = False
     #: Values are log-likelihood vectors rather than numbers.
     is_evidence: ClassVar[bool] = False
+    #: Parameters say what the units are: nothing trains them.
+    is_fixed: ClassVar[bool] = False
     #: Values are whole numbers.
     is_whole: ClassVar[bool] = False
     #: T, how many sums EM needs: the flow, and those of T - 1 functions of x. 0 for tables: gradients say it all.
