@@ -52,6 +52,16 @@ def expectation(
     Raises:
         ValueError: f has too few values or the wrong shape, Gaussian variables get a table, a row of x has probability
             zero, `observed` comes without x, or a graph is given in place of a circuit.
+
+    Example:
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> circuit = pc.Circuit(pc.hclt([-1, 0, 1], num_latents=4, leaf=pc.Categorical(8)))
+        >>> value = torch.arange(8.0).expand(3, 8)  # f_v(c) = c: conditional means
+        >>> x, observed = torch.tensor([[5, 0, 2]]), torch.tensor([[True, False, True]])
+        >>> mean = pc.expectation(circuit, value, x=x, observed=observed)
+        >>> [round(found, 4) for found in mean[0, ::2].tolist()]  # what is observed is what it is
+        [5.0, 2.0]
     """
     check_type("expectation: circuit", circuit, Circuit)
     if not isinstance(f, Tensor) and not callable(f):

@@ -37,6 +37,16 @@ class Flows:
         Liu et al., Understanding the Distillation Process from Deep Generative Models to Tractable Probabilistic
         Circuits, 2023, section 4; Dang, Liu and Van den Broeck, Sparse Probabilistic Circuits via Pruning and Growing,
         2022 (arXiv 2211.12551), section 3.
+
+    Example:
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> graph = pc.hclt([-1, 0], num_latents=4, leaf=pc.Categorical(8))
+        >>> circuit = pc.Circuit(graph)
+        >>> flows = pc.Flows(circuit)
+        >>> flows.add(torch.randint(8, (100, 2)))
+        >>> print(f"{flows.edges(graph.root).sum():.1f}")  # every example passes through the root once
+        100.0
     """
 
     def __init__(self, circuit: Circuit) -> None:

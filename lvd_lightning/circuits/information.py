@@ -42,6 +42,13 @@ def entropy(circuit: Circuit, head: int | Tensor = 0) -> Tensor:
 
     Raises:
         ValueError: a graph in place of a circuit, or a circuit has no such head.
+
+    Example:
+        >>> import lvd_lightning.circuits as pc
+        >>> coin = pc.CircuitGraph()
+        >>> _ = coin.add_sum([coin.add_input(0, pc.Bernoulli(), 1, params=[[0.5, 0.5]])], 1)
+        >>> print(f"{pc.entropy(pc.Circuit(coin)):.4f}")  # log 2
+        0.6931
     """
     check_type("entropy: circuit", circuit, Circuit)
     terms = [
@@ -66,6 +73,15 @@ def kl(p: Circuit, q: Circuit, head: int | Tensor = 0) -> Tensor:
 
     Raises:
         ValueError: graphs in place of circuits, the structures differ, or a circuit has no such head.
+
+    Example:
+        >>> import lvd_lightning.circuits as pc
+        >>> coins = []
+        >>> for heads in (0.5, 0.9):
+        ...     coins.append(pc.CircuitGraph())
+        ...     _ = coins[-1].add_sum([coins[-1].add_input(0, pc.Bernoulli(), 1, params=[[1 - heads, heads]])], 1)
+        >>> print(f"{pc.kl(*map(pc.Circuit, coins)):.4f}")
+        0.5108
     """
     check_type("kl: p", p, Circuit)
     check_type("kl: q", q, Circuit)

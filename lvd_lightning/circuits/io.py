@@ -50,6 +50,15 @@ def save(circuit: Circuit, path: str | Path) -> Path:
     """Write a circuit to `path` (".safetensors" is added if there is no suffix); returns the path written.
 
     The file appears under its name only when it is complete.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import lvd_lightning.circuits as pc
+        >>> circuit = pc.Circuit(pc.hclt([-1, 0], num_latents=4, leaf=pc.Bernoulli()))
+        >>> with TemporaryDirectory() as folder:
+        ...     path = pc.save(circuit, f"{folder}/tree")
+        >>> path.name
+        'tree.safetensors'
     """
     check_type("save: circuit", circuit, Circuit)
     path = _with_suffix(path)
@@ -79,6 +88,17 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Circuit:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged (by its checksum or contents), incomplete, of a newer format, no circuit, or a
             directory.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> circuit = pc.Circuit(pc.hclt([-1, 0], num_latents=4, leaf=pc.Bernoulli()))
+        >>> with TemporaryDirectory() as folder:
+        ...     again = pc.load(pc.save(circuit, f"{folder}/tree"))
+        >>> x = torch.tensor([[0, 1], [1, 1]])
+        >>> torch.equal(again.log_prob(x), circuit.log_prob(x))
+        True
     """
     given, path = Path(path).expanduser(), _with_suffix(path)
     if not path.is_file() and given.is_dir():

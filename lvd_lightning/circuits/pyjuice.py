@@ -51,6 +51,13 @@ def to_pyjuice(circuit: Circuit, *, max_block_size: int = 1024) -> Any:
     Raises:
         ValueError: an input of another distribution, or a block size that is no power of two.
         ImportError: PyJuice is not installed.
+
+    Example:
+        >>> import lvd_lightning.circuits as pc
+        >>> circuit = pc.Circuit(pc.hclt([-1, 0], num_latents=4, leaf=pc.Bernoulli(), num_heads=3))
+        >>> root = pc.to_pyjuice(circuit)
+        >>> root.num_nodes  # the heads
+        3
     """
     check_type("to_pyjuice: circuit", circuit, Circuit)
     if max_block_size < 1 or max_block_size & (max_block_size - 1):
@@ -74,6 +81,12 @@ def from_pyjuice(root: Any) -> CircuitGraph:
             Gaussian, or of several variables; a sum with external parameters; parameters that are not set; tied sums
             with different edges.
         ImportError: PyJuice is not installed.
+
+    Example:
+        >>> import lvd_lightning.circuits as pc
+        >>> circuit = pc.Circuit(pc.hclt([-1, 0], num_latents=4, leaf=pc.Bernoulli(), num_heads=3))
+        >>> pc.from_pyjuice(pc.to_pyjuice(circuit)).num_heads
+        3
     """
     juice = _import_pyjuice("from_pyjuice")
     if not isinstance(root, juice.nodes.CircuitNodes):

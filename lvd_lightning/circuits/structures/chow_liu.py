@@ -44,6 +44,15 @@ def chow_liu_tree(
 
     References:
         Chow and Liu, Approximating discrete probability distributions with dependence trees, 1968.
+
+    Example:
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> row = torch.arange(1000)
+        >>> first, flips = row % 2, (row % 10 == 0).long()
+        >>> x = torch.stack([first, first ^ flips, first ^ flips ^ (row % 7 == 0).long()], 1)  # a chain
+        >>> pc.chow_liu_tree(x)
+        tensor([ 1, -1,  1])
     """
     return chow_liu_trees(
         [x], num_categories, num_bins, max_examples, weights=None if weights is None else [weights], seed=seed

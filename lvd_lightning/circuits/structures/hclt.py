@@ -49,6 +49,12 @@ def hclt(
 
     References:
         Liu and Van den Broeck, Tractable Regularization of Probabilistic Circuits, 2021 (arXiv 2106.02264), section 5.
+
+    Example:
+        >>> import lvd_lightning.circuits as pc
+        >>> graph = pc.hclt([-1, 0, 0], num_latents=4, leaf=pc.Categorical(256))
+        >>> pc.Circuit(graph).num_parameters  # three leaves, two transitions, the root
+        3087
     """
     parent_list = as_indices("hclt: parents", parents).tolist()
     order = _topological(parent_list)

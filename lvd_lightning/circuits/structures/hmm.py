@@ -51,6 +51,15 @@ def hmm(
         Rabiner, A Tutorial on Hidden Markov Models and Selected Applications in Speech Recognition, 1989; as a circuit
         for language, Liu, Zhang and Van den Broeck, Scaling Up Probabilistic Circuits by Latent Variable Distillation,
         2023 (arXiv 2210.04398), section 2.
+
+    Example:
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> circuit = pc.Circuit(pc.hmm(length=5, num_states=2, num_tokens=10, homogeneous=True))
+        >>> circuit.num_parameters  # two emissions, one transition matrix, the first state
+        21
+        >>> circuit.log_prob(torch.tensor([[3, 1, 4, 1, 5]])).shape
+        torch.Size([1, 1])
     """
     check_counts("hmm", length=length, num_states=num_states, num_heads=num_heads)
     if (num_tokens is None) == (leaf is None):

@@ -40,6 +40,16 @@ def mixture(
 
     Raises:
         ValueError: no graphs, graphs over different variables, weights of another shape, negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> trees = [pc.hclt(parents, 2, pc.Bernoulli()) for parents in ([-1, 0, 1], [1, -1, 1])]
+        >>> both = pc.Circuit(pc.mixture(trees, weights=[0.3, 0.7]))
+        >>> x = torch.tensor([[0, 1, 1]])
+        >>> first, second = (pc.Circuit(tree).log_prob(x).exp() for tree in trees)
+        >>> torch.allclose(both.log_prob(x).exp(), 0.3 * first + 0.7 * second)
+        True
     """
     check_counts("mixture", num_heads=num_heads)
     check_generator("mixture", generator)

@@ -60,6 +60,14 @@ def poon_domingos(
     References:
         Poon and Domingos, Sum-Product Networks: A New Deep Architecture, 2011, section 4; Peharz et al., Einsum
         Networks: Fast and Scalable Learning of Tractable Probabilistic Circuits, 2020 (arXiv 2004.06231), section 4.
+
+    Example:
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> circuit = pc.Circuit(pc.poon_domingos((4, 4, 1), delta=2, num_units=3, leaf=pc.Categorical(16)))
+        >>> images = torch.randint(16, (8, 1, 4, 4))
+        >>> circuit.log_prob(images.flatten(1)).shape
+        torch.Size([8, 1])
     """
     if not are_whole(shape) or len(shape) != 3 or min(shape) < 1:
         raise ValueError(

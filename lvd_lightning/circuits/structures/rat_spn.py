@@ -61,6 +61,13 @@ def rat_spn(
     References:
         Peharz et al., Random Sum-Product Networks: A Simple and Effective Approach to Probabilistic Deep Learning,
         2019 (arXiv 1806.01910), section 3.
+
+    Example:
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> graph = pc.rat_spn(6, depth=2, num_repetitions=3, num_sums=4, num_leaves=4, leaf=pc.Gaussian())
+        >>> pc.Circuit(graph).sample(10).shape
+        torch.Size([10, 6])
     """
     check_generator("rat_spn", generator)
     check_counts("rat_spn", num_vars=num_vars, depth=depth, num_repetitions=num_repetitions)

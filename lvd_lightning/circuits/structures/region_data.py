@@ -54,6 +54,15 @@ def regions_from_data(
     Raises:
         ValueError: the data are no values of the inputs or have another number of variables, no `head` for several
             heads, a graph whose sums are no sums over regions.
+
+    Example:
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> x = (torch.arange(400) % 4)[:, None].repeat(1, 4)  # copies of one variable
+        >>> graph = pc.rat_spn(4, depth=1, num_repetitions=2, num_sums=4, num_leaves=4, leaf=pc.Categorical(4))
+        >>> better = pc.regions_from_data(graph, x)
+        >>> bool((pc.Circuit(better).log_prob(x) > pc.Circuit(graph).log_prob(x)).all())
+        True
     """
     check_generator("regions_from_data", generator)
     if not smoothing > 0:
