@@ -50,6 +50,17 @@ class Circuit(nn.Module):
         layout: of sum nodes that were pruned: "dense" keeps zeros for pruned edges; "sparse" stores and computes live
             edges alone; "auto" decides node by node by what takes less time on a CPU (`sparse.SPARSE_BELOW`). Heads,
             tied nodes and logits are always dense. On a GPU the sparse layout saves memory only.
+
+    Example:
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> circuit = pc.Circuit(pc.hclt([-1, 0, 0], num_latents=4, leaf=pc.Bernoulli()))
+        >>> worlds = torch.cartesian_prod(*[torch.arange(2)] * 3)
+        >>> print(f"{circuit.log_prob(worlds).exp().sum():.4f}")  # all that can happen
+        1.0000
+        >>> many = pc.Circuit([pc.hclt([-1, 0, 0], 4, pc.Bernoulli()) for _ in range(5)])  # run as one
+        >>> many.log_prob(worlds).shape  # circuits, examples, heads
+        torch.Size([5, 8, 1])
     """
 
     roots: Tensor
@@ -204,6 +215,19 @@ class Circuit(nn.Module):
         Raises:
             ValueError: a value outside the support of its variable, a wrong shape, or NaN in an observed variable. On a
                 GPU values and heads are checked behind the computation, and a later call raises; see `check_inputs`.
+
+        Example:
+            >>> import torch
+            >>> import lvd_lightning.circuits as pc
+            >>> circuit = pc.Circuit(pc.hclt([-1, 0, 0], num_latents=4, leaf=pc.Bernoulli(), num_heads=2))
+            >>> x = torch.tensor([[0, 1, 1], [1, 0, 1]])
+            >>> circuit.log_prob(x).shape  # both heads
+            torch.Size([2, 2])
+            >>> circuit.log_prob(x, head=torch.tensor([0, 1])).shape  # one for every example
+            torch.Size([2])
+            >>> nothing = torch.zeros(2, 3, dtype=torch.bool)
+            >>> torch.allclose(circuit.log_prob(x, observed=nothing), torch.zeros(2, 2), atol=1e-6)  # all summed out
+            True
         """
         by_reference = any(found is self for found in _BY_REFERENCE.get())
         given = [found for found in (x, observed, head) if by_reference and isinstance(found, Tensor)]
@@ -296,6 +320,16 @@ class Circuit(nn.Module):
             ValueError: both or none of n and x, a wrong shape or type, a value outside the support of its variable, a
                 row whose evidence is impossible under its head, a head that is not there, or a generator of another
                 device.
+
+        Example:
+            >>> import torch
+            >>> import lvd_lightning.circuits as pc
+            >>> circuit = pc.Circuit(pc.hclt([-1, 0, 0], num_latents=4, leaf=pc.Categorical(8)))
+            >>> circuit.sample(5, generator=torch.Generator().manual_seed(0)).shape
+            torch.Size([5, 3])
+            >>> x, observed = torch.tensor([[7, 0, 2]]), torch.tensor([[True, False, True]])
+            >>> circuit.sample(x=x, observed=observed)[0, ::2]  # the second variable is drawn, given the others
+            tensor([7, 2])
         """
         return queries.sample(self, n, head=head, x=x, observed=observed, generator=generator)
 
@@ -316,6 +350,15 @@ class Circuit(nn.Module):
         Raises:
             ValueError: a wrong shape or type, a value outside the support of its variable, a row whose evidence is
                 impossible under its head, or a head that is not there.
+
+        Example:
+            >>> import torch
+            >>> import lvd_lightning.circuits as pc
+            >>> circuit = pc.Circuit(pc.hclt([-1, 0, 0], num_latents=4, leaf=pc.Categorical(8)))
+            >>> x, observed = torch.tensor([[7, 0, 2]]), torch.tensor([[True, False, True]])
+            >>> best, value = circuit.mpe(x, observed=observed)
+            >>> best[0, ::2], value.shape
+            (tensor([7, 2]), torch.Size([1]))
         """
         return queries.mpe(self, x, observed=observed, head=head)
 
@@ -337,11 +380,26 @@ class Circuit(nn.Module):
         Raises:
             ValueError: a node that names no latent, a wrong shape or type, a value outside the support of its variable,
                 a row whose evidence is impossible under its head, or a head that is not there.
+
+        Example:
+            >>> import torch
+            >>> import lvd_lightning.circuits as pc
+            >>> circuit = pc.Circuit(pc.hclt([-1, 0, 0], num_latents=4, leaf=pc.Categorical(8)))
+            >>> states = circuit.posterior(torch.tensor([[7, 0, 2]]), 1)  # of the second latent
+            >>> states.shape, f"{states.sum():.4f}"
+            (torch.Size([1, 4]), '1.0000')
         """
         return queries.posterior(self, x, node, observed=observed, head=head)
 
     def to_graph(self) -> CircuitGraph | list[CircuitGraph]:
-        """The graph, or list of graphs, with current parameters (copies)."""
+        """The graph, or list of graphs, with current parameters (copies).
+
+        Example:
+            >>> import lvd_lightning.circuits as pc
+            >>> circuit = pc.Circuit(pc.hclt([-1, 0, 0], num_latents=4, leaf=pc.Categorical(8)))
+            >>> [node.kind for node in circuit.to_graph().nodes].count("input")
+            3
+        """
         graphs = [structure.structure() for structure in self.structures]
         for number, (group, stored) in enumerate(zip(self.plan.groups, self.probabilities(), strict=True)):
             table = self.dense(number, stored.detach())

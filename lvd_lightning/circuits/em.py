@@ -182,6 +182,20 @@ class CircuitEM(_CircuitOptimizer):
 
     Raises:
         ValueError: a module without circuits, or with logits in place of probabilities, or a number out of its range.
+
+    Example:
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> circuit = pc.Circuit(pc.hclt([-1, 0, 0], num_latents=4, leaf=pc.Bernoulli()))
+        >>> x = torch.tensor([[0, 0, 0], [1, 1, 1]])
+        >>> optimizer = pc.CircuitEM(circuit, lr=1.0, pseudocount=0.0)
+        >>> for _ in range(100):
+        ...     optimizer.zero_grad()
+        ...     loss = -circuit.log_prob(x).sum()
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> print(f"{loss / 2:.2f}")  # two worlds of one half each: log 2
+        0.69
     """
 
     def __init__(
@@ -243,6 +257,20 @@ class Anemone(_CircuitOptimizer):
 
     References:
         Liu et al., Anemone, 2025 (arXiv 2505.19982).
+
+    Example:
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> circuit = pc.Circuit(pc.hclt([-1, 0, 0], num_latents=4, leaf=pc.Bernoulli()))
+        >>> x = torch.tensor([[0, 0, 0], [1, 1, 1]])
+        >>> optimizer = pc.Anemone(circuit)
+        >>> for _ in range(200):
+        ...     optimizer.zero_grad()
+        ...     loss = -circuit.log_prob(x).sum()
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> print(f"{loss / 2:.2f}")  # two worlds of one half each: log 2
+        0.69
     """
 
     def __init__(

@@ -38,6 +38,12 @@ class Node:
         to one. `mask` (same shape) marks the live edges; None means all of them.
 
     `tied_to` names the node whose parameters this node shares; then `params` or `weight` is that node's.
+
+    Example:
+        >>> import lvd_lightning.circuits as pc
+        >>> graph = pc.hclt([-1, 0], num_latents=4, leaf=pc.Categorical(8))
+        >>> [(node.kind, node.num_units) for node in graph.nodes]
+        [('input', 4), ('product', 4), ('sum', 4), ('input', 4), ('product', 4), ('sum', 1)]
     """
 
     kind: Literal["input", "product", "sum"]
@@ -60,6 +66,16 @@ class CircuitGraph:
     `root` is the node whose units are the heads. `latents` names latent variables: for an HCLT the variable's index
     maps to the product node whose unit k stands for "the latent of this variable is k". What k means after units have
     gone or doubled is said at `prune` and `grow`, which keep `latents` valid.
+
+    Example:
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> graph = pc.CircuitGraph()  # a mixture of two coins, thrown twice
+        >>> throws = [graph.add_input(v, pc.Bernoulli(), 2, params=[[0.5, 0.5], [0.1, 0.9]]) for v in range(2)]
+        >>> root = graph.add_sum([graph.add_product(throws)], 1, weight=[[0.25, 0.75]])
+        >>> graph.validate()
+        >>> print(f"{pc.Circuit(graph).log_prob(torch.tensor([[1, 1]])).exp().item():.4f}")  # 0.25 * 0.25 + 0.75 * 0.81
+        0.6700
     """
 
     nodes: list[Node] = field(default_factory=list)

@@ -55,6 +55,16 @@ def prune(circuit: Circuit, flows: Flows, threshold: float = 1e-4) -> CircuitGra
     References:
         Dang, Liu and Van den Broeck, Sparse Probabilistic Circuits via Pruning and Growing, 2022 (arXiv 2211.12551),
         section 3.
+
+    Example:
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> circuit = pc.Circuit(pc.hclt([-1, 0, 0], num_latents=16, leaf=pc.Categorical(8)))
+        >>> flows = pc.Flows(circuit)
+        >>> flows.add(torch.randint(8, (100, 3)))
+        >>> smaller = pc.Circuit(pc.prune(circuit, flows, threshold=0.01))
+        >>> smaller.num_parameters < circuit.num_parameters
+        True
     """
     _check_flows("prune", circuit, flows)
     check_number("threshold", threshold, 0, 1, meaning=", flow per example")
@@ -121,6 +131,16 @@ def grow(
     References:
         Liu et al., Understanding the Distillation Process from Deep Generative Models to Tractable Probabilistic
         Circuits, 2023, Algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> circuit = pc.Circuit(pc.hclt([-1, 0, 0], num_latents=4, leaf=pc.Categorical(8)))
+        >>> x, flows = torch.randint(8, (100, 3)), pc.Flows(circuit)
+        >>> flows.add(x)
+        >>> larger = pc.Circuit(pc.grow(circuit, flows, heads=[0], sigma=0.0))  # two heads, both the old one
+        >>> torch.allclose(larger.log_prob(x), circuit.log_prob(x).expand(-1, 2), atol=1e-5)
+        True
     """
     _check_flows("grow", circuit, flows)
     wanted = _check_heads(circuit, heads)
