@@ -1,101 +1,54 @@
-"""The command line: `fit` runs an experiment, `validate` and `test` print what its trained circuit reaches."""
+"""The command line: `fit` runs an experiment, `validate` and `test` print what its trained circuit reaches.
+
+What needs no library is answered before one is imported: the overview, an unknown command, a config that is not there.
+"""
 
 import argparse
 import re
 import sys
 import warnings
-from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from lvd_lightning.runs.configuration import experiment_from, merge
-from lvd_lightning.runs.experiment import CHANGED, STAGES, Experiment
-from lvd_lightning.runs.shared_values import check_shared
-from lvd_lightning.stages.stage import StageModule
+if TYPE_CHECKING:
+    from lvd_lightning.runs.experiment import Experiment
 
 __all__ = ["CONFIG_FOLDER", "find_config", "main", "one_line", "parse", "run"]
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs"
-_USER_ERRORS = (ArgumentError, ValueError, OSError, ImportError, MisconfigurationException, OmegaConfBaseException)
-# Not Any, for which jsonargparse takes every class_path for one to resolve, and fills in all its defaults.
-_Plain = bool | int | float | str | list | dict | None
-# Arguments that are plain mappings: a second --config is laid over the first key by key.
-_MAPPINGS = ("shared", "trainer", "stages.latents", *(f"stages.{name}.trainer" for name in STAGES if name != "latents"))
-_EMPTY: dict[str, Any] = {"trainer": {}}  # what the parser makes of a stage that no config mentions
 _COMMANDS = {
     "fit": "run every stage of an experiment that is not finished, then evaluate and write the report",
-    "validate": "print the bits per dimension of a finished run's circuit on the validation images",
-    "test": "print the bits per dimension of a finished run's circuit on the test images",
+    "validate": "print what a finished run's model reaches on the validation examples",
+    "test": "print what a finished run's model reaches on the test examples",
 }
-
-# `parser_mode="omegaconf"` leaves references behind when the value they point to is changed on the command line.
-set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-
-
-class ConfigFile(ActionConfigFile):
-    """`--config`: a path, or the name of a file in configs/ from any working directory; a later one is an overlay.
-
-    The name is looked up here and not in `sys.argv`, which the processes of a distributed run read again.
-    """
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        before = {key: cfg.get(key) for key in _MAPPINGS}
-        super().__call__(parser, cfg, str(find_config(values)), option_string)
-        for key, value in before.items():
-            if isinstance(value, Mapping) and isinstance(cfg.get(key), Mapping):
-                cfg[key] = merge(value, cfg[key])
 
 
 def find_config(name: str) -> Path:
     """The file that `--config name` means: a path as it is, else a file in configs/, with or without .yaml.
 
     Raises:
-        TypeError: there is none (jsonargparse makes it a message about the argument).
+        ValueError: there is none.
     """
-    candidates = (Path(name), CONFIG_FOLDER / name, CONFIG_FOLDER / f"{name}.yaml")
-    for path in candidates:
+    for path in (Path(name), CONFIG_FOLDER / name, CONFIG_FOLDER / f"{name}.yaml"):
         if path.is_file():
             return path
     known = sorted(str(path.relative_to(CONFIG_FOLDER).with_suffix("")) for path in CONFIG_FOLDER.rglob("*.yaml"))
-    raise TypeError(f"there is no config {name!r}; configs/ has {', '.join(known)}")
+    raise ValueError(f"there is no config {name!r}; configs/ has {', '.join(known)}")
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """The command, the resolved configuration of the experiment, and the options that are not part of it.
 
     Raises:
-        ArgumentError: an argument that no command takes, or a value of a wrong type.
-        ValueError: a shared value that nothing knows (see `check_shared`).
+        ArgumentError: an argument that the command does not take, or a value of a wrong type.
+        ValueError: no such command, config, stage or shared value, or a name that was changed.
     """
-    parser = ArgumentParser(parser_mode="omegaconf+", exit_on_error=False, description=__doc__, prog="train.py")
-    commands = parser.add_subcommands(dest="command")
-    for name, text in _COMMANDS.items():
-        commands.add_subcommand(name, _command_parser(name, text), help=text)
-    parsed = parser.parse_args(arguments)
-    command = parsed.command
-    chosen: Namespace = parsed[command]
-    options = {key: chosen.pop(key) for key in ("stage", "changed") if key in chosen}
-    chosen.pop("config", None)
-    dumped = _command_parser(command, "").dump(chosen, skip_validation=True)
-    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(dumped)))
-    check_shared(config["shared"], _config_files(arguments), sys.argv[1:] if arguments is None else arguments)
-    config["stages"] = {name: settings for name, settings in config["stages"].items() if settings not in ({}, _EMPTY)}
-    return command, config, options
+    command, words = _split(sys.argv[1:] if arguments is None else arguments)
+    files = _config_files(words)
+    from lvd_lightning.runs.arguments import parse_arguments
 
-
-def _config_files(arguments: Sequence[str] | None) -> list[Path]:
-    """The files that --config names, in order."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config", action="append", default=[])
-    return [find_config(name) for name in parser.parse_known_args(arguments)[0].config]
+    return command, *parse_arguments(command, _COMMANDS[command], words, files)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -103,18 +56,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.formatwarning = _one_line_warning
     try:
         command, config, options = parse(arguments)
+        from lvd_lightning.runs.configuration import experiment_from
+
         run(command, experiment_from(config), **options)
-    except _USER_ERRORS as error:
-        if getattr(rank_zero_only, "rank", 0) == 0:
-            print(f"error: {one_line(str(error))}", *getattr(error, "__notes__", []), file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not _is_of_user(error):
+            raise
+        if _is_first_rank():
+            print(f"error: {one_line(str(error))}", *getattr(error, "__notes__", []), file=sys.stderr)
+        return 2
     return 0
 
 
-def run(command: str, experiment: Experiment, stage: str | None = None, changed: str = "refuse") -> None:
+def run(command: str, experiment: "Experiment", stage: str | None = None, changed: str = "refuse") -> None:
     """Run a command on the processes that the experiment's devices ask for."""
     from lvd_lightning.ranks import Ranks
     from lvd_lightning.runs.pipeline import Pipeline
@@ -141,32 +98,49 @@ def _one_line_warning(message: Warning | str, category: type[Warning], *_: Any, 
     return f"{category.__name__}: {one_line(str(message))}\n"
 
 
-def _command_parser(command: str, text: str) -> ArgumentParser:
-    parser = ArgumentParser(parser_mode="omegaconf+", exit_on_error=False, description=text)
-    parser.add_argument("--config", action=ConfigFile, help="a file or a name in configs/; a second one is an overlay")
-    parser.add_argument("--name", type=str | None, help="the run's directory in run_dir")
-    parser.add_argument("--run_dir", type=str, default="runs", help="where runs are kept")
-    parser.add_argument("--seed", type=int, default=0, help="all random numbers derive from it")
-    parser.add_argument(
-        "--shared", type=dict[str, _Plain], default={}, help="values that stages refer to as ${shared.key}"
-    )
-    parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=False)
-    parser.add_argument("--trainer", type=dict[str, _Plain], default={}, help="arguments of every stage's Trainer")
-    for name in STAGES:
-        if name == "latents":
-            parser.add_argument("--stages.latents", type=dict[str, _Plain] | None, help="settings of the clustering")
-            continue
-        parser.add_subclass_arguments(StageModule, f"stages.{name}.model", fail_untyped=False, required=False)
-        parser.add_subclass_arguments(LightningDataModule, f"stages.{name}.data", fail_untyped=False, required=False)
-        parser.add_argument(
-            f"--stages.{name}.trainer", type=dict[str, _Plain], default={}, help=f"laid over trainer for {name}"
-        )
-    if command == "fit":
-        parser.add_argument("--stage", type=str | None, help="run this stage alone")
-        parser.add_argument(
-            "--changed",
-            choices=CHANGED,
-            default=CHANGED[0],
-            help="what to do when the run was begun with another config",
-        )
-    return parser
+def _split(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The command and what follows it; prints the overview and exits when it is asked for."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, exit_on_error=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text in _COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    first, rest = (words[0], list(words[1:])) if words else ("", [])
+    if first in _COMMANDS:
+        return first, rest
+    if first in ("-h", "--help"):
+        parser.print_help()
+        raise SystemExit(0)
+    given = f"got {first!r}" if words else "got no command"
+    raise ValueError(f"{given}, expected one of {', '.join(_COMMANDS)}; train.py --help tells what they do")
+
+
+def _config_files(words: Sequence[str]) -> list[Path]:
+    """The files that --run and --config name: a run's own configuration first, then overlays in order."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="append", default=[])
+    parser.add_argument("--run", action="append", default=[])
+    found = parser.parse_known_args(words)[0]
+    runs = [Path(name) / "config.yaml" for name in found.run]
+    for path in runs:
+        if not path.is_file():
+            raise ValueError(f"--run {path.parent}: there is no run, its config.yaml is missing")
+    return [*runs, *(find_config(name) for name in found.config)]
+
+
+def _is_of_user(error: Exception) -> bool:
+    """Whether an error is about what a user said, and not a mistake of this program."""
+    kinds: list[type[BaseException]] = [argparse.ArgumentError, ValueError, OSError, ImportError]
+    # A library whose error this is was imported by whoever raised it.
+    for module, name in (
+        ("lightning.pytorch.utilities.exceptions", "MisconfigurationException"),
+        ("omegaconf.errors", "OmegaConfBaseException"),
+    ):
+        if module in sys.modules:
+            kinds.append(getattr(sys.modules[module], name))
+    return isinstance(error, tuple(kinds))
+
+
+def _is_first_rank() -> bool:
+    """One process alone says what is wrong."""
+    utilities = sys.modules.get("lightning.pytorch.utilities")
+    return utilities is None or getattr(utilities.rank_zero_only, "rank", 0) == 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lvd_lightning.seeds import derive_seed
 
-__all__ = ["DONE_MARKER", "ImageData", "StageContext"]
+__all__ = ["DONE_MARKER", "Artefacts", "ImageData", "StageContext", "missing_need"]
 
 DONE_MARKER = "done.json"
 
@@ -40,6 +40,13 @@ class ImageData(Protocol):
         """Images uint8 [n, 3, H, W] of a split ("train", "val", "test") at int64 `indices` [n]."""
 
 
+class Artefacts(Protocol):
+    """Where what stages leave is found: a stage's context, or a run."""
+
+    def artefact(self, kind: str) -> Path | None:
+        """The folder of the last stage that left such an artefact, or None."""
+
+
 @dataclass(frozen=True)
 class StageContext:
     """Where a stage runs, what it may read, and where its random numbers come from.
@@ -49,7 +56,7 @@ class StageContext:
         that has to be the same after an interruption.
     data: the stage's datamodule, set up.
     shared: the config's shared values (patch_size, color, region, ...).
-    stages: the names of the experiment's stages in order; None: what the run directory holds is the experiment.
+    earlier: the names of the stages before this one, in order, with the kinds of artefact that each leaves.
     device: the device of this process, for stages that compute outside a Trainer.
     """
 
@@ -58,31 +65,46 @@ class StageContext:
     seed: int
     data: Any
     shared: Mapping[str, Any] = field(default_factory=dict)
-    stages: tuple[str, ...] | None = None
+    earlier: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def dir(self) -> Path:
         return self.run_dir / self.stage
 
-    def previous(self, stage: str) -> Path | None:
-        """The folder of a finished stage, or None when the experiment has no such stage before this one.
+    def artefact(self, kind: str) -> Path | None:
+        """The folder of the last stage before this one that leaves such an artefact; None when there is none.
 
-        Raises ValueError when the experiment has the stage and it is not finished.
+        Raises ValueError when there is one and it is not finished.
         """
+        names = [name for name, kinds in self.earlier.items() if kind in kinds]
+        return self._finished(names[-1]) if names else None
+
+    def required(self, kind: str) -> Path:
+        """The same, of an artefact that the stage cannot do without: a ValueError when no earlier stage leaves it."""
+        folder = self.artefact(kind)
+        if folder is None:
+            raise ValueError(missing_need(self.stage, kind))
+        return folder
+
+    def earlier_folders(self, without: str = "") -> list[Path]:
+        """The folders of all stages before this one but those that leave artefacts of the kind `without`."""
+        return [self._finished(name) for name, kinds in self.earlier.items() if without not in kinds]
+
+    def generator(self, *parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+        """A generator seeded by (seed, stage, *parts), for example `generator("mask", epoch)`."""
+        return torch.Generator(device).manual_seed(derive_seed(self.seed, self.stage, *parts))
+
+    def _finished(self, stage: str) -> Path:
         folder = self.run_dir / stage
-        finished = (folder / DONE_MARKER).is_file()
-        if self.stages is None:
-            return folder if finished else None
-        if stage not in self.stages[: self.stages.index(self.stage)]:
-            return None
-        if not finished:
+        if not (folder / DONE_MARKER).is_file():
             raise ValueError(
                 f"stage {self.stage!r} needs what stage {stage!r} hands on, but {folder} is not finished: "
                 f"run stage {stage!r} first, or all stages by leaving --stage away"
             )
         return folder
 
-    def generator(self, *parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-        """A generator seeded by (seed, stage, *parts), for example `generator("mask", epoch)`."""
-        return torch.Generator(device).manual_seed(derive_seed(self.seed, self.stage, *parts))
+
+def missing_need(stage: str, kind: str) -> str:
+    """What to tell whoever has planned a stage without one that leaves what it needs."""
+    return f"stage {stage!r} needs {kind}; no stage before it leaves {'them' if kind.endswith('s') else 'it'}"

@@ -12,8 +12,9 @@ import torch
 from omegaconf import OmegaConf
 
 from lvd_lightning.cli import CONFIG_FOLDER, find_config, main, one_line, parse
-from lvd_lightning.runs.configuration import experiment_from, merge
+from lvd_lightning.runs.configuration import experiment_from
 from lvd_lightning.runs.lock import locked
+from lvd_lightning.runs.objects import merge
 from lvd_lightning.runs.shared_values import check_shared, references
 
 BASE = """
@@ -30,7 +31,8 @@ stages:
       init_args: {hidden_size: 16, num_layers: 1, num_heads: 2, decoder_hidden_size: 16, decoder_num_layers: 1,
                   decoder_num_heads: 2, num_pictures: 0}
     trainer: {max_epochs: 1}
-  latents: {num_clusters: "${shared.num_clusters}", pooled: true}
+  latents:
+    model: {class_path: lvd_lightning.stages.Latents, init_args: {num_clusters: "${shared.num_clusters}", pooled: true}}
 """
 
 
@@ -65,24 +67,28 @@ class TestConfig:
 
     def test_override_flows_through_references(self, base: str) -> None:
         config = resolved("--config", base, "--shared.num_clusters=32", "--seed", "9", "--shared.color", "rgb")
-        assert config["stages"]["latents"]["num_clusters"] == 32
+        assert config["stages"]["latents"]["model"]["init_args"]["num_clusters"] == 32
         assert config["data"]["init_args"]["color"] == "rgb"
         assert config["data"]["init_args"]["seed"] == 9
 
     def test_overrides_have_the_types_of_yaml(self, base: str) -> None:
-        config = resolved("--config", base, "--stages.teacher.trainer.max_epochs=2", "--stages.latents.pooled=false")
+        config = resolved(
+            "--config", base, "--stages.teacher.trainer.max_epochs=2", "--stages.latents.model.pooled=false"
+        )
         assert config["stages"]["teacher"]["trainer"] == {"max_epochs": 2}
-        assert config["stages"]["latents"]["pooled"] is False
+        assert config["stages"]["latents"]["model"]["init_args"]["pooled"] is False
 
     def test_overlay_changes_what_it_names_and_nothing_else(self, base: str) -> None:
         Path("over.yaml").write_text(
             "shared: {num_clusters: 3}\ntrainer: {max_epochs: 4}\n"
-            "stages: {teacher: {model: {init_args: {num_layers: 2}}}, latents: {iterations: 2}}\n"
+            "stages: {teacher: {model: {init_args: {num_layers: 2}}}, latents: {model: {init_args: {iterations: 2}}}}\n"
         )
         before, after = resolved("--config", base), resolved("--config", base, "--config", "over.yaml")
         assert after["shared"] == {**before["shared"], "num_clusters": 3}
         assert after["trainer"] == {**before["trainer"], "max_epochs": 4}
-        assert after["stages"]["latents"] == {"num_clusters": 3, "pooled": True, "iterations": 2}
+        latents = before["stages"]["latents"]
+        latents["model"]["init_args"] |= {"num_clusters": 3, "iterations": 2}
+        assert after["stages"]["latents"] == latents
         teacher = before["stages"]["teacher"]
         teacher["model"]["init_args"]["num_layers"] = 2
         assert after["stages"]["teacher"] == teacher
@@ -96,20 +102,58 @@ class TestConfig:
 
     def test_stage_can_be_left_away(self, base: str) -> None:
         Path("over.yaml").write_text("stages: {latents: null}\n")
-        experiment = experiment_from(resolved("--config", base, "--config", "over.yaml"))
-        assert [stage.name for stage in experiment.stages] == ["teacher"]
+        for words in (
+            ["--config", "over.yaml"],
+            ["--stages.latents", "null"],
+            ["--stages.latents=null", "--stages.teacher.trainer.max_epochs=1"],
+        ):
+            experiment = experiment_from(resolved("--config", base, *words))
+            assert [stage.name for stage in experiment.stages] == ["teacher"]
+
+    def test_printed_config_lacks_a_dropped_stage(self, base: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            parse(["fit", "--config", base, "--print_config", "--stages.teacher", "null"])
+        Path("printed.yaml").write_text(capsys.readouterr().out)
+        assert list(resolved("--config", "printed.yaml")["stages"]) == ["latents"]
+
+    def test_stages_have_any_names_in_the_order_of_the_first_config(self, base: str) -> None:
+        own = BASE.replace("  teacher:", "  masked_autoencoder:").replace("  latents:", "  clusters:")
+        Path("own.yaml").write_text(own)
+        model = "model: {class_path: lvd_lightning.stages.ConditionalStudent}"
+        Path("over.yaml").write_text(
+            f"stages: {{patches: {{{model}}}, clusters: {{model: {{init_args: {{pca: 2}}}}}}}}"
+        )
+        config = resolved(
+            *("--config", "own.yaml", "--config", "over.yaml"),
+            *("--stages.patches.model.num_units=5", "--stages.masked_autoencoder.trainer.max_epochs", "4"),
+        )
+        assert list(config["stages"]) == ["masked_autoencoder", "clusters", "patches"]
+        assert config["stages"]["clusters"]["model"]["init_args"]["pca"] == 2
+        assert config["stages"]["patches"]["model"]["init_args"]["num_units"] == 5
+        assert config["stages"]["masked_autoencoder"]["trainer"]["max_epochs"] == 4
+        experiment = experiment_from(config)
+        assert [stage.name for stage in experiment.stages] == ["masked_autoencoder", "clusters", "patches"]
+        assert experiment.earlier("patches") == {"masked_autoencoder": ("features",), "clusters": ("latents",)}
+
+    @pytest.mark.parametrize("name", ["evaluate", "report", "a.b", "two words", "1st", "a-b"])
+    def test_stages_have_names_of_folders_and_options(
+        self, base: str, capsys: pytest.CaptureFixture[str], name: str
+    ) -> None:
+        Path(base).write_text(BASE.replace("  latents:", f'  "{name}":'))
+        assert main(["fit", "--config", base]) == 2
+        assert f"error: stages.{name}: a stage is named by letters, digits and underscores" in capsys.readouterr().err
 
 
 class TestStages:
     def test_inherit_from_the_top_level_and_not_from_each_other(self, base: str) -> None:
-        text = BASE + "  prior: {model: {class_path: lvd_lightning.stages.MAETeacher}}\n"
+        text = BASE + "  another: {model: {class_path: lvd_lightning.stages.MAETeacher}}\n"
         Path(base).write_text(text)
         experiment = experiment_from(resolved("--config", base))
-        teacher, prior = experiment.stage("teacher"), experiment.stage("prior")
+        teacher, another = experiment.stage("teacher"), experiment.stage("another")
         assert teacher.trainer(Path())["max_epochs"] == 1
         assert teacher.trainer(Path())["limit_val_batches"] == 3
-        assert prior.trainer(Path())["max_epochs"] == 7
-        assert prior.data is teacher.data is experiment.data
+        assert another.trainer(Path())["max_epochs"] == 7
+        assert another.data is teacher.data is experiment.data
 
     def test_data_of_its_own(self, base: str) -> None:
         text = BASE.replace("    trainer: {max_epochs: 1}\n", "    data: {class_path: datamodules.Photos}\n")
@@ -173,10 +217,13 @@ class TestSharedValues:
             assert config["stages"]["teacher"]["model"]["init_args"]["num_layers"] == 2
 
     def test_a_new_one_that_the_command_line_refers_to(self, base: str) -> None:
-        shared, reference = {"patch_size": 4, "rounds": 2}, "--stages.latents.iterations=${shared.rounds}"
+        shared, reference = {"patch_size": 4, "rounds": 2}, "--stages.latents.model.iterations=${shared.rounds}"
         check_shared(shared, [Path(base)], [reference])
         with pytest.raises(ValueError, match="shared.rounds"):
             check_shared(shared, [Path(base)], ["--shared.rounds=2"])
+        for words in ([reference], reference.split("=")):
+            stages = resolved("--config", base, "--shared.rounds", "2", *words, "--seed", "1")["stages"]
+            assert stages["latents"]["model"]["init_args"]["iterations"] == 2
 
     def test_one_that_an_overlay_needs_no_longer(self, base: str) -> None:
         Path("over.yaml").write_text("stages: {latents: null}\n")
@@ -214,8 +261,12 @@ def test_merge_drops_arguments_of_another_class() -> None:
         (["--stages.teacher.model.learning_rate=3"], "Option 'learning_rate' is not accepted"),
         (["--stages.teacher.model.lr=fast"], "Parser key \"lr\": Expected a <class 'float'>. Got value: fast"),
         (["--stages.student.model.lr=3"], "unrecognized arguments: --stages.student.model.lr=3"),
-        (["--stages.latents.clusters=3"], "latents has no setting clusters; its settings are num_clusters"),
-        (["--stages.prior.trainer.max_epochs=3"], "stages.prior has settings but no model"),
+        (["--stages.latents.model.clusters=3"], "Option 'clusters' is not accepted"),
+        (["--stages.latents.model.num_clusters=0"], "stages.latents: num_clusters is 0, expected at least 1"),
+        (["--stages.latents.trainer.max_epochs=3"], "stages.latents.trainer cannot be set: a Latents is run without a"),
+        (["--stages.teacher=3"], "--stages.teacher: got '3', expected null, which drops the stage; its parts are"),
+        (["--stages.student", "null"], "--stages.student: there is no such stage; the config has teacher, latents"),
+        (["--stages.teacher", "null", "--stages.teacher.trainer.max_epochs=3"], "stages.teacher has settings but no"),
         (["--trainer.fast_dev_run=true"], "trainer.fast_dev_run cannot be set: it writes no checkpoints"),
         (["--stages.teacher.trainer.devices=2"], "one job runs all stages, on the same devices; set trainer.devices"),
         (["--name=a/b"], "name 'a/b' does not name a directory"),
@@ -224,7 +275,7 @@ def test_merge_drops_arguments_of_another_class() -> None:
         (["--data.path=nowhere.npy"], "nowhere.npy"),
         (["--shared.patch_size=0"], "patch_size"),
         (["--shared.color=grey"], "expected one of rgb, ycocg_r, ycbcr_lossy"),
-        (["--stages.latents.num_clusters=${shared.k}"], "Interpolation key 'shared.k' not found"),
+        (["--stages.latents.model.num_clusters=${shared.k}"], "Interpolation key"),
         (["--trainer.logger=lightning.pytorch.loggers.NoLogger"], "trainer.logger"),
         (["--trainer.logger.init_args.name=x"], "trainer.logger can only be given as a whole"),
         (["--changed=perhaps"], "perhaps"),
@@ -244,8 +295,8 @@ def test_mistakes_are_one_line(
     ("setting", "message"),
     [
         (
-            "model: {class_path: lvd_lightning.stages.ConditionalStudent, init_args: {num_latents: 0}}",
-            "num_latents: got 0",
+            "model: {class_path: lvd_lightning.stages.ConditionalStudent, init_args: {num_units: 0}}",
+            "num_units: got 0",
         ),
         (
             "model: {class_path: lvd_lightning.stages.ConditionalStudent}\n"
@@ -284,6 +335,85 @@ def test_mistakes_without_a_config(base: str, capsys: pytest.CaptureFixture[str]
         assert capsys.readouterr().err.startswith("error: ")
 
 
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (
+            "latents: {num_clusters: 5, pooled: true}",
+            "stages.latents is a stage like the others now: write latents: {model: {class_path: "
+            "lvd_lightning.stages.Latents, init_args: {num_clusters: 5, pooled: True}}}",
+        ),
+        (
+            "conditional: {model: {class_path: lvd_lightning.modules.ConditionalStudent}}",
+            "lvd_lightning.modules.ConditionalStudent is called lvd_lightning.stages.ConditionalStudent now",
+        ),
+        (
+            "joint: {model: {class_path: lvd_lightning.modules.JointStudent}}",
+            "lvd_lightning.modules.JointStudent is called lvd_lightning.stages.FinetuneStudent now",
+        ),
+        (
+            "conditional: {model: {class_path: lvd_lightning.stages.ConditionalStudent, init_args: {num_latents: 4}}}",
+            "stages.conditional.model.init_args.num_latents is called num_units now",
+        ),
+    ],
+)
+def test_an_old_name_is_refused_with_the_new_one(
+    base: str, capsys: pytest.CaptureFixture[str], written: str, message: str
+) -> None:
+    Path("old.yaml").write_text(f"stages:\n  {written}\n")
+    assert main(["fit", "--config", base, "--config", "old.yaml"]) == 2
+    assert capsys.readouterr().err == f"error: old.yaml: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--stages.latents.pooled=false"], "--stages.latents.pooled is called --stages.latents.model.pooled now"),
+        (
+            ["--stages.conditional.model.num_latents", "8"],
+            "--stages.conditional.model.num_latents is called --stages.conditional.model.num_units now",
+        ),
+        (
+            ["--stages.conditional.model.init_args.num_latents=8"],
+            "--stages.conditional.model.init_args.num_latents is called --stages.conditional.model.num_units now",
+        ),
+        (
+            ["--stages.finetune.model=lvd_lightning.modules.JointStudent"],
+            "lvd_lightning.modules.JointStudent is called lvd_lightning.stages.FinetuneStudent now",
+        ),
+        (["--stages.finetune.model", "JointStudent"], "JointStudent is called FinetuneStudent now"),
+    ],
+)
+def test_an_old_name_on_the_command_line_is_refused_with_the_new_one(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert main(["fit", "--config", "photos", *words]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("overlay", "message"),
+    [
+        ("stages: {latents: null}", "stage 'conditional' needs latents; no stage before it leaves them"),
+        ("stages: {conditional: null}", "stage 'prior' needs conditionals; no stage before it leaves them"),
+        ("stages: {prior: null}", "stage 'finetune' needs prior; no stage before it leaves it"),
+        ("stages: {prior: null, finetune: null}", "stage 'baseline' needs model; no stage before it leaves it"),
+        (
+            "stages: {teacher: null, latents: {model: {init_args: {method: codes, num_clusters: null}}}}",
+            "stage 'latents' needs features; no stage before it leaves them",
+        ),
+    ],
+)
+def test_a_missing_need_is_said_before_the_first_stage(
+    base: str, capsys: pytest.CaptureFixture[str], overlay: str, message: str
+) -> None:
+    Path("over.yaml").write_text(overlay)
+    assert main(["fit", "--config", "photos", "--config", "over.yaml"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == f"error: {message}\n"
+    assert "starts" not in printed.out
+
+
 def test_one_line_keeps_what_matters() -> None:
     message = "Does not validate against any of the Union subtypes\n  Subtypes: [A, B]\n  Errors:\n    - No such x"
     assert one_line(message) == "No such x"
@@ -301,12 +431,12 @@ def test_fit_continues_and_asks_when_the_config_has_changed(base: str, capsys: p
 
     assert main(["fit", "--config", "runs/base/config.yaml"]) == 0
     capsys.readouterr()
-    changed = ["fit", "--config", base, "--stages.latents.iterations=3"]
+    changed = ["fit", "--config", base, "--stages.latents.model.iterations=3"]
     assert main(changed) == 2
-    assert "latents: settings.iterations (absent) -> 3" in capsys.readouterr().err
+    assert "latents: model.init_args.iterations 50 -> 3" in capsys.readouterr().err
     assert main([*changed, "--changed=restart"]) == 0
     assert "teacher: finished before, skipped" in capsys.readouterr().out
-    assert OmegaConf.load("runs/base/config.yaml").stages.latents.iterations == 3
+    assert OmegaConf.load("runs/base/config.yaml").stages.latents.model.init_args.iterations == 3
 
 
 def test_a_run_that_another_process_works_on(base: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -319,8 +449,8 @@ def test_a_run_that_another_process_works_on(base: str, capsys: pytest.CaptureFi
 
 def test_stages_that_come_or_go_are_noticed(base: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Latents of pixels are not those of a teacher that is added later, nor the other way round."""
-    Path("pixels.yaml").write_text("stages: {teacher: null, latents: {context: none}}")
-    with_teacher = ["fit", "--config", base, "--stages.latents.context=none"]
+    Path("pixels.yaml").write_text("stages: {teacher: null, latents: {model: {init_args: {context: none}}}}")
+    with_teacher = ["fit", "--config", base, "--stages.latents.model.context=none"]
     without = ["fit", "--config", base, "--config", "pixels.yaml"]
     assert main(without) == 0
     assert main(with_teacher) == 2

@@ -28,9 +28,9 @@ def students() -> dict[str, Any]:
     """Stages whose steps leave nothing out, however a batch is shared."""
     return {
         "conditional": ConditionalStudent(2, slots=4.0, val_images=20),
-        "prior": PriorStudent(num_latents=3, hard_epochs=1, candidates=2, val_images=20),
+        "prior": PriorStudent(num_units=3, hard_epochs=1, candidates=2, val_images=20),
         "finetune": FinetuneStudent(margin=1e4, posterior_floor=0.0, slots=20.0, val_images=20),
-        "baseline": CircuitBaseline(num_latents=2, seconds=0.1, batch_size=51, val_images=20),
+        "baseline": CircuitBaseline(num_units=2, seconds=0.1, batch_size=51, val_images=20),
     }
 
 

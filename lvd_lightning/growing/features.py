@@ -1,4 +1,4 @@
-"""The features that patches are clustered by inside their circuits: those that stage latents clustered.
+"""The features that patches are clustered by inside their circuits: those that were clustered.
 
 Shapes: N images, P patches, E features, n patches.
 """
@@ -36,8 +36,8 @@ class PatchFeatures:
 
     @classmethod
     def of(cls, context: StageContext) -> PatchFeatures:
-        """Those of stage latents; the pixels of patches if there was no teacher, or its features were removed."""
-        folder = context.previous("latents")
+        """Those that were clustered; the pixels of patches if there was no teacher, or its features were removed."""
+        folder = context.artefact("latents")
         pixels = PixelPatches(context.data, "train", int(context.shared["patch_size"]))
         plain = AffineMap(torch.zeros(1, pixels.shape[2]), None)
         if folder is None or not (folder / "map.safetensors").is_file():

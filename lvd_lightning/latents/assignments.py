@@ -1,63 +1,103 @@
-"""The latent value of every patch: the cluster that stage "latents" found, or the head that "conditional" grew.
+"""The latent value of every patch: the cluster that was found for it, or the head that its cluster's circuit grew.
 
 Shapes: N images, P patches.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from lvd_lightning.context import DONE_MARKER, StageContext
-from lvd_lightning.latents import load_assignments, load_latents_info
+from lvd_lightning.context import Artefacts, StageContext
 from lvd_lightning.latents.clusters import INFO_FILE, assignments_path
 from lvd_lightning.latents.files import save_array, write_json
+from lvd_lightning.latents.settings import SPLITS
 
-__all__ = ["assignments_folder", "read_assignments", "read_clusters", "write_assignments"]
+__all__ = [
+    "assignments_folder",
+    "load_assignments",
+    "load_latents_info",
+    "read_assignments",
+    "read_clusters",
+    "write_assignments",
+]
 
 
 def read_assignments(context: StageContext) -> tuple[dict[str, Tensor], int]:
     """The latent value of every training and validation patch, int64 (N, P) by split, and how many values there are.
 
-    Those of stage conditional if its circuits have several heads, else the clusters of stage latents.
+    Heads if the conditionals have several, else clusters.
 
     Raises:
-        ValueError: the experiment has no such stage, or it saw other images or patches.
+        ValueError: no stage before this one leaves latents, or it saw other images or patches.
     """
-    folder = context.previous("conditional")
-    if folder is not None and (folder / INFO_FILE).is_file():
-        return _read(context, folder, ("train", "val"))
-    return read_clusters(context)
+    folder = assignments_folder(context)
+    return read_clusters(context) if folder is None else _read(context, folder, ("train", "val"))
 
 
 def read_clusters(context: StageContext, *splits: str) -> tuple[dict[str, Tensor], int]:
-    """The cluster that stage latents gave every patch, int64 (N, P) by split, and how many clusters there are.
+    """The cluster that was found for every patch, int64 (N, P) by split, and how many clusters there are.
 
     splits: "train" and "val" by default.
 
     Raises:
-        ValueError: the experiment has no such stage, or it saw other images or patches.
+        ValueError: no stage before this one leaves latents, or it saw other images or patches.
     """
-    folder = context.previous("latents")
-    if folder is None:
-        raise ValueError(f"stage {context.stage} needs the assignments of a stage latents; the experiment has none")
-    return _read(context, folder, splits or ("train", "val"))
+    return _read(context, context.required("latents"), splits or ("train", "val"))
 
 
-def assignments_folder(run_dir: Path) -> Path | None:
-    """The folder of the finished stage whose assignments the final circuits go by, for `load_assignments`; or None."""
-    for stage in ("conditional", "latents"):
-        folder = run_dir / stage
-        if (folder / DONE_MARKER).is_file() and (folder / INFO_FILE).is_file():
+def assignments_folder(artefacts: Artefacts) -> Path | None:
+    """The folder with the assignments that circuits over whole examples go by, for `load_assignments`; or None."""
+    for kind in ("conditionals", "latents"):
+        folder = artefacts.artefact(kind)
+        if folder is not None and (folder / INFO_FILE).is_file():
             return folder
     return None
 
 
+def load_latents_info(stage_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """What latents.json says: num_clusters, pooled, num_patches, source, parents of the context tree, figures, ..."""
+    path = Path(stage_dir) / INFO_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run stage {path.parent.name} first")
+    info: dict[str, Any] = json.loads(path.read_text())
+    return info
+
+
+def load_assignments(stage_dir: str | os.PathLike[str], split: str) -> Tensor:
+    """The cluster of every patch of a split, int64 with shape (N, P).
+
+    Raises:
+        FileNotFoundError: if the stage has not been run.
+        ValueError: if the file does not hold clusters of that stage.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+    info, path = load_latents_info(stage_dir), assignments_path(Path(stage_dir), split)
+    stage = path.parent.name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run stage {stage} again")
+    try:
+        label_NP = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): delete it, and run stage {stage} again") from error
+    expected = (info["num_examples"][split], info["num_patches"])
+    if label_NP.shape != expected or label_NP.dtype != np.int32:
+        raise ValueError(f"{path} holds {label_NP.dtype} {label_NP.shape}, expected int32 {expected}")
+    if label_NP.size and not (label_NP.min() >= 0 and label_NP.max() < info["num_clusters"]):
+        raise ValueError(f"{path} holds {label_NP.min()}..{label_NP.max()}, expected 0..{info['num_clusters'] - 1}")
+    return torch.from_numpy(label_NP.astype(np.int64))
+
+
 def write_assignments(folder: Path, z_NP: Mapping[str, Tensor], num_states: int) -> None:
-    """Write latent values (N, P) of all splits, pooled over positions, as stage latents does its clusters.
+    """Write latent values (N, P) of all splits, pooled over positions, in the files that clusters are written to.
 
     What says that they are complete is written last.
     """

@@ -42,7 +42,7 @@ class Encoding(NamedTuple):
 
 def encode_splits(context: LatentsContext, settings: LatentsSettings, processes: Processes) -> Encoding:
     """The features of the experiment's teacher, or the pixels if it has none; all ranks have to call."""
-    teacher_dir = context.previous("teacher")
+    teacher_dir = context.artefact("features")
     data_keys = [data_key(context.data, split) for split in SPLITS]
     if teacher_dir is None:
         _codebook(None, settings)
@@ -78,7 +78,7 @@ def _in_context(teacher: Any, settings: LatentsSettings) -> bool:
     """Whether patches are encoded together with their ancestors in a tree."""
     if settings.context == "tree" and not teacher.contextual:
         raise ValueError(
-            f"latents.context is 'tree', but a {type(teacher).__name__} encodes whole images: leave it away or say none"
+            f"context is 'tree', but a {type(teacher).__name__} encodes whole images: leave it away or say none"
         )
     return bool(teacher.contextual) and settings.context != "none"
 
@@ -88,11 +88,11 @@ def _codebook(teacher: Any, settings: LatentsSettings) -> Tensor | None:
     if settings.method != "codes":
         return None
     if not hasattr(teacher, "codes"):
-        raise ValueError("latents.method is 'codes', but there is no teacher with codes: train a VQVAE, or say kmeans")
+        raise ValueError("method is 'codes', but there is no teacher with codes: train a VQVAE, or say kmeans")
     codebook: Tensor = teacher.codebook.codes.cpu()
     if settings.num_clusters not in (None, len(codebook)):
         raise ValueError(
-            f"latents.num_clusters is {settings.num_clusters}, but the teacher's codebook has {len(codebook)} codes: "
+            f"num_clusters is {settings.num_clusters}, but the teacher's codebook has {len(codebook)} codes: "
             "with method codes say the same number, or null"
         )
     return codebook

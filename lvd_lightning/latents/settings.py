@@ -1,7 +1,7 @@
 """What the latents stage is told, and what it is given."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ SPLITS = ("train", "val", "test")
 
 
 class LatentsContext(Protocol):
-    """What the stage is given: see `lvd_lightning.stages.stage.StageContext`."""
+    """What the stage is given: see `lvd_lightning.context.StageContext`."""
 
     @property
     def dir(self) -> Path: ...
@@ -23,7 +23,7 @@ class LatentsContext(Protocol):
     def shared(self) -> Mapping[str, Any]: ...
     @property
     def device(self) -> torch.device: ...
-    def previous(self, stage: str) -> Path | None: ...
+    def artefact(self, kind: str) -> Path | None: ...
     def generator(self, *parts: int | str) -> torch.Generator: ...
 
 
@@ -72,15 +72,15 @@ class LatentsSettings:
         for name in ("num_clusters", "max_points", "iterations", "batch_size", "context_images", "pca", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"latents.{name} is {value}, expected at least 1")
+                raise ValueError(f"{name} is {value}, expected at least 1")
         if self.method not in ("kmeans", "codes"):
-            raise ValueError(f"latents.method is {self.method!r}, expected 'kmeans' or 'codes'")
+            raise ValueError(f"method is {self.method!r}, expected 'kmeans' or 'codes'")
         if self.method == "kmeans" and self.num_clusters is None:
-            raise ValueError("latents.num_clusters is missing: the number of values of a latent variable")
+            raise ValueError("num_clusters is missing: the number of values of a latent variable")
         if self.context not in (None, "tree", "none"):
-            raise ValueError(f"latents.context is {self.context!r}, expected 'tree' or 'none'")
+            raise ValueError(f"context is {self.context!r}, expected 'tree' or 'none'")
         if self.center not in (None, "position", "none"):
-            raise ValueError(f"latents.center is {self.center!r}, expected 'position' or 'none'")
+            raise ValueError(f"center is {self.center!r}, expected 'position' or 'none'")
         if self.method == "codes":
             for name, value, only in (
                 ("pooled", self.pooled, True),
@@ -90,18 +90,9 @@ class LatentsSettings:
             ):
                 if value != only:
                     raise ValueError(
-                        f"latents.{name} is {value!r}, expected {only!r} with method codes: codes are nearest to the "
+                        f"{name} is {value!r}, expected {only!r} with method codes: codes are nearest to the "
                         "features as they are, and the same for all positions"
                     )
-
-    @classmethod
-    def from_mapping(cls, settings: Mapping[str, Any]) -> "LatentsSettings":
-        """Raises ValueError for a missing or unknown setting, or a value out of range."""
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(settings) - set(known))
-        if unknown:
-            raise ValueError(f"latents has no setting {', '.join(unknown)}; its settings are {', '.join(known)}")
-        return cls(**settings)
 
 
 def float64_device(device: torch.device) -> torch.device:

@@ -2,58 +2,56 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lvd_lightning.context import DONE_MARKER, ImageData
+from lvd_lightning.context import ImageData
 from lvd_lightning.latents import load_assignments
 from lvd_lightning.latents.assignments import assignments_folder
 from lvd_lightning.metrics import LVDGap
-from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.ranks import Ranks
+from lvd_lightning.runs.run import Run
 from lvd_lightning.seeds import derive_seed
 from lvd_lightning.teachers import load_teacher
 
-__all__ = ["CIRCUIT_STAGES", "SPLITS", "circuit_bpd", "evaluate_run", "final_stage", "lvd_gap", "mean_bpds"]
+__all__ = ["SPLITS", "circuit_bpd", "evaluate_run", "is_evaluated", "lvd_gap", "mean_bpds"]
 
 SPLITS = ("train", "val", "test")
-# Stages that leave a circuit over images, and what reports call it.
-CIRCUIT_STAGES = {"prior": "distilled", "finetune": "finetuned"}
+# Figures beside those of the models.
+_BOUNDS = ("teacher_elbo", "lvd_objective")
 # So many training images, drawn once, say where a circuit stands on them; validation and test images all count.
 MAX_TRAIN_IMAGES = 1_000
 # Images per pass over all ranks; a circuit divides them further by itself.
 _BATCH = 256
 
 
-def evaluate_run(run_dir: Path, data: ImageData, ranks: Ranks) -> dict[str, Any]:
-    """Bits per dimension of a run's circuits on all splits; all ranks have to call.
+def evaluate_run(run: Run, data: ImageData, ranks: Ranks) -> dict[str, Any]:
+    """Bits per dimension of a run's models on all splits; all ranks have to call.
 
     Returns:
-        "circuits": {"train_bpd", "val_bpd", "test_bpd"} of "teacher_elbo", "lvd_objective", "distilled" and
-        "finetuned", "gap": what `LVDGap` says of the test images for "distilled" and "finetuned", "num_train": the
-        training images that were counted, "num_parameters" and "num_heads" (values of a latent variable) of the final
-        circuit. What a run has not is absent; empty if no stage left a circuit.
+        "circuits": {"train_bpd", "val_bpd", "test_bpd"} of "teacher_elbo", "lvd_objective" and the model of every stage
+        that left one, by its title ("distilled", "finetuned"), "gap": what `LVDGap` says of the test images for these
+        models, "num_train": the training images that were counted, "num_parameters" and "num_heads" (values of a
+        latent variable) of the last model. What a run has not is absent; empty if no stage left a model.
     """
     circuits: dict[str, dict[str, float]] = {}
     gaps: dict[str, Any] = {}
     described: dict[str, Any] = {}
-    assignments = assignments_folder(run_dir)
-    for stage, name in CIRCUIT_STAGES.items():
-        if not _is_finished(run_dir, stage):
-            continue
-        circuit = AssembledCircuit.load(run_dir / stage).to(ranks.device).eval()
-        teacher = _teacher_with_elbo(run_dir, ranks) if stage == "prior" else None
+    assignments = assignments_folder(run)
+    for number, stage in enumerate(run.leaving("model")):
+        name, circuit = stage.title, stage.model(ranks.device)
+        # The bounds are those of the first model, which was trained on the latent values that they are about.
+        teacher = _teacher_with_elbo(run, ranks) if number == 0 else None
         for split in SPLITS:
             if assignments is None:
                 circuits.setdefault(name, {})[f"{split}_bpd"] = circuit_bpd(circuit, data, split, ranks)
                 continue
             found = lvd_gap(circuit, teacher, data, split, load_assignments(assignments, split), ranks)
             titles = {"log_prob": name}
-            if stage == "prior":
-                titles = {"teacher_elbo": "teacher_elbo", "lvd_objective": "lvd_objective", "log_prob": name}
+            if number == 0:
+                titles = {**{bound: bound for bound in _BOUNDS}, "log_prob": name}
             for key, title in titles.items():
                 if key in found:
                     circuits.setdefault(title, {})[f"{split}_bpd"] = found[key]["bpd"]
@@ -66,9 +64,16 @@ def evaluate_run(run_dir: Path, data: ImageData, ranks: Ranks) -> dict[str, Any]
     return {"circuits": circuits, **gap, "num_train": len(_rows(data, "train")), **described}
 
 
+def is_evaluated(run: Run) -> bool:
+    """Whether `evaluate_run` was done with the models that there are."""
+    titles = {stage.title for stage in run.leaving("model")}
+    found = run.evaluation()
+    return bool(found) and {*found.get("circuits", {})} - {*_BOUNDS} == titles
+
+
 @torch.inference_mode()
 def lvd_gap(
-    circuit: AssembledCircuit, teacher: Any | None, data: ImageData, split: str, z_NP: Tensor, ranks: Ranks
+    circuit: Any, teacher: Any | None, data: ImageData, split: str, z_NP: Tensor, ranks: Ranks
 ) -> dict[str, dict[str, float]]:
     """What `LVDGap` says of a circuit and its teacher on a split; all ranks have to call.
 
@@ -86,13 +91,7 @@ def lvd_gap(
     return found
 
 
-def final_stage(run_dir: Path) -> str | None:
-    """The last finished stage that left a circuit over images, if there is one."""
-    finished = [stage for stage in CIRCUIT_STAGES if _is_finished(run_dir, stage)]
-    return finished[-1] if finished else None
-
-
-def circuit_bpd(circuit: AssembledCircuit, data: ImageData, split: str, ranks: Ranks) -> float:
+def circuit_bpd(circuit: Any, data: ImageData, split: str, ranks: Ranks) -> float:
     """Bits per dimension of a circuit on a split; all ranks have to call."""
     device = ranks.device
     return mean_bpds(lambda rows: [circuit.log_prob(data.batch(split, rows).to(device))], data, split, ranks)[0]
@@ -114,11 +113,12 @@ def mean_bpds(log_probs: Callable[[Tensor], list[Tensor]], data: ImageData, spli
     return [-value / count / math.prod(data.image_shape) / math.log(2.0) for value in nats]
 
 
-def _teacher_with_elbo(run_dir: Path, ranks: Ranks) -> Any | None:
+def _teacher_with_elbo(run: Run, ranks: Ranks) -> Any | None:
     """The run's teacher, if it has one that bounds the likelihood of images."""
-    if not _is_finished(run_dir, "teacher"):
+    folder = run.artefact("features")
+    if folder is None:
         return None
-    teacher = load_teacher(run_dir / "teacher")
+    teacher = load_teacher(folder)
     return teacher.to(ranks.device) if hasattr(teacher, "elbo") else None
 
 
@@ -128,7 +128,3 @@ def _rows(data: ImageData, split: str) -> Tensor:
         return torch.arange(count)
     generator = torch.Generator().manual_seed(derive_seed("evaluate", count))
     return torch.randperm(count, generator=generator)[:MAX_TRAIN_IMAGES].sort().values
-
-
-def _is_finished(run_dir: Path, stage: str) -> bool:
-    return (run_dir / stage / DONE_MARKER).is_file()

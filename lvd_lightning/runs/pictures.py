@@ -16,6 +16,7 @@ from lvd_lightning.context import ImageData
 from lvd_lightning.latents import load_assignments, load_latents_info
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.runs.bookkeeping import protocol_note, read_metrics
+from lvd_lightning.runs.run import RunStage
 
 __all__ = [
     "cluster_picture",
@@ -161,30 +162,28 @@ def _patches(data: ImageData, members: Tensor, num_positions: int, first: int, p
     return torch.cat([rgb, blank])
 
 
-def curve_picture(
-    path: Path, run_dir: Path, seconds: Mapping[str, float], baselines: Mapping[str, Any], data: ImageData
-) -> None:
+def curve_picture(path: Path, stages: Sequence[RunStage], data: ImageData) -> None:
     """Every stage's bpd curves, train solid and val dashed, against the seconds of all stages so far.
 
     A baseline's clock starts at zero, and counts its own share of the stage that trains all of them.
 
-    seconds: of the finished stages, in order; baselines: what baseline.json says.
+    stages: the finished ones, in order.
     """
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot(ylabel=f"bits per dimension{protocol_note(data.lossy, data.region)}", xlabel="seconds")
     start = 0.0
-    for stage, taken in seconds.items():
-        rows = read_metrics(run_dir / stage / "metrics.csv")
-        if stage == "baseline":
-            for name, figures in baselines.items():
+    for stage in stages:
+        rows = read_metrics(stage.folder / "metrics.csv")
+        if stage.baselines():
+            for name, figures in stage.baselines().items():
                 _draw_curves(axes, rows, f"{name}_bpd", f"baseline {name}", 0.0, figures["seconds"])
             continue
         for name in ("bpd", "lvd_objective_bpd"):
-            _draw_curves(axes, rows, name, stage if name == "bpd" else f"{stage}, log p(x, z)", start)
-        start += taken
+            _draw_curves(axes, rows, name, stage.name if name == "bpd" else f"{stage.name}, log p(x, z)", start)
+        start += stage.figures().get("seconds", 0.0)
         axes.axvline(start, color="0.85", linewidth=1, zorder=0)
         place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "va": "top"}
-        axes.annotate(stage, (start, 0.99), fontsize=7, color="0.5", **place)
+        axes.annotate(stage.name, (start, 0.99), fontsize=7, color="0.5", **place)
     axes.set_xlim(left=0.0)
     if axes.get_legend_handles_labels()[0]:
         _ignore_outliers(axes)

@@ -21,9 +21,8 @@ from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torchmetrics import Metric
 
-from lvd_lightning.context import DONE_MARKER, StageContext
+from lvd_lightning.context import DONE_MARKER, StageContext, missing_need
 from lvd_lightning.files import write_atomically
-from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.ranks import Ranks
 from lvd_lightning.runs.bookkeeping import (
     EpochCheckpoint,
@@ -34,20 +33,15 @@ from lvd_lightning.runs.bookkeeping import (
     Stopwatch,
     protocol_note,
 )
-from lvd_lightning.runs.evaluation import circuit_bpd, evaluate_run, final_stage
-from lvd_lightning.runs.experiment import (
-    EVALUATE,
-    REPORT,
-    Experiment,
-    Stage,
-    adopt_run_directory,
-    check_trained_with,
-    record_stage,
-)
+from lvd_lightning.runs.evaluation import circuit_bpd, evaluate_run, is_evaluated
+from lvd_lightning.runs.experiment import Experiment, PlannedStage
 from lvd_lightning.runs.lock import locked
-from lvd_lightning.runs.report import write_report
+from lvd_lightning.runs.report import is_written, write_report
+from lvd_lightning.runs.run import Run
+from lvd_lightning.runs.run_directory import adopt_run_directory, check_trained_with, record_stage
+from lvd_lightning.runs.settings import EVALUATE, REPORT
 from lvd_lightning.seeds import derive_seed
-from lvd_lightning.stages.stage import StageModule
+from lvd_lightning.stages.stage import PlainStage, Stage, StageModule
 
 __all__ = ["Pipeline"]
 
@@ -64,6 +58,7 @@ class Pipeline:
 
     def __init__(self, experiment: Experiment, ranks: Ranks) -> None:
         self.experiment = experiment
+        self.result = Run(experiment)
         self.ranks = ranks
         self._data: dict[Callable[[], LightningDataModule], LightningDataModule] = {}
         _quieten_lightning()
@@ -71,14 +66,18 @@ class Pipeline:
     def run(self, only: str | None = None, changed: str = "refuse") -> None:
         """Run every stage that is not finished, or the stage `only`.
 
+        What there is to evaluate is evaluated, and reported, as soon as the last stage that leaves a model is
+        finished; stages after it, which compare that model with others, complete the report.
+
         changed: what to do when the run directory was begun with another configuration, see `adopt_run_directory`.
 
         Raises:
-            ValueError: another process is working on the run directory.
+            ValueError: another process is working on the run directory, or a stage needs what none leaves.
         """
         stages = self.experiment.stages if only is None else (self.experiment.stage(only),)
         for stage in stages:
             self._check(stage)
+        models = [stage for stage in stages if "model" in stage.kind.leaves]
         with ExitStack() as held:
             self.ranks.on_first(partial(held.enter_context, locked(self.experiment.run_dir)))
             self.ranks.on_first(partial(adopt_run_directory, self.experiment, changed))
@@ -88,21 +87,19 @@ class Pipeline:
                 except Exception as error:
                     self._keep_details(stage, error)
                     raise
+                if only is None and models and stage is models[-1] and stage is not stages[-1]:
+                    self._evaluate(unless_reported=True)
             if only is None:
                 self._evaluate()
 
     def print_bpd(self, split: str) -> None:
-        """Print what the run's final circuit reaches on "val" or "test"; nothing is written."""
-        run_dir = self.experiment.run_dir
-        stage = final_stage(run_dir)
-        if stage is None:
-            raise ValueError(f"{run_dir} holds no trained circuit: run `fit` with the same config first")
-        check_trained_with(self.experiment, stage)
+        """Print what the run's final model reaches on "val" or "test"; nothing is written."""
+        stage = self.result.final_stage()
+        check_trained_with(self.experiment, stage.name)
         data = self.datamodule()
-        circuit = AssembledCircuit.load(run_dir / stage).to(self.ranks.device).eval()
-        bpd = circuit_bpd(circuit, data, split, self.ranks)
+        bpd = circuit_bpd(stage.model(self.ranks.device), data, split, self.ranks)
         note = protocol_note(data.lossy, data.region)
-        self.say(f"{split}/bpd {bpd:.4f}{note}  ({run_dir / stage}, {data.num_examples(split)} images, {data.color})")
+        self.say(f"{split}/bpd {bpd:.4f}{note}  ({stage.folder}, {data.num_examples(split)} images, {data.color})")
 
     def datamodule(self, make: Callable[[], LightningDataModule] | None = None) -> Any:
         """The datamodule that `make` makes (the experiment's own by default), set up; made once."""
@@ -120,22 +117,27 @@ class Pipeline:
         if self.ranks.is_first:
             print(text, flush=True)
 
-    def _check(self, stage: Stage) -> None:
+    def _check(self, stage: PlannedStage) -> None:
         """Make a stage's module before any stage runs: what is wrong with it is said at once, not after hours.
 
-        So is what a callback that would edit it says about it.
+        So is what no stage before it leaves, and what a callback that would edit it says about it.
         """
-        if stage.model is not None and not (self.experiment.run_dir / stage.name / DONE_MARKER).is_file():
-            with torch.random.fork_rng(devices=[]):
-                try:
-                    module = stage.model()
-                    for check in (getattr(callback, "check_module", None) for callback in stage.callbacks()):
-                        if check is not None:
-                            check(module)
-                except ValueError as error:
-                    raise ValueError(f"stages.{stage.name}: {error}") from error
+        if (self.experiment.run_dir / stage.name / DONE_MARKER).is_file():
+            return
+        with torch.random.fork_rng(devices=[]):
+            try:
+                made = stage.model()
+                for check in (getattr(callback, "check_module", None) for callback in stage.callbacks()):
+                    if check is not None:
+                        check(made)
+            except ValueError as error:
+                raise ValueError(f"stages.{stage.name}: {error}") from error
+        left = {kind for kinds in self.experiment.earlier(stage.name).values() for kind in kinds}
+        for kind in made.needs:
+            if kind not in left:
+                raise ValueError(missing_need(stage.name, kind))
 
-    def _run_stage(self, stage: Stage) -> None:
+    def _run_stage(self, stage: PlannedStage) -> None:
         folder = self.experiment.run_dir / stage.name
         if self.ranks.on_first((folder / DONE_MARKER).is_file):
             self.say(f"{stage.name}: finished before, skipped")
@@ -146,28 +148,32 @@ class Pipeline:
         context = self._context(stage)
         # After the datamodule was made, which draws random numbers only in the first stage of each process.
         seed_everything(derive_seed(self.experiment.seed, stage.name), verbose=False)
-        results = self._train(stage, context, clock) if stage.function is None else stage.function(context)
+        made = stage.model()
+        results = made.run(context) if isinstance(made, PlainStage) else self._train(stage, made, context, clock)
         self.ranks.on_first(partial(mark_done, folder, {"seconds": clock.seconds, **results}))
         (folder / "error.txt").unlink(missing_ok=True)
         self.say(f"{stage.name}: done in {clock.seconds:.1f} s")
 
-    def _evaluate(self) -> None:
-        """Evaluate the circuits on all splits and write the report, once: test images are looked at after training."""
-        run_dir, data = self.experiment.run_dir, self.datamodule()
-        if not self.ranks.on_first((run_dir / EVALUATE / DONE_MARKER).is_file):
+    def _evaluate(self, unless_reported: bool = False) -> None:
+        """Evaluate the models on all splits and write the report, once: test images are looked at after training."""
+        run, data = self.result, self.datamodule()
+        if not self.ranks.on_first(partial(is_evaluated, run)):
             self.say("evaluate: the circuits on all splits")
             clock = Stopwatch()
-            results = evaluate_run(run_dir, data, self.ranks)
-            self.ranks.on_first(partial(mark_done, run_dir / EVALUATE, {"seconds": clock.seconds, **results}))
-        self.ranks.on_first(partial(write_report, self.experiment, data, self.ranks.device))
+            results = evaluate_run(run, data, self.ranks)
+            self.ranks.on_first(partial(shutil.rmtree, run.dir / REPORT, ignore_errors=True))  # of other models
+            self.ranks.on_first(partial(mark_done, run.dir / EVALUATE, {"seconds": clock.seconds, **results}))
+        if not (unless_reported and self.ranks.on_first(partial(is_written, run))):
+            self.ranks.on_first(partial(write_report, run, data, self.ranks.device))
 
-    def _open(self, stage: Stage) -> None:
-        # What was evaluated before this stage ran is no longer the whole experiment.
-        for folder in (EVALUATE, REPORT):
-            shutil.rmtree(self.experiment.run_dir / folder, ignore_errors=True)
+    def _open(self, stage: PlannedStage) -> None:
+        # What was evaluated before this stage ran stays true if the stage leaves nothing, as those that only compare.
+        if stage.kind.leaves:
+            for folder in (EVALUATE, REPORT):
+                shutil.rmtree(self.experiment.run_dir / folder, ignore_errors=True)
         record_stage(self.experiment, stage)
 
-    def _keep_details(self, stage: Stage, error: Exception) -> None:
+    def _keep_details(self, stage: PlannedStage, error: Exception) -> None:
         """Leave the traceback in the stage's folder: the command line prints the message of an error alone."""
         folder = self.experiment.run_dir / stage.name
         if self.ranks.is_first and folder.is_dir():
@@ -175,21 +181,22 @@ class Pipeline:
             if hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(f"(stage {stage.name}, details in {folder / 'error.txt'})")
 
-    def _context(self, stage: Stage) -> StageContext:
+    def _context(self, stage: PlannedStage) -> StageContext:
         return StageContext(
             run_dir=self.experiment.run_dir,
             stage=stage.name,
             seed=self.experiment.seed,
             data=self.datamodule(stage.data),
             shared=self.experiment.shared,
-            stages=tuple(other.name for other in self.experiment.stages),
+            earlier=self.experiment.earlier(stage.name),
             device=self.ranks.device,
         )
 
-    def _train(self, stage: Stage, context: StageContext, clock: Stopwatch) -> dict[str, float]:
-        if stage.model is None:
-            raise ValueError(f"stage {stage.name!r} has neither a model nor a function")
-        module = stage.model()
+    def _train(self, stage: PlannedStage, module: Stage, context: StageContext, clock: Stopwatch) -> dict[str, float]:
+        if not isinstance(module, StageModule):
+            raise ValueError(
+                f"stage {stage.name!r}: a {type(module).__name__} is neither a StageModule nor a PlainStage"
+            )
         module.begin_stage(context)
         checkpoint = EpochCheckpoint(context.dir, module.monitor, module.monitor_mode)
         metrics = MetricsFile(context.dir / METRICS, lambda: clock.seconds)
@@ -224,7 +231,7 @@ class Pipeline:
         return module.finish_stage(context)
 
     def _trainer(
-        self, stage: Stage, module: StageModule, own: tuple[Callback, Callback], metrics: MetricsFile, note: str
+        self, stage: PlannedStage, module: StageModule, own: tuple[Callback, Callback], metrics: MetricsFile, note: str
     ) -> Trainer:
         """The Trainer of a stage: what the config says, and what makes it resumable."""
         folder = metrics.path.parent

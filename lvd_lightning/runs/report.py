@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lvd_lightning.context import DONE_MARKER, ImageData
+from lvd_lightning.context import ImageData
 from lvd_lightning.files import write_atomically
 from lvd_lightning.latents.assignments import assignments_folder
-from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.runs.bookkeeping import protocol_note
-from lvd_lightning.runs.evaluation import final_stage
-from lvd_lightning.runs.experiment import EVALUATE, REPORT, Experiment
 from lvd_lightning.runs.pictures import cluster_picture, curve_picture, gap_picture, inpainting_picture, sample_picture
+from lvd_lightning.runs.run import Run
+from lvd_lightning.runs.settings import REPORT
 from lvd_lightning.seeds import derive_seed
 
-__all__ = ["print_table", "summarize", "table_rows", "worse_than_uniform", "write_report"]
+__all__ = ["is_written", "print_table", "summarize", "table_rows", "worse_than_uniform", "write_report"]
 
 Row = Mapping[str, Any]
 
@@ -36,69 +35,71 @@ _PICTURES = {
 }
 
 
-def write_report(experiment: Experiment, data: ImageData, device: torch.device) -> None:
-    """Write `report/` in the run directory, unless it is there, and print its table."""
-    run_dir, stages = experiment.run_dir, [stage.name for stage in experiment.stages]
-    folder = run_dir / REPORT
+def write_report(run: Run, data: ImageData, device: torch.device) -> None:
+    """Write `report/` in the run directory, unless it is there with the stages that are finished; print its table."""
+    folder = run.dir / REPORT
     folder.mkdir(exist_ok=True)
-    evaluation = _figures(run_dir / EVALUATE)
-    summary = summarize(run_dir, stages, data)
-    rows = table_rows(run_dir, stages)
-    if not (folder / "summary.json").is_file():
-        _draw(experiment, summary, data, device)
-        write_atomically(folder / "summary.md", _markdown(run_dir.name, rows, summary, evaluation, folder))
+    summary, rows = summarize(run, data), table_rows(run)
+    if not is_written(run):
+        _draw(run, data, device)
+        write_atomically(folder / "summary.md", _markdown(run.dir.name, rows, summary, run.evaluation(), folder))
         write_atomically(folder / "summary.json", json.dumps(summary, indent=2))
-    print_table(run_dir.name, rows, protocol_note(data.lossy, data.region))
+    print_table(run.dir.name, rows, protocol_note(data.lossy, data.region))
     worse = worse_than_uniform(rows)
     if worse:
         warnings.warn(worse, stacklevel=2)
     print(f"report: {folder}", flush=True)
 
 
-def summarize(run_dir: Path, stages: Iterable[str], data: ImageData) -> dict[str, Any]:
+def is_written(run: Run) -> bool:
+    """Whether the report is there, of all stages that are finished."""
+    path = run.dir / REPORT / "summary.json"
+    return path.is_file() and list(json.loads(path.read_text()).get("stages", {})) == list(run.stage_figures())
+
+
+def summarize(run: Run, data: ImageData) -> dict[str, Any]:
     """What summary.json says; what a run has not is absent."""
-    found = {stage: _figures(run_dir / stage) for stage in stages}
-    evaluation = _figures(run_dir / EVALUATE)
+    evaluation = run.evaluation()
     circuits = evaluation.get("circuits", {})
-    final = circuits.get("finetuned", circuits.get("distilled", {}))
+    titles = [stage.title for stage in run.leaving("model")]
     test = {
-        "bpd": final.get("test_bpd"),
-        "distilled_bpd": circuits.get("distilled", {}).get("test_bpd"),
+        "bpd": circuits.get(titles[-1], {}).get("test_bpd") if titles else None,
+        **{f"{title}_bpd": circuits.get(title, {}).get("test_bpd") for title in titles[:-1] or titles},
         "lvd_objective_bpd": circuits.get("lvd_objective", {}).get("test_bpd"),
         "teacher_elbo_bpd": circuits.get("teacher_elbo", {}).get("test_bpd"),
         "num_parameters": evaluation.get("num_parameters"),
         "num_heads": evaluation.get("num_heads"),
     }
     summary = {
-        "stages": {stage: figures for stage, figures in found.items() if figures},
+        "stages": run.stage_figures(),
         "test": {key: value for key, value in test.items() if value is not None},
         "baseline": {
             name: {key: figures[key] for key in ("bpd", "num_parameters", "seconds") if key in figures}
-            for name, figures in _baselines(run_dir).items()
+            for name, figures in run.baselines().items()
         },
     }
     present = {key: value for key, value in summary.items() if value}
     return {**present, "protocol": {"color": data.color, "region": data.region, "lossy": data.lossy}}
 
 
-def table_rows(run_dir: Path, stages: Sequence[str]) -> list[Row]:
+def table_rows(run: Run) -> list[Row]:
     """One row per model: bits per dimension on each split, parameters, and the seconds that led to it.
 
     is_bound: whether its figures are bounds of a likelihood and not one.
     """
-    evaluation = _figures(run_dir / EVALUATE)
+    evaluation = run.evaluation()
     circuits = evaluation.get("circuits", {})
     rows: list[Row] = []
-    seconds = {stage: _figures(run_dir / stage).get("seconds", 0.0) for stage in stages if stage != "baseline"}
+    teachers, models = run.leaving("features")[-1:], run.leaving("model")
+    seconds = {stage.name: stage.figures().get("seconds", 0.0) for stage in run.stages if stage.kind.leaves}
     for key, title, last in (
-        ("teacher_elbo", "teacher, ELBO", "teacher"),
-        ("lvd_objective", "LVD objective, log p(x, z)", "prior"),
-        ("distilled", "distilled circuit", "prior"),
-        ("finetuned", "finetuned circuit", "finetune"),
+        *(("teacher_elbo", "teacher, ELBO", stage) for stage in teachers),
+        *(("lvd_objective", "LVD objective, log p(x, z)", stage) for stage in models[:1]),
+        *((stage.title, f"{stage.title} circuit", stage) for stage in models),
     ):
         if key in circuits:
             figures = {split: circuits[key].get(f"{split}_bpd") for split in ("train", "val", "test")}
-            until = list(seconds).index(last) + 1
+            until = list(seconds).index(last.name) + 1
             rows.append(
                 {
                     "model": title,
@@ -109,7 +110,7 @@ def table_rows(run_dir: Path, stages: Sequence[str]) -> list[Row]:
                 }
             )
     titles = {"em": "baseline, EM", "anemone": "baseline, Anemone"}
-    for name, figures in _baselines(run_dir).items():
+    for name, figures in run.baselines().items():
         rows.append(
             {
                 "model": titles.get(name, f"baseline, {name}"),
@@ -210,31 +211,20 @@ def _number(value: Any, key: str, note: str) -> str:
     return text + (note if key.endswith("bpd") else "")
 
 
-def _draw(experiment: Experiment, summary: Row, data: ImageData, device: torch.device) -> None:
-    run_dir, folder, seed = experiment.run_dir, experiment.run_dir / REPORT, experiment.seed
-    seconds = {stage: figures.get("seconds", 0.0) for stage, figures in summary.get("stages", {}).items()}
-    curve_picture(folder / "training.png", run_dir, seconds, _baselines(run_dir), data)
-    gaps = _figures(run_dir / EVALUATE).get("gap", {})
+def _draw(run: Run, data: ImageData, device: torch.device) -> None:
+    """The curves of all stages, and those pictures that are not there: they show the models, which stay as they are."""
+    folder, seed = run.dir / REPORT, run.experiment.seed
+    curve_picture(folder / "training.png", [stage for stage in run.stages if stage.is_finished], data)
+    gaps = run.evaluation().get("gap", {})
     if gaps:
         gap_picture(folder / "gap.png", [(title, bpd) for title, _, _, bpd in gap_rows(gaps)], data)
-    assignments = assignments_folder(run_dir)
-    if assignments is not None:
+    assignments = assignments_folder(run)
+    if assignments is not None and not (folder / "clusters.png").is_file():
         generator = torch.Generator().manual_seed(derive_seed(seed, REPORT, "clusters"))
-        patch_size = int(experiment.shared["patch_size"])
+        patch_size = int(run.experiment.shared["patch_size"])
         cluster_picture(folder / "clusters.png", assignments, data, patch_size, generator)
-    stage = final_stage(run_dir)
-    if stage is not None:
-        circuit = AssembledCircuit.load(run_dir / stage).to(device).eval()
-        for file, draw in (("samples.png", sample_picture), ("inpainting.png", inpainting_picture)):
-            draw(folder / file, circuit, data, torch.Generator(device).manual_seed(derive_seed(seed, REPORT, file)))
-
-
-def _figures(folder: Path) -> dict[str, Any]:
-    path = folder / DONE_MARKER
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
-
-
-def _baselines(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "baseline" / "baseline.json"
-    finished = (run_dir / "baseline" / DONE_MARKER).is_file()
-    return dict(json.loads(path.read_text())) if finished and path.is_file() else {}
+    for file, draw in (("samples.png", sample_picture), ("inpainting.png", inpainting_picture)):
+        if run.leaving("model") and not (folder / file).is_file():
+            generator = torch.Generator(device).manual_seed(derive_seed(seed, REPORT, file))
+            circuit: Any = run.model(device)
+            draw(folder / file, circuit, data, generator)

@@ -1,4 +1,4 @@
-"""LightningModules, one per stage of an experiment; each is imported when it is first asked for."""
+"""Stages of experiments, one file each; each is imported when it is first asked for."""
 
 from importlib import import_module
 from typing import Any
@@ -6,10 +6,13 @@ from typing import Any
 _HOMES = {
     "MAETeacher": "mae_teacher",
     "VQVAETeacher": "vqvae_teacher",
+    "Latents": "latents",
     "ConditionalStudent": "conditional",
     "PriorStudent": "prior",
     "FinetuneStudent": "finetune",
     "CircuitBaseline": "baseline",
+    "PlainStage": "stage",
+    "Stage": "stage",
     "StageModule": "stage",
 }
 
@@ -17,8 +20,11 @@ __all__ = [
     "CircuitBaseline",
     "ConditionalStudent",
     "FinetuneStudent",
+    "Latents",
     "MAETeacher",
+    "PlainStage",
     "PriorStudent",
+    "Stage",
     "StageModule",
     "VQVAETeacher",
 ]

@@ -33,10 +33,6 @@ from lvd_lightning.stages.stage import StageModule
 __all__ = ["CircuitBaseline"]
 
 RULES: tuple[Rule, ...] = get_args(Rule)[::-1]
-#: Stages whose time a baseline may take.
-TIMED = ("teacher", "latents", "conditional", "prior", "finetune")
-#: Stages that leave a circuit over images, the last one first: a baseline has as many parameters.
-SIZED = ("finetune", "prior")
 #: Step sizes fall to this share of the first.
 FINAL_SHARE = 0.1
 #: Steps that are timed. The fastest counts: others may have waited for something else that the machine did.
@@ -56,7 +52,7 @@ class CircuitBaseline(StageModule):
     Args:
         structure: "hclt", "rat_spn" or "poon_domingos".
         structure_settings: see `ConditionalStudent`.
-        num_latents: hidden states of an HCLT, units of every region of another structure; null to match the parameters
+        num_units: hidden states of an HCLT, units of every region of another structure; null to match the parameters
             of the distilled circuit.
         seconds: per rule; null for the time that earlier stages took.
         batch_size: images per step, all ranks together.
@@ -69,11 +65,12 @@ class CircuitBaseline(StageModule):
     """
 
     em: ClassVar[bool] = True
+    leaves: ClassVar[tuple[str, ...]] = ("baseline",)
 
     def __init__(
         self,
         structure: StructureName = "hclt",
-        num_latents: int | None = None,
+        num_units: int | None = None,
         seconds: float | None = None,
         batch_size: int = 256,
         init: str = "random",
@@ -95,11 +92,12 @@ class CircuitBaseline(StageModule):
         check_at_least(0, seconds=seconds, em_pseudocount=em_pseudocount, anemone_pseudocount=anemone_pseudocount)
         check_at_least(
             1,
-            num_latents=num_latents,
+            num_units=num_units,
             batch_size=batch_size,
             max_tree_examples=max_tree_examples,
             val_images=val_images,
         )
+        self.needs = ("model",) if num_units is None else ()
         self.automatic_optimization = False
         self.save_hyperparameters()
 
@@ -249,7 +247,7 @@ class CircuitBaseline(StageModule):
             tree_D = pc.chow_liu_tree(sample_ND, 256, max_examples=None) if self.structure.needs_tree else None
             plan: dict[str, Any] = {
                 "parents": None if tree_D is None else tree_D.tolist(),
-                "num_latents": self._num_latents(context),
+                "num_units": self._num_units(context),
                 "seconds": self._time_limit(context),
             }
             circuit = self._first_circuit(context, sample_ND, plan)
@@ -261,35 +259,29 @@ class CircuitBaseline(StageModule):
 
     def _first_circuit(self, context: StageContext, sample_ND: Tensor, plan: dict[str, Any]) -> pc.Circuit:
         parents = None if plan["parents"] is None else torch.tensor(plan["parents"])
-        shape, num_latents, generator = context.data.image_shape, plan["num_latents"], context.generator("parameters")
+        shape, num_units, generator = context.data.image_shape, plan["num_units"], context.generator("parameters")
         if self.hparams["init"] == "quantiles":
-            graph = self.structure.graph_from_data(sample_ND, shape, num_latents, parents=parents, generator=generator)
+            graph = self.structure.graph_from_data(sample_ND, shape, num_units, parents=parents, generator=generator)
         else:
-            graph = self.structure.graph(shape, num_latents, parents=parents, generator=generator)
+            graph = self.structure.graph(shape, num_units, parents=parents, generator=generator)
         return pc.Circuit(graph)
 
-    def _num_latents(self, context: StageContext) -> int:
+    def _num_units(self, context: StageContext) -> int:
         """The fewest hidden states with at least (nearly) as many parameters as the distilled circuit."""
-        if self.hparams["num_latents"] is not None:
-            return int(self.hparams["num_latents"])
-        for stage in SIZED:
-            folder = context.previous(stage)
-            if folder is not None:
-                wanted = float(json.loads((folder / DONE_MARKER).read_text())["num_parameters"])
-                generator = context.generator("parameters")  # as that of the circuit itself
-                counts = self.structure.num_parameters(context.data.image_shape, generator=generator)
-                states = 1
-                while sum(count * states**power for power, count in counts.items()) < 0.98 * wanted:
-                    states += 1
-                return states
-        raise ValueError(
-            f"stage {context.stage}: no stage {' or '.join(SIZED)} says how large it may be; set num_latents"
-        )
+        if self.hparams["num_units"] is not None:
+            return int(self.hparams["num_units"])
+        wanted = float(json.loads((context.required("model") / DONE_MARKER).read_text())["num_parameters"])
+        generator = context.generator("parameters")  # as that of the circuit itself
+        counts = self.structure.num_parameters(context.data.image_shape, generator=generator)
+        states = 1
+        while sum(count * states**power for power, count in counts.items()) < 0.98 * wanted:
+            states += 1
+        return states
 
     def _time_limit(self, context: StageContext) -> float:
         if self.hparams["seconds"] is not None:
             return float(self.hparams["seconds"])
-        folders = [folder for folder in map(context.previous, TIMED) if folder is not None]
+        folders = context.earlier_folders(without="baseline")
         if not folders:
             raise ValueError(f"stage {context.stage}: no earlier stage says how long it may take; set seconds")
         return sum(float(json.loads((folder / DONE_MARKER).read_text())["seconds"]) for folder in folders)

@@ -5,7 +5,7 @@ Shapes: B images, N images of a split, P patches, D variables of a patch, K late
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ _PRIOR = "assembled.prior."
 
 
 class ConditionalStudent(EMStudent):
-    """A circuit over patches for every cluster of stage latents (tied over positions), or a set of them per position.
+    """A circuit over patches for every cluster (tied over positions), or a set of them per position.
 
     All of them run as one folded circuit. In every step each circuit sees the patches of the batch in its cluster, in
     equally many slots for all; where there are more patches than slots a random subset stands for them by larger
@@ -53,7 +53,7 @@ class ConditionalStudent(EMStudent):
     likeliest head of its cluster.
 
     Args:
-        num_latents: states of every hidden variable in an HCLT, units of every region of another structure.
+        num_units: states of every hidden variable in an HCLT, units of every region of another structure.
         structure: "hclt"; "rat_spn", whose random splits are drawn for each circuit; or "poon_domingos", rectangles of
             the patch whose pixels keep their channels together.
         structure_settings: of a RAT-SPN depth, num_repetitions and product, of a Poon-Domingos structure delta and
@@ -69,9 +69,12 @@ class ConditionalStudent(EMStudent):
         max_examples: patches per circuit from which its tree (and first parameters) are learnt.
     """
 
+    needs = ("latents",)
+    leaves: ClassVar[tuple[str, ...]] = ("conditionals",)
+
     def __init__(
         self,
-        num_latents: int = 16,
+        num_units: int = 16,
         tied: bool = True,
         num_heads: int = 1,
         min_examples: int = 100,
@@ -94,7 +97,7 @@ class ConditionalStudent(EMStudent):
             raise ValueError(f"init: got {init!r}, expected one of quantiles, random")
         if not slots > 0:
             raise ValueError(f"slots: got {slots}, expected a positive multiple of the mean number of patches")
-        check_at_least(1, num_latents=num_latents, num_heads=num_heads, min_examples=min_examples)
+        check_at_least(1, num_units=num_units, num_heads=num_heads, min_examples=min_examples)
         check_at_least(1, max_examples=max_examples, round_epochs=round_epochs)
         if num_heads > 1 and not tied:
             raise ValueError(f"num_heads: got {num_heads}, but circuits of their own per position have one head each")
@@ -126,7 +129,7 @@ class ConditionalStudent(EMStudent):
             heads_NP,
             num_circuits,
             structure=self.structure,
-            num_latents=self.hparams["num_latents"],
+            num_latents=self.hparams["num_units"],
             from_data=self.hparams["init"] == "quantiles",
             max_examples=self.hparams["max_examples"],
         )
@@ -139,12 +142,10 @@ class ConditionalStudent(EMStudent):
         return self.assembled.conditional
 
     def _check_ties(self, context: StageContext) -> None:
-        folder = context.previous("latents")
-        assert folder is not None
-        if self.hparams["tied"] and not load_latents_info(folder)["pooled"]:
+        if self.hparams["tied"] and not load_latents_info(context.required("latents"))["pooled"]:
             raise ValueError(
                 "tied: is true, but every position has clusters of its own, so that a value means something else at "
-                "each: set tied: false, or latents.pooled: true"
+                "each: set tied: false, or pooled: true of the stage that leaves latents"
             )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,10 @@ class FinetuneStudent(EMStudent):
         slots: slots per conditional circuit and step, as a multiple of the mean number of its patches.
     """
 
+    needs = ("prior", "model")
+    leaves: ClassVar[tuple[str, ...]] = ("model",)
+    model_title = "finetuned"
+
     def __init__(
         self,
         optimizer: Rule = "anemone",
@@ -70,13 +75,10 @@ class FinetuneStudent(EMStudent):
     @override
     def begin_stage(self, context: StageContext) -> None:
         super().begin_stage(context)
-        folder = context.previous("prior")
-        if folder is None:
-            raise ValueError(f"stage {context.stage} needs the circuit of a stage prior; the experiment has none")
-        self.assembled = AssembledCircuit.load(folder)
+        self.assembled = AssembledCircuit.load(context.required("model"))
         self.source: EvidenceSource | None = None
         if self.hparams["margin"] is not None:
-            self.source = self._source(context, folder / "evidence")
+            self.source = self._source(context, context.required("prior") / "evidence")
         dims = self.assembled.num_dims
         self.train_bpd, self.val_bpd = BitsPerDim(dims), BitsPerDim(dims)
 
@@ -110,15 +112,14 @@ class FinetuneStudent(EMStudent):
     @torch.no_grad()
     def finish_stage(self, context: StageContext) -> dict[str, float]:
         """Keep the best epoch, or the circuit that finetuning began with if no epoch is better on validation."""
-        folder = context.previous("prior")
-        assert folder is not None
+        folder = context.required("model")
         before = AssembledCircuit.load(folder).to(self.device)
         start_bpd, val_bpd = self.validate(before, context), self.validate(self.assembled, context)
         improved = val_bpd < start_bpd
         if not improved:
             warnings.warn(
                 f"finetuning did not lower the validation bpd ({start_bpd:.4f} before, {val_bpd:.4f} at best): the "
-                "circuit of stage prior is kept; try a smaller lr or a larger pseudocount",
+                f"circuit of stage {folder.name} is kept; try a smaller lr or a larger pseudocount",
                 stacklevel=2,
             )
         kept = self.assembled if improved else before
@@ -176,10 +177,10 @@ class FinetuneStudent(EMStudent):
         return self.assembled.circuit_of[flat], self.assembled.head_of[flat]
 
     def _source(self, context: StageContext, folder: Path) -> EvidenceSource:
-        """What stage prior kept, and how to compute the rest of it."""
+        """What training the prior kept, and how to compute the rest of it."""
         cache, table_KM = EvidenceCache.open(folder / "train"), load_candidate_table(folder)
         if cache is None and table_KM is None:
-            raise ValueError(f"{folder}: is not complete; run stage prior again, or set margin: null")
+            raise ValueError(f"{folder}: is not complete; run stage {folder.parent.name} again, or set margin: null")
         z_NP = read_assignments(context)[0]["train"]
         self.groups = CircuitGroups(self.assembled.conditional, self._load(cache))
         candidates = None if table_KM is None else Candidates(table_KM.to(context.device), self.groups)

@@ -6,6 +6,7 @@ Shapes: B images of a batch, P patches.
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from lightning.pytorch.loggers import WandbLogger
@@ -49,6 +50,7 @@ class MAETeacher(StageModule):
 
     monitor = "val/loss"
     monitor_mode = "min"
+    leaves: ClassVar[tuple[str, ...]] = ("features",)
 
     def __init__(
         self,
@@ -104,7 +106,9 @@ class MAETeacher(StageModule):
         optimizer = torch.optim.AdamW(groups, lr=self.hparams["lr"], betas=(0.9, 0.95))
         num_steps = self.trainer.estimated_stepping_batches
         if math.isinf(num_steps):
-            raise ValueError("the cosine schedule needs an end: set max_epochs or max_steps of stage teacher's trainer")
+            raise ValueError(
+                f"the schedule needs an end: set max_epochs or max_steps of stage {self._context.stage}'s trainer"
+            )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(int(num_steps), self.hparams["warmup"]))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

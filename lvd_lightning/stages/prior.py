@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ __all__ = ["PriorStudent"]
 
 
 class PriorStudent(EMStudent):
-    """The prior: a Chow-Liu tree over z in closed form from counts, or with `num_latents` a hidden Chow-Liu tree.
+    """The prior: a Chow-Liu tree over z in closed form from counts, or with `num_units` a hidden Chow-Liu tree.
 
     Trained for `hard_epochs` epochs on assignments (which a tree from counts does not need), then on soft evidence: the
     log-likelihoods of every patch under the frozen conditionals, computed once and kept in `evidence/`, so that the
@@ -39,7 +39,7 @@ class PriorStudent(EMStudent):
     Logs `train/bpd`, `val/bpd` (exact: all latent values, on the first `val_images` validation images).
 
     Args:
-        num_latents: null for the tree over z itself, else the states of its hidden variables.
+        num_units: null for the tree over z itself, else the states of its hidden variables.
         hard_epochs: epochs on assignments; 0 for the tree from counts.
         candidates: latent values kept per patch, those that patches of its cluster may have; null for all. What is
             left out counts as impossible, so `train/bpd` is an upper bound; validation leaves nothing out.
@@ -51,9 +51,13 @@ class PriorStudent(EMStudent):
         optimizer, lr, final_lr, momentum, pseudocount, val_images: see `EMStudent`.
     """
 
+    needs = ("latents", "conditionals")
+    leaves: ClassVar[tuple[str, ...]] = ("prior", "model")
+    model_title = "distilled"
+
     def __init__(
         self,
-        num_latents: int | None = None,
+        num_units: int | None = None,
         hard_epochs: int = 0,
         candidates: int | None = 16,
         max_cache_gb: float = 20.0,
@@ -67,11 +71,11 @@ class PriorStudent(EMStudent):
         val_images: int = 256,
     ) -> None:
         super().__init__()
-        check_at_least(1, num_latents=num_latents, candidates=candidates)
+        check_at_least(1, num_units=num_units, candidates=candidates)
         check_at_least(0, hard_epochs=hard_epochs, max_cache_gb=max_cache_gb)
-        if num_latents is not None and hard_epochs < 1:
+        if num_units is not None and hard_epochs < 1:
             raise ValueError(
-                f"hard_epochs: got {hard_epochs}, but a prior with num_latents starts at random: give it 1 or more"
+                f"hard_epochs: got {hard_epochs}, but a prior with num_units starts at random: give it 1 or more"
             )
         if not counts_pseudocount > 0:
             raise ValueError(f"counts_pseudocount: got {counts_pseudocount}, expected a positive number of examples")
@@ -81,11 +85,8 @@ class PriorStudent(EMStudent):
     @override
     def begin_stage(self, context: StageContext) -> None:
         super().begin_stage(context)
-        conditional_dir = context.previous("conditional")
-        if conditional_dir is None:
-            raise ValueError("stage prior needs the circuits of a stage conditional; the experiment has none")
         self.z_NP, num_states = read_assignments(context)
-        conditional = pc.load(conditional_dir / "conditional")
+        conditional = pc.load(context.required("conditionals") / "conditional")
         self.assembled = AssembledCircuit(
             self._first_prior(context, num_states, conditional),
             conditional,
@@ -174,9 +175,9 @@ class PriorStudent(EMStudent):
     def _first_prior(self, context: StageContext, num_states: int, conditional: pc.Circuit) -> pc.Circuit:
         z_NP = self.z_NP["train"]
         tree = clusters_tree(z_NP, num_states, conditional)
-        if self.hparams["num_latents"] is None:
+        if self.hparams["num_units"] is None:
             return chow_liu_prior(z_NP, num_states, tree, self.hparams["counts_pseudocount"])
-        return hidden_prior(num_states, self.hparams["num_latents"], tree, context.generator("parameters"))
+        return hidden_prior(num_states, self.hparams["num_units"], tree, context.generator("parameters"))
 
     def _train_evidence(self, context: StageContext) -> EvidenceSource:
         """The evidence of training images, of candidates; as much of it as fits is computed once. All ranks call."""

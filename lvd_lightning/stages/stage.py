@@ -1,17 +1,58 @@
 """What a stage of an experiment has to provide."""
 
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import ClassVar
 
 from lightning.pytorch import LightningModule
+from torch import nn
 from typing_extensions import override
 
 from lvd_lightning.circuits import Circuit
 from lvd_lightning.context import StageContext
+from lvd_lightning.models.assembled import AssembledCircuit
 
-__all__ = ["StageModule"]
+__all__ = ["PlainStage", "Stage", "StageModule"]
 
 
-class StageModule(LightningModule):
+class Stage:
+    """One stage of an experiment: what it needs of the stages before it, and what it leaves to those after it.
+
+    Artefacts are told by kinds, never by the names of stages, which an experiment chooses: "features" of a teacher,
+    "latents" (the value of every patch), "conditionals", a "prior", a "model" whose likelihood is reported, a
+    "baseline" to compare it with. A stage finds them by `StageContext.artefact`, and leaves its own in its folder.
+
+    needs: kinds that it cannot do without; an instance may need fewer or more than its class.
+    leaves: kinds that later stages, the evaluation and the report find in its folder.
+    harmless: arguments that change how fast it runs or what it keeps on disk, but not its result.
+    model_title: what reports call the model that it leaves; empty for the stage's own name.
+    """
+
+    needs: tuple[str, ...] = ()
+    leaves: ClassVar[tuple[str, ...]] = ()
+    harmless: ClassVar[tuple[str, ...]] = ()
+    model_title: ClassVar[str] = ""
+
+    @classmethod
+    def load_model(cls, folder: Path) -> nn.Module:
+        """The model that the stage left in its folder, with `log_prob`; for stages that leave one."""
+        return AssembledCircuit.load(folder)
+
+
+class PlainStage(Stage, ABC):
+    """A stage that does its whole work in one function, without a Trainer."""
+
+    @abstractmethod
+    def run(self, context: StageContext) -> dict[str, float]:
+        """Write into `context.dir` what later stages read, and return figures for the report.
+
+        Called on every rank. What it has done may be used again after an interruption, if it says what it was made of.
+        """
+
+
+class StageModule(Stage, LightningModule):
     """A LightningModule that is one stage of an experiment.
 
     The pipeline calls `begin_stage`, `Trainer.fit`, loads the best checkpoint, then calls `finish_stage`. After an

@@ -4,7 +4,7 @@ Shapes: B images, P patches, K codes.
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -53,6 +53,7 @@ class VQVAETeacher(StageModule):
 
     monitor = "val/elbo_bpd"
     monitor_mode = "min"
+    leaves: ClassVar[tuple[str, ...]] = ("features",)
 
     def __init__(
         self,
@@ -111,7 +112,9 @@ class VQVAETeacher(StageModule):
             return optimizer
         num_steps = self.trainer.estimated_stepping_batches
         if math.isinf(num_steps):
-            raise ValueError("the schedule needs an end: set max_epochs or max_steps of stage teacher's trainer")
+            raise ValueError(
+                f"the schedule needs an end: set max_epochs or max_steps of stage {self._context.stage}'s trainer"
+            )
         num_warmup, ratio = round(warmup * num_steps), 1.0 if final_lr is None else final_lr / self.hparams["lr"]
 
         def factor(step: int) -> float:

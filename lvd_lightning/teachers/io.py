@@ -45,7 +45,7 @@ def load_teacher(stage_dir: str | os.PathLike[str]) -> nn.Module:
     folder = Path(stage_dir)
     for name in (ARGUMENTS_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no {name}: run stage teacher first")
+            raise FileNotFoundError(f"{folder} holds no {name}: run stage {folder.name} first")
     try:
         teacher = _build(json.loads((folder / ARGUMENTS_FILE).read_text()))
         teacher.load_state_dict(load_file(folder / WEIGHTS_FILE))

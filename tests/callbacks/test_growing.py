@@ -25,7 +25,7 @@ KRONECKER = {"structure": "rat_spn", "structure_settings": {"product": "kronecke
 
 
 def student(**settings: Any) -> ConditionalStudent:
-    return ConditionalStudent(**{"num_latents": 4, "num_heads": 2, "min_examples": 1, "round_epochs": 2, **settings})
+    return ConditionalStudent(**{"num_units": 4, "num_heads": 2, "min_examples": 1, "round_epochs": 2, **settings})
 
 
 def method(**settings: Any) -> list[Callback]:

@@ -26,7 +26,7 @@ ARGUMENTS = [
     *("fit", "--config=photos_pg", "--config=overlays/pixels", "--shared.num_clusters=2"),
     *("--trainer.accelerator=cpu", "--trainer.devices=1", "--stages.conditional.trainer.max_epochs=4"),
     *("--data.image_size=8", "--data.num_train=64", "--data.num_val=16", "--data.num_test=16", "--data.batch_size=16"),
-    *("--stages.conditional.model.num_latents=3", "--stages.conditional.model.min_examples=5"),
+    *("--stages.conditional.model.num_units=3", "--stages.conditional.model.min_examples=5"),
     f"--stages.conditional.trainer.callbacks=[{', '.join(ROUNDS)}]",
 ]
 

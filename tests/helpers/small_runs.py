@@ -21,6 +21,13 @@ from lvd_lightning.stages.stage import StageModule
 __all__ = ["DIMS", "PATCH", "POSITIONS", "SIDE", "STATES", "Run", "SmallImages"]
 
 STATES, SIDE, PATCH = 3, 4, 2
+# What the finished stages of such a run leave, in order.
+LEAVES = {
+    "latents": ("latents",),
+    "conditional": ("conditionals",),
+    "prior": ("prior", "model"),
+    "finetune": ("model",),
+}
 POSITIONS, DIMS = (SIDE // PATCH) ** 2, 3 * PATCH**2
 
 
@@ -93,7 +100,9 @@ class Run:
         self.finish("latents", {})
 
     def context(self, stage: str) -> StageContext:
-        return StageContext(self.folder, stage, self.seed, self.data, {"patch_size": PATCH})
+        earlier = {name: kinds for name, kinds in LEAVES.items() if (self.folder / name / DONE_MARKER).is_file()}
+        earlier.pop(stage, None)
+        return StageContext(self.folder, stage, self.seed, self.data, {"patch_size": PATCH}, earlier)
 
     def finish(self, stage: str, results: dict[str, float], seconds: float = 1.0) -> None:
         (self.folder / stage / DONE_MARKER).write_text(json.dumps({"seconds": seconds, **results}))

@@ -115,9 +115,9 @@ def test_baselines_are_sized_and_learn(run: Any, name: str, settings: dict[str, 
     make = {"structure": name, "structure_settings": settings, "seconds": 0, "init": init, "batch_size": 40}
     module = run.begin("baseline", CircuitBaseline(**make))
     size = module.circuit("em").num_parameters
-    units = json.loads((run.folder / "baseline" / "plan.json").read_text())["num_latents"]
+    units = json.loads((run.folder / "baseline" / "plan.json").read_text())["num_units"]
     assert size >= 0.98 * 70_000
-    fewer = run.begin("baseline", CircuitBaseline(**make, num_latents=units - 1))  # the plan stays
+    fewer = run.begin("baseline", CircuitBaseline(**make, num_units=units - 1))  # the plan stays
     assert fewer.circuit("em").num_parameters == size
     counts = module.structure.num_parameters((3, 4, 4), generator=run.context("baseline").generator("parameters"))
     assert sum(count * (units - 1) ** power for power, count in counts.items()) < 0.98 * 70_000

@@ -80,7 +80,7 @@ def test_the_pipeline_holds_it_while_it_runs_and_not_to_read(tmp_path: Path) -> 
     with locked(tmp_path / "run"):
         with pytest.raises(ValueError, match="another process is working on"):
             pipeline.run()
-        with pytest.raises(ValueError, match="holds no trained circuit"):
+        with pytest.raises(ValueError, match="holds no trained model"):
             pipeline.print_bpd("test")
     held: list[bool] = []
 

@@ -23,10 +23,11 @@ from torchmetrics import MeanMetric
 from lvd_lightning.context import StageContext
 from lvd_lightning.ranks import Ranks
 from lvd_lightning.runs.bookkeeping import EpochCheckpoint, MetricsFile, read_metrics
-from lvd_lightning.runs.experiment import Experiment, Stage, check_trained_with, record_stage
+from lvd_lightning.runs.experiment import Experiment, PlannedStage
 from lvd_lightning.runs.pipeline import Pipeline, resume_epoch
+from lvd_lightning.runs.run_directory import check_trained_with, record_stage
 from lvd_lightning.seeds import derive_seed
-from lvd_lightning.stages.stage import StageModule
+from lvd_lightning.stages.stage import PlainStage, StageModule
 
 KILLS = (("teacher", "batch"), ("codes", "function"), ("student", "between"), ("tuned", "finish"))
 
@@ -70,6 +71,8 @@ class Lines(LightningDataModule):
 class Plane(StageModule):
     """A regression with dropout and momentum, so that lost random or optimizer state would show."""
 
+    leaves = ("plane",)
+
     def __init__(self, kill: "KillOnce | None" = None) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(2, 1)
@@ -77,7 +80,7 @@ class Plane(StageModule):
         self.kill = kill
 
     def begin_stage(self, context: StageContext) -> None:
-        earlier = context.previous("codes")
+        earlier = context.artefact("shift")
         self.shift = 0.0 if earlier is None else float((earlier / "shift.txt").read_text())
 
     def _loss(self, batch: list[Tensor]) -> Tensor:
@@ -136,22 +139,30 @@ class KillInTraining(Callback):
             self.kill("between")
 
 
-def cluster(kill: KillOnce, context: StageContext) -> dict[str, float]:
-    kill("function")
-    shift = float(torch.rand((), generator=context.generator("shift")))
-    (context.dir / "shift.txt").write_text(str(shift))
-    return {"shift": shift}
+class Shift(PlainStage):
+    """Hands on a random number."""
+
+    leaves = ("shift",)
+
+    def __init__(self, kill: KillOnce) -> None:
+        self.kill = kill
+
+    def run(self, context: StageContext) -> dict[str, float]:
+        self.kill("function")
+        shift = float(torch.rand((), generator=context.generator("shift")))
+        (context.dir / "shift.txt").write_text(str(shift))
+        return {"shift": shift}
 
 
 def experiment(run_dir: Path, kill: bool = False, epochs: int = 3, seed: int = 0, devices: int = 1) -> Experiment:
-    """Four stages: a module, a function, and two modules that read what the function wrote."""
+    """Four stages: a module, a plain stage, and two modules that read what the plain one wrote."""
 
-    def stage(name: str) -> Stage:
+    def stage(name: str) -> PlannedStage:
         killer = KillOnce(run_dir.parent, name, kill)
         config = {"seed": seed, "epochs": epochs}
         if name == "codes":
-            return Stage(name, config, Lines, function=partial(cluster, killer))
-        return Stage(name, config, Lines, partial(Plane, killer), trainer=partial(arguments, killer))
+            return PlannedStage(name, Shift, config, Lines, partial(Shift, killer))
+        return PlannedStage(name, Plane, config, Lines, partial(Plane, killer), trainer=partial(arguments, killer))
 
     def arguments(killer: KillOnce, folder: Path) -> dict[str, Any]:
         return {"max_epochs": epochs, "callbacks": [KillInTraining(killer)], "log_every_n_steps": 1}
@@ -271,13 +282,13 @@ def test_evaluation_on_other_data_is_refused(tmp_path: Path) -> None:
     def made(path: str, batch_size: int, color: str) -> Experiment:
         arguments = {"path": path, "batch_size": batch_size, "color": color}
         config = {"seed": 0, "shared": {"color": color}, "data": {"class_path": "Folder", "init_args": arguments}}
-        return Experiment("toy", tmp_path / "run", 0, Lines, (Stage("finetune", config, Lines),))
+        return Experiment("toy", tmp_path / "run", 0, Lines, (PlannedStage("tuned", Plane, config, Lines, Plane),))
 
     trained = made("here", 4, "rgb")
     record_stage(trained, trained.stages[0])
-    check_trained_with(made("there", 8, "rgb"), "finetune")
+    check_trained_with(made("there", 8, "rgb"), "tuned")
     with pytest.raises(ValueError, match=r"trained with other settings \(shared.color rgb -> ycocg_r; data.init_args"):
-        check_trained_with(made("here", 4, "ycocg_r"), "finetune")
+        check_trained_with(made("here", 4, "ycocg_r"), "tuned")
 
 
 @pytest.mark.usefixtures("quiet_threads")

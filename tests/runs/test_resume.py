@@ -25,11 +25,11 @@ ARGUMENTS = [
     *("fit", "--config=photos", "--shared.num_clusters=3", "--trainer.accelerator=cpu", "--trainer.devices=1"),
     *("--data.image_size=8", "--data.num_train=64", "--data.num_val=16", "--data.num_test=16", "--data.batch_size=16"),
     *(f"--stages.teacher.model.{name}={value}" for name, value in SMALL_TEACHER.items()),
-    *("--stages.conditional.model.num_latents=2", "--stages.baseline.model.num_latents=2"),
+    *("--stages.conditional.model.num_units=2", "--stages.baseline.model.num_units=2"),
     *(f"--stages.{name}.trainer.max_epochs=3" for name in STAGES if name != "latents"),
 ]
 # The baseline measures how many steps fit into its time; here they are given.
-PLAN = {"parents": [-1, *range(191)], "num_latents": 2, "seconds": 1.0, "steps": {"em": 9, "anemone": 9}}
+PLAN = {"parents": [-1, *range(191)], "num_units": 2, "seconds": 1.0, "steps": {"em": 9, "anemone": 9}}
 
 
 def kill_once(run_dir: Path, stage: str) -> None:
@@ -62,8 +62,8 @@ def before(module: Any, name: str, stage: str, run_dir: Path) -> None:
 
 def fit(run_dir: Path) -> int:
     from lvd_lightning.cli import main
-    from lvd_lightning.latents import run as latents
     from lvd_lightning.runs import pipeline, report
+    from lvd_lightning.stages import latents
 
     torch.set_num_threads(1)
     before(latents, "write_clusters", "latents", run_dir)

@@ -14,7 +14,7 @@ from lvd_lightning.stages import CircuitBaseline
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on small loaders
 
-PLAN = {"parents": list(range(-1, 47)), "num_latents": 2, "seconds": 1.0, "steps": {"em": 6, "anemone": 4}}
+PLAN = {"parents": list(range(-1, 47)), "num_units": 2, "seconds": 1.0, "steps": {"em": 6, "anemone": 4}}
 
 
 def planned(run: Any, **settings: Any) -> CircuitBaseline:
@@ -38,7 +38,7 @@ def test_as_many_parameters_as_the_distilled_circuit(run: Any, wanted: int, exce
     sizes = {module.circuit(rule).num_parameters for rule in ("em", "anemone")}
     assert len(sizes) == 1
     assert 0.98 * wanted <= sizes.pop() <= (1 + excess) * wanted
-    states = module._num_latents(run.context("baseline"))
+    states = module._num_units(run.context("baseline"))
     fewer = pc.Circuit(pc.hclt(torch.arange(-1, 47), states - 1, pc.Categorical(256)))
     assert fewer.num_parameters < 0.98 * wanted
 
@@ -183,10 +183,10 @@ def test_first_parameters_from_quantiles(run: Any) -> None:
 
 
 def test_unknown_size_and_time_are_named(run: Any) -> None:
-    with pytest.raises(ValueError, match="stage baseline: no stage finetune or prior says .* set num_latents"):
+    with pytest.raises(ValueError, match="stage 'baseline' needs model; no stage before it leaves it"):
         run.begin("baseline", CircuitBaseline())
     (run.folder / "latents" / "done.json").unlink()
     with pytest.raises(ValueError, match="stage baseline: no earlier stage says .* set seconds"):
-        run.begin("baseline", CircuitBaseline(num_latents=2))
+        run.begin("baseline", CircuitBaseline(num_units=2))
     with pytest.raises(ValueError, match="stage baseline: set max_epochs"):
         run.trainer("baseline", -1).fit(planned(run))

@@ -61,8 +61,8 @@ def test_the_step_generator_is_a_function_of_epoch_and_batch(run: Any) -> None:
 
 
 def test_settings_are_kept() -> None:
-    module = ConditionalStudent(num_latents=5, lr=0.25)
-    assert module.hparams["num_latents"] == 5
+    module = ConditionalStudent(num_units=5, lr=0.25)
+    assert module.hparams["num_units"] == 5
     assert (module.hparams["lr"], module.hparams["final_lr"]) == (0.25, 0.03)
 
 
@@ -91,12 +91,12 @@ def test_wrong_settings_are_named(student: type[Any], settings: dict[str, Any], 
     [
         (ConditionalStudent, {"init": "zeros"}, "init: got 'zeros'"),
         (ConditionalStudent, {"slots": 0}, "slots: got 0"),
-        (ConditionalStudent, {"num_latents": 0}, "num_latents: got 0"),
+        (ConditionalStudent, {"num_units": 0}, "num_units: got 0"),
         (ConditionalStudent, {"max_examples": 0}, "max_examples: got 0"),
         (PriorStudent, {"candidates": 0}, "candidates: got 0"),
-        (PriorStudent, {"num_latents": 0}, "num_latents: got 0"),
+        (PriorStudent, {"num_units": 0}, "num_units: got 0"),
         (PriorStudent, {"hard_epochs": -1}, "hard_epochs: got -1"),
-        (PriorStudent, {"num_latents": 4}, "hard_epochs: got 0, but a prior with num_latents"),
+        (PriorStudent, {"num_units": 4}, "hard_epochs: got 0, but a prior with num_units"),
         (PriorStudent, {"counts_pseudocount": 0}, "counts_pseudocount: got 0"),
         (FinetuneStudent, {"margin": 0}, "margin: got 0"),
         (FinetuneStudent, {"posterior_floor": 1}, "posterior_floor: got 1"),
@@ -108,7 +108,7 @@ def test_wrong_settings_are_named(student: type[Any], settings: dict[str, Any], 
         (CircuitBaseline, {"momentum": -0.5}, "momentum: got -0.5"),
         (CircuitBaseline, {"em_pseudocount": -1}, "em_pseudocount: got -1"),
         (CircuitBaseline, {"batch_size": 0}, "batch_size: got 0"),
-        (CircuitBaseline, {"num_latents": 0}, "num_latents: got 0"),
+        (CircuitBaseline, {"num_units": 0}, "num_units: got 0"),
         (CircuitBaseline, {"seconds": -1.0}, "seconds: got -1.0"),
     ],
 )
@@ -150,13 +150,13 @@ def test_patches_that_do_not_tile_the_images_are_named(run: Any, student: type[A
     ("stage", "student", "missing"),
     [
         ("conditional", ConditionalStudent, "latents"),
-        ("prior", PriorStudent, "conditional"),
-        ("finetune", FinetuneStudent, "prior"),
+        ("prior", PriorStudent, "latents"),
+        ("finetune", FinetuneStudent, "model"),
     ],
 )
 def test_missing_stages_are_named(run: Any, stage: str, student: type[Any], missing: str) -> None:
     shutil.rmtree(run.folder / "latents")
-    with pytest.raises(ValueError, match=f"stage {stage} needs .* a stage {missing}"):
+    with pytest.raises(ValueError, match=f"stage '{stage}' needs {missing}; no stage before it"):
         run.begin(stage, student())
 
 
@@ -170,16 +170,17 @@ def test_assignments_of_the_conditional_go_before_clusters(run: Any) -> None:
     """Later stages read the heads that stage conditional grew; its own begin_stage reads the clusters."""
     folder, context = run.folder / "conditional", run.context("prior")
     folder.mkdir()
-    assert assignments_folder(run.folder) == run.folder / "latents"
+    assert assignments_folder(context) == run.folder / "latents"
     heads = {split: 2 * z + 1 for split, z in run.data.z.items()}
     write_assignments(folder, heads, 6)
     assert torch.equal(read_assignments(context)[0]["train"], run.data.z["train"])  # not finished
     run.finish("conditional", {})
+    context = run.context("prior")
     found, num_states = read_assignments(context)
     assert num_states == 6
     assert torch.equal(found["train"], heads["train"])
     assert torch.equal(load_assignments(folder, "test"), heads["test"])
-    assert assignments_folder(run.folder) == folder
+    assert assignments_folder(context) == folder
     clusters, num_clusters = read_clusters(context, "test")
     assert (num_clusters, list(clusters)) == (3, ["test"])
     assert torch.equal(clusters["test"], run.data.z["test"])
@@ -187,4 +188,4 @@ def test_assignments_of_the_conditional_go_before_clusters(run: Any) -> None:
 
 def test_without_assignments_there_is_no_folder(run: Any) -> None:
     shutil.rmtree(run.folder / "latents")
-    assert assignments_folder(run.folder) is None
+    assert assignments_folder(run.context("prior")) is None

@@ -34,7 +34,7 @@ def coarse(make_run: Any, small_images: Any, tmp_path: Path) -> Any:
 
 
 def several(**settings: Any) -> ConditionalStudent:
-    return ConditionalStudent(**{"num_latents": 3, "num_heads": 3, "min_examples": 1, **settings})
+    return ConditionalStudent(**{"num_units": 3, "num_heads": 3, "min_examples": 1, **settings})
 
 
 class AddHead(Callback):

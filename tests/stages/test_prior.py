@@ -44,8 +44,8 @@ def bpd(module: PriorStudent, run: Any, split: str, count: int = 1000) -> float:
         {"candidates": None, "counts_pseudocount": 300.0},  # a tree that counts for little, for EM to mend
         {"candidates": 2, "counts_pseudocount": 300.0},
         {"candidates": None, "counts_pseudocount": 300.0, "optimizer": "em"},
-        {"candidates": 2, "num_latents": 5, "hard_epochs": 2},
-        {"candidates": None, "num_latents": 2, "hard_epochs": 1, "optimizer": "em"},
+        {"candidates": 2, "num_units": 5, "hard_epochs": 2},
+        {"candidates": None, "num_units": 2, "hard_epochs": 1, "optimizer": "em"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
@@ -62,7 +62,7 @@ def test_the_likelihood_rises(conditional: Any, settings: dict[str, Any]) -> Non
 
 
 def test_hard_epochs_fit_the_assignments(conditional: Any) -> None:
-    module = conditional.begin("prior", PriorStudent(num_latents=3, hard_epochs=4))
+    module = conditional.begin("prior", PriorStudent(num_units=3, hard_epochs=4))
     z = conditional.data.z["train"]
     before = module.assembled.prior_log_prob(z).mean()
     conditional.trainer("prior", 4).fit(module, datamodule=conditional.data)
@@ -172,7 +172,7 @@ def test_the_seed_decides(conditional: Any) -> None:
     for seed in (0, 0, 1):
         conditional.seed = seed
         torch.manual_seed(len(weights))
-        module = PriorStudent(num_latents=3, hard_epochs=1)
+        module = PriorStudent(num_units=3, hard_epochs=1)
         conditional.train("prior", module, 2)
         weights.append(torch.cat([table.detach().flatten() for table in module.assembled.prior.tables]))
     assert torch.equal(weights[0], weights[1])
@@ -191,10 +191,10 @@ def test_the_whole_circuit_is_handed_on(conditional: Any) -> None:
 
 
 def test_checkpoints_hold_plain_types(conditional: Any) -> None:
-    trainer = conditional.train("prior", PriorStudent(num_latents=2, hard_epochs=1), 1)
+    trainer = conditional.train("prior", PriorStudent(num_units=2, hard_epochs=1), 1)
     trainer.save_checkpoint(conditional.folder / "some.ckpt")
     state = torch.load(conditional.folder / "some.ckpt", weights_only=True)["state_dict"]
-    again = conditional.begin("prior", PriorStudent(num_latents=2, hard_epochs=1))
+    again = conditional.begin("prior", PriorStudent(num_units=2, hard_epochs=1))
     again.load_state_dict(state)
     trainer = conditional.trainer("prior", 2)
     trainer.fit(again, datamodule=conditional.data, ckpt_path=conditional.folder / "some.ckpt", weights_only=True)

@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from lvd_lightning.color import patchify
 from lvd_lightning.context import DONE_MARKER, StageContext
-from lvd_lightning.latents import load_assignments, load_latents_info, run_latents
+from lvd_lightning.latents import load_assignments, load_latents_info
 from lvd_lightning.latents.context import ancestor_mask
 from lvd_lightning.latents.features import FeatureStore
 from lvd_lightning.latents.kmeans import assign
 from lvd_lightning.latents.sampling import sample_distinct
+from lvd_lightning.stages import Latents
 from lvd_lightning.teachers import MAE, VQVAE, load_teacher, save_teacher
 
 SPLITS = ("train", "val", "test")
@@ -54,12 +56,13 @@ def _context(run_dir: Path, *, teacher: bool = True, seed: int = 0, data: Any = 
         mae = MAE(image_size=8, patch_size=2, hidden_size=8, num_layers=1, num_heads=1, decoder_hidden_size=8)
         save_teacher(mae, run_dir / "teacher")
         (run_dir / "teacher" / DONE_MARKER).write_text("{}")
-    return StageContext(run_dir, "latents", seed, Ramps() if data is None else data, {"patch_size": 2})
+    earlier = {"teacher": ("features",)} if teacher else {}
+    return StageContext(run_dir, "latents", seed, Ramps() if data is None else data, {"patch_size": 2}, earlier)
 
 
 def test_a_teachers_features_become_latents(tmp_path: Path) -> None:
     context = _context(tmp_path)
-    figures = run_latents(context, {"num_clusters": 5})
+    figures = Latents(num_clusters=5).run(context)
     info = load_latents_info(context.dir)
     assert info["num_clusters"] == 5
     assert (info["pooled"], info["source"], info["center"]) == (True, "teacher", "position")
@@ -103,7 +106,7 @@ def _vqvae_context(run_dir: Path, codebook_size: int = 24) -> StageContext:
     vqvae.codebook.codes[3] = 1e3  # a code that no patch has
     save_teacher(vqvae, run_dir / "teacher")
     (run_dir / "teacher" / DONE_MARKER).write_text("{}")
-    return context
+    return replace(context, earlier={"teacher": ("features",)})
 
 
 def test_a_teacher_of_whole_images_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +114,7 @@ def test_a_teacher_of_whole_images_is_asked_once(tmp_path: Path, monkeypatch: py
     counted: list[int] = []
     features = VQVAE.features
     monkeypatch.setattr(VQVAE, "features", lambda self, x, *rest: counted.append(len(x)) or features(self, x, *rest))
-    run_latents(context, {"num_clusters": 5})
+    Latents(num_clusters=5).run(context)
     assert sum(counted) == 40 + 9 + 7 + 3  # one image per file tells the shape
     info = load_latents_info(context.dir)
     # Its features mean the same at all positions, which are not told apart by their means.
@@ -120,13 +123,13 @@ def test_a_teacher_of_whole_images_is_asked_once(tmp_path: Path, monkeypatch: py
     stored = FeatureStore(context.dir / "features_val.npy").read(0, 99)
     torch.testing.assert_close(stored, teacher.features(context.data.splits["val"]), atol=2e-3, rtol=1e-3)
     with pytest.raises(ValueError, match="a VQVAE encodes whole images"):
-        run_latents(context, {"num_clusters": 5, "context": "tree"})
+        Latents(num_clusters=5, context="tree").run(context)
 
 
 @pytest.mark.parametrize("num_clusters", [None, 24])
 def test_a_teachers_own_codes_may_be_the_latents(tmp_path: Path, num_clusters: int | None) -> None:
     context = _vqvae_context(tmp_path)
-    figures = run_latents(context, {"method": "codes", "num_clusters": num_clusters})
+    figures = Latents(method="codes", num_clusters=num_clusters).run(context)
     teacher = load_teacher(tmp_path / "teacher")
     used = teacher.codes(context.data.splits["train"]).unique()
     assert 3 not in used
@@ -146,20 +149,20 @@ def test_a_teachers_own_codes_may_be_the_latents(tmp_path: Path, num_clusters: i
 
 def test_codes_need_a_codebook_of_that_size(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no teacher with codes"):
-        run_latents(_context(tmp_path / "mae"), {"method": "codes"})
+        Latents(method="codes").run(_context(tmp_path / "mae"))
     with pytest.raises(ValueError, match="no teacher with codes"):
-        run_latents(_context(tmp_path / "pixels", teacher=False), {"method": "codes"})
+        Latents(method="codes").run(_context(tmp_path / "pixels", teacher=False))
     context = _vqvae_context(tmp_path / "vqvae")
     with pytest.raises(ValueError, match="num_clusters is 5, but the teacher's codebook has 24 codes"):
-        run_latents(context, {"method": "codes", "num_clusters": 5})
+        Latents(method="codes", num_clusters=5).run(context)
     for settings in ({"pooled": False}, {"center": "position"}, {"pca": 3}, {"whiten": True}):
-        with pytest.raises(ValueError, match=f"latents.{next(iter(settings))} is .* with method codes"):
-            run_latents(context, {"method": "codes", **settings})
+        with pytest.raises(ValueError, match=f"{next(iter(settings))} is .* with method codes"):
+            Latents(method="codes", **settings).run(context)
 
 
 def test_without_a_teacher_pixels_are_clustered(tmp_path: Path) -> None:
     context = _context(tmp_path, teacher=False)
-    run_latents(context, {"num_clusters": 6})
+    Latents(num_clusters=6).run(context)
     info = load_latents_info(context.dir)
     assert (info["source"], info["center"], info["parents"]) == ("pixels", "none", None)
     centroids = torch.from_numpy(np.load(context.dir / "centroids.npy"))
@@ -172,7 +175,7 @@ def test_without_a_teacher_pixels_are_clustered(tmp_path: Path) -> None:
 def test_positions_may_have_clusters_of_their_own(tmp_path: Path, teacher: bool) -> None:
     context = _context(tmp_path, teacher=teacher)
     settings = {"num_clusters": 4, "pooled": False, "context": "none", "pca": 3, "whiten": True}
-    run_latents(context, settings)
+    Latents(**settings).run(context)
     assert np.load(context.dir / "centroids.npy").shape == (16, 4, 3)
     labels = load_assignments(context.dir, "train")
     assert all(labels[:, p].bincount(minlength=4).min() >= 1 for p in range(16))
@@ -183,7 +186,7 @@ def test_the_seed_decides(tmp_path: Path) -> None:
     labels = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         context = _context(tmp_path / name, seed=seed)
-        run_latents(context, {"num_clusters": 8, "max_points": 100, "context_images": 10})
+        Latents(num_clusters=8, max_points=100, context_images=10).run(context)
         labels.append(load_assignments(context.dir, "train"))
     assert torch.equal(labels[0], labels[1])
     assert not torch.equal(labels[0], labels[2])
@@ -208,17 +211,17 @@ class CountingMAE:
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"num_clusters": 5, "batch_size": 4}
-    run_latents(_context(tmp_path / "whole"), settings)
+    Latents(**settings).run(_context(tmp_path / "whole"))
     expected = {split: load_assignments(tmp_path / "whole" / "latents", split) for split in SPLITS}
     context = _context(tmp_path / "parts")
     counting = CountingMAE(monkeypatch)
     counting.limit = 41 + 41 + 6  # the alone pass and the training images are done, validation is not
     with pytest.raises(KeyboardInterrupt):
-        run_latents(context, settings)
+        Latents(**settings).run(context)
     assert not (context.dir / "latents.json").exists()
     counting.images.clear()
     counting.limit = None
-    run_latents(context, settings)
+    Latents(**settings).run(context)
     # One image per file tells the shape.
     assert counting.images == {"ancestors": (9 + 1) + (7 + 1)}
     for split in SPLITS:
@@ -229,24 +232,24 @@ def test_complete_files_are_used_again_unless_what_they_come_from_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = _context(tmp_path)
-    run_latents(context, {"num_clusters": 5})
+    Latents(num_clusters=5).run(context)
     before = {path.name: path.stat().st_mtime_ns for path in context.dir.iterdir()}
     counting = CountingMAE(monkeypatch)
-    run_latents(context, {"num_clusters": 5, "batch_size": 3})
+    Latents(num_clusters=5, batch_size=3).run(context)
     unchanged = {path.name for path in context.dir.iterdir() if path.stat().st_mtime_ns == before[path.name]}
     assert unchanged == before.keys() - {"latents.json"}
     (context.dir / "assignments_val.npy").unlink()
-    run_latents(context, {"num_clusters": 5})
+    Latents(num_clusters=5).run(context)
     assert load_assignments(context.dir, "val").shape == (9, 16)
-    run_latents(context, {"num_clusters": 4})  # the same features, other clusters
+    Latents(num_clusters=4).run(context)  # the same features, other clusters
     assert not counting.images
     assert load_assignments(context.dir, "test").max() < 4
     save_teacher(MAE(image_size=8, patch_size=2, hidden_size=12, num_layers=1, num_heads=1), tmp_path / "teacher")
-    run_latents(context, {"num_clusters": 4})
+    Latents(num_clusters=4).run(context)
     assert counting.images["ancestors"] == 40 + 9 + 7 + 3
     assert load_latents_info(context.dir)["num_features"] == 12
     counting.images.clear()
-    run_latents(_context(tmp_path, data=Ramps(seed=1)), {"num_clusters": 4})  # other images
+    Latents(num_clusters=4).run(_context(tmp_path, data=Ramps(seed=1)))  # other images
     assert counting.images["ancestors"] == 40 + 9 + 7 + 3
 
 
@@ -254,13 +257,13 @@ def _run_on_rank(rank: int, run_dir: Path) -> None:
     torch.set_num_threads(1)
     rendezvous = f"file://{run_dir}/rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    figures = run_latents(_context(run_dir), {"num_clusters": 5})
+    figures = Latents(num_clusters=5).run(_context(run_dir))
     (run_dir / f"figures{rank}.json").write_text(json.dumps(figures))
     dist.destroy_process_group()
 
 
 def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
-    figures = run_latents(_context(tmp_path / "one"), {"num_clusters": 5})
+    figures = Latents(num_clusters=5).run(_context(tmp_path / "one"))
     _context(tmp_path / "two")  # its teacher is there before the ranks start
     mp.start_processes(_run_on_rank, args=(tmp_path / "two",), nprocs=2, start_method="fork")
     for rank in range(2):
@@ -272,14 +275,14 @@ def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
 
 def test_features_need_not_be_kept(tmp_path: Path) -> None:
     context = _context(tmp_path)
-    run_latents(context, {"num_clusters": 3, "keep_features": False})
+    Latents(num_clusters=3, keep_features=False).run(context)
     assert not list(context.dir.glob("features_*"))
     assert load_assignments(context.dir, "train").shape == (40, 16)
 
 
 def test_a_split_may_be_empty(tmp_path: Path) -> None:
     context = _context(tmp_path, data=Ramps((40, 9, 0)))
-    run_latents(context, {"num_clusters": 3})
+    Latents(num_clusters=3).run(context)
     assert load_assignments(context.dir, "test").shape == (0, 16)
 
 
@@ -287,7 +290,6 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
     context = _context(tmp_path)
     for settings, message in (
         ({}, "num_clusters is missing"),
-        ({"num_clusters": 4, "clusters": 3}, "no setting clusters"),
         ({"num_clusters": 0}, "num_clusters is 0"),
         ({"num_clusters": 4, "method": "means"}, "method is 'means'"),
         ({"num_clusters": 4, "context": "trees"}, "context is 'trees'"),
@@ -296,14 +298,14 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
         ({"num_clusters": 10_000}, "all positions: num_clusters is 10000"),
     ):
         with pytest.raises(ValueError, match=message):
-            run_latents(context, settings)
+            Latents(**settings).run(context)
 
 
 def test_damaged_or_missing_results_are_refused(tmp_path: Path) -> None:
     context = _context(tmp_path, teacher=False)
     with pytest.raises(FileNotFoundError, match="run stage latents first"):
         load_assignments(context.dir, "train")
-    run_latents(context, {"num_clusters": 3})
+    Latents(num_clusters=3).run(context)
     with pytest.raises(ValueError, match="split is 'valid'"):
         load_assignments(context.dir, "valid")
     path = context.dir / "assignments_val.npy"
@@ -324,7 +326,7 @@ def test_damaged_or_missing_results_are_refused(tmp_path: Path) -> None:
 
 def test_results_are_plain_files(tmp_path: Path) -> None:
     context = _context(tmp_path, teacher=False)
-    run_latents(context, {"num_clusters": 3})
+    Latents(num_clusters=3).run(context)
     assert np.load(context.dir / "assignments_train.npy", allow_pickle=False).dtype == np.int32
     assert json.loads((context.dir / "latents.json").read_text())["num_examples"] == {"train": 40, "val": 9, "test": 7}
 

@@ -1,0 +1,130 @@
+"""What a stage's Trainer is told: checked before any stage runs, made into arguments when its stage runs."""
+
+import inspect
+import os
+import secrets
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
+
+from lvd_lightning.files import write_atomically
+from lvd_lightning.runs.objects import make, parsed, subclass_parser
+
+__all__ = ["DEVICES", "HARMLESS", "check_trainer", "make_callbacks", "trainer_arguments"]
+
+# Where the pipeline decides, and why.
+_OWNED = {
+    "default_root_dir": "each stage has its own folder in the run directory",
+    "enable_checkpointing": "without checkpoints a stage cannot hand on what it learned",
+    "fast_dev_run": "it writes no checkpoints; use max_epochs: 1, limit_train_batches: 1 and limit_val_batches: 1",
+    "barebones": "it writes no checkpoints",
+    "use_distributed_sampler": "datamodules divide batches over ranks themselves",
+}
+DEVICES = ("accelerator", "devices", "num_nodes")
+#: What changes where and how fast a stage runs, or what it prints, but not what it computes.
+HARMLESS = (
+    *DEVICES,
+    *("strategy", "plugins", "logger", "enable_progress_bar", "enable_model_summary", "log_every_n_steps"),
+    *("profiler", "detect_anomaly", "num_sanity_val_steps", "max_time"),
+)
+
+
+def check_trainer(stage: str, trainer: Mapping[str, Any], top: Mapping[str, Any]) -> None:
+    """Raise a ValueError for what a Trainer would not take, or what is not a stage's to say.
+
+    trainer: of the stage, laid over that of the experiment, `top`.
+    """
+    for key in trainer:
+        if key in _OWNED:
+            raise ValueError(f"trainer.{key} cannot be set: {_OWNED[key]}")
+        if key in DEVICES and trainer[key] != top.get(key):
+            raise ValueError(
+                f"stages.{stage}.trainer.{key} cannot be set: one job runs all stages, on the same devices; "
+                f"set trainer.{key}"
+            )
+    known = [name for name in inspect.signature(Trainer.__init__).parameters if name not in (*_OWNED, "self")]
+    unknown = [key for key in trainer if key not in known]
+    if unknown:
+        raise ValueError(f"stages.{stage}: the Trainer has no argument {unknown[0]!r}; it takes {', '.join(known)}")
+    for key, value in trainer.items():
+        if isinstance(value, Mapping) and any("." in str(name) for name in value):
+            raise ValueError(
+                f"trainer.{key} can only be given as a whole on the command line: --trainer.{key} '{{...}}'"
+            )
+    values = parsed(_trainer_parser(), {"trainer": _without_loggers(trainer)}, f"stages.{stage}: ")
+    try:
+        _trainer_parser().instantiate(values)  # the callbacks
+    except ValueError as error:
+        raise ValueError(f"stages.{stage}.trainer: {error}") from error
+    for logger in _logger_configs(trainer):
+        parsed(subclass_parser(Logger), {"object": logger}, f"stages.{stage}: trainer.logger: ")
+
+
+def trainer_arguments(trainer: Mapping[str, Any], experiment: str, folder: Path) -> dict[str, Any]:
+    """Arguments of the Trainer, with callbacks and loggers made afresh; folder: the stage's own."""
+    parser = _trainer_parser()
+    made = parser.instantiate(parsed(parser, {"trainer": _without_loggers(trainer)})).trainer
+    arguments = {key: made[key] for key in trainer if key in made}
+    if arguments.get("callbacks") is not None:
+        arguments["callbacks"] = _as_list(arguments["callbacks"])
+    loggers = [make(Logger, _placed(logger, experiment, folder)) for logger in _logger_configs(trainer)]
+    return {**arguments, "logger": loggers}
+
+
+def make_callbacks(trainer: Mapping[str, Any]) -> list[Any]:
+    """The callbacks alone, made afresh."""
+    parser = _trainer_parser()
+    values = {key: value for key, value in trainer.items() if key == "callbacks"}
+    return _as_list(parser.instantiate(parsed(parser, {"trainer": values})).trainer.get("callbacks"))
+
+
+def _as_list(found: Any) -> list[Any]:
+    return [] if found is None else found if isinstance(found, list) else [found]
+
+
+def _without_loggers(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in trainer.items() if key != "logger"}
+
+
+def _logger_configs(trainer: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The loggers beside metrics.csv, which is always written: none for true, false and null."""
+    given = trainer.get("logger")
+    listed = given if isinstance(given, list) else [given]
+    return [
+        {"class_path": logger} if isinstance(logger, str) else logger
+        for logger in listed
+        if isinstance(logger, (str, dict))
+    ]
+
+
+def _placed(config: Mapping[str, Any], experiment: str, folder: Path) -> dict[str, Any]:
+    """A logger's configuration with what it does not say: its folder and, for W&B, its names and how it goes on.
+
+    Weights & Biases continues a run only under an id that was stored, and asks for an account unless it is offline.
+    """
+    arguments: dict[str, Any] = {"save_dir": str(folder)}
+    if str(config["class_path"]).endswith("WandbLogger"):
+        account = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
+        arguments |= {"name": f"{experiment}/{folder.name}", "group": experiment}
+        arguments |= {"offline": not account, "id": _stored_id(folder)}
+    return {**config, "init_args": {**arguments, **(config.get("init_args") or {})}}
+
+
+def _stored_id(folder: Path) -> str:
+    path = folder / "wandb_id.txt"
+    if not path.is_file():
+        write_atomically(path, secrets.token_hex(4))
+    return path.read_text()
+
+
+@cache
+def _trainer_parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    owned = {*_OWNED, "logger"}
+    parser.add_class_arguments(Trainer, "trainer", fail_untyped=False, instantiate=False, skip=owned)
+    return parser

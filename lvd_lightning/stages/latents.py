@@ -1,0 +1,49 @@
+"""The stage that finds a latent variable for every patch of every image."""
+
+from functools import partial
+from typing import ClassVar
+
+from typing_extensions import override
+
+from lvd_lightning.context import StageContext
+from lvd_lightning.latents.assignments import load_latents_info
+from lvd_lightning.latents.clusters import write_clusters
+from lvd_lightning.latents.encode import encode_splits, remove_features
+from lvd_lightning.latents.processes import Processes
+from lvd_lightning.latents.settings import LatentsSettings
+from lvd_lightning.stages.stage import PlainStage
+
+__all__ = ["Latents"]
+
+
+class Latents(LatentsSettings, PlainStage):
+    """Clusters the features of patches by K-means, or takes the codes that the teacher itself gives them.
+
+    Features are a teacher's, or the pixels if no earlier stage leaves any. What an interrupted run left complete is
+    used again if it was computed from the same teacher, data and settings. All ranks share the encoding, and rank 0
+    clusters. Figures for the report: the number of clusters, the perplexity of their use, the smallest one's share of
+    the training patches, and the mean squared distance of training patches from their centroids.
+
+    Args: see `LatentsSettings`.
+
+    Raises:
+        ValueError: a setting is wrong, or there are fewer distinct patches than clusters.
+    """
+
+    leaves: ClassVar[tuple[str, ...]] = ("latents",)
+    harmless: ClassVar[tuple[str, ...]] = ("batch_size", "keep_features", "num_threads")
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Codes are those of a teacher."""
+        return ("features",) if self.method == "codes" else ()
+
+    @override
+    def run(self, context: StageContext) -> dict[str, float]:
+        processes = Processes()
+        processes.on_first(partial(context.dir.mkdir, parents=True, exist_ok=True))
+        encoding = encode_splits(context, self, processes)
+        processes.on_first(partial(write_clusters, context, self, encoding))
+        if not self.keep_features:
+            processes.on_first(partial(remove_features, context.dir))
+        return {name: float(value) for name, value in load_latents_info(context.dir)["figures"].items()}
