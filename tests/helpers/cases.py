@@ -15,6 +15,7 @@ import lvd_lightning.circuits as pc
 from helpers.enumeration import Reference
 from helpers.families import table_of
 from helpers.structures import ALL, COMPOSED, KRONECKER, STRUCTURES
+from lvd_lightning.circuits.distributions.discretized import Discretized
 
 __all__ = [
     "LEAVES",
@@ -33,7 +34,9 @@ __all__ = [
 LEAVES = {"categorical": pc.Categorical(3), "bernoulli": pc.Bernoulli(), "gaussian": pc.Gaussian(min_std=0.3)}
 # Leaves that meet some structures only, which saves time: a tree, shared and tied nodes, padded layers.
 LEAVES |= {"binomial": pc.Binomial(2), "logistic": pc.DiscretizedLogistic(3, min_scale=0.2), "mixed": pc.Gaussian()}
+LEAVES |= {"rounded": pc.DiscretizedGaussian(3, min_std=0.2)}
 SOME = {"binomial": ("star", "tied", "ragged"), "logistic": ("star", "shared", "tied"), "mixed": ("chain", "shared")}
+SOME |= {"rounded": ("star", "shared", "tied")}
 MIXTURE = (pc.Categorical(4), pc.Binomial(5), pc.Gaussian(min_std=0.3), pc.DiscretizedLogistic(6))
 
 
@@ -82,7 +85,7 @@ def make_case(structure: str, leaf: str, num_heads: int, seed: int = 0) -> Case:
     num_vars = graph.num_variables
     families = {node.variable: node.distribution for node in graph.nodes if node.kind == "input"}
     for node in graph.nodes:  # distinct spreads: the initial ones are all alike
-        if isinstance(node.distribution, pc.Gaussian | pc.DiscretizedLogistic) and node.tied_to is None:
+        if isinstance(node.distribution, pc.Gaussian | Discretized) and node.tied_to is None:
             node.params[:, 1] = 0.5 + torch.rand(node.num_units)
     if leaf in ("gaussian", "mixed"):
         x = torch.stack([draw_values(families[v], 12) for v in range(num_vars)], 1)
@@ -123,6 +126,7 @@ FEW = (
     ("shared", "logistic", 2),
     ("ragged", "binomial", 3),
     ("homogeneous", "gaussian", 2),
+    ("tied", "rounded", 2),
     ("rat-kronecker", "bernoulli", 3),
 )
 

@@ -30,21 +30,27 @@ def logistic_edges(values: Array, mean: Array, scale: Array, num_values: int) ->
     return (low - mean) / scale, (high - mean) / scale
 
 
+def edges_of(distribution: pc.Distribution, values: Array, params: Array) -> tuple[Any, Array, Array]:
+    """The standard density behind a discretised family, and the edges of the bins of some values."""
+    law = stats.norm if isinstance(distribution, pc.DiscretizedGaussian) else stats.logistic
+    low, high = logistic_edges(values, params[:, :1], params[:, 1:], distribution.num_values)
+    return law, low, high
+
+
 def table_of(distribution: pc.Distribution, params: Array) -> Array:
     """p(value | unit) of all values of a discrete distribution, shape (K, C)."""
     if isinstance(distribution, pc.Binomial):
         return stats.binom.pmf(np.arange(distribution.total + 1), distribution.total, params)
-    if isinstance(distribution, pc.DiscretizedLogistic):
-        values = np.arange(distribution.num_values)
-        low, high = logistic_edges(values, params[:, :1], params[:, 1:], len(values))
-        return np.where(
-            low > 0, stats.logistic.sf(low) - stats.logistic.sf(high), special.expit(high) - special.expit(low)
-        )
+    if isinstance(distribution, pc.DiscretizedLogistic | pc.DiscretizedGaussian):
+        law, low, high = edges_of(distribution, np.arange(distribution.num_values), params)
+        return np.where(low > 0, law.sf(low) - law.sf(high), law.cdf(high) - law.cdf(low))
     return params
 
 
 def functions_of(distribution: pc.Distribution, params: Array, x: Array) -> Array:
     """The functions of x (B,) whose sums an M-step needs, shape (T - 1, B); `params` of one unit.
+
+    A rounded normal variable y has the moments of a truncated one given the bin of y.
 
     A logistic variable y is normal with a random precision r / scale^2: expectations of (r, r y, r y^2) given the bin
     of y. E[r | y] is -f'(z) / (z f(z)) for the density f of z, so those of r z and r z^2 are integrals of -f' and
@@ -55,6 +61,10 @@ def functions_of(distribution: pc.Distribution, params: Array, x: Array) -> Arra
     if isinstance(distribution, pc.Gaussian):
         return np.stack([x, x**2])
     mean, scale = params
+    if isinstance(distribution, pc.DiscretizedGaussian):
+        _, low, high = edges_of(distribution, x, params[None])
+        first, variance = (row[0] for row in stats.truncnorm.stats(low, high, loc=mean, scale=scale, moments="mv"))
+        return np.stack([first, variance + first**2])
     low, high = logistic_edges(x, mean, scale, distribution.num_values)
     mass = table_of(distribution, params[None])[0][x.astype(int)]
     at_low, at_high = stats.logistic.pdf(low), stats.logistic.pdf(high)
@@ -72,7 +82,7 @@ def expectations(distribution: pc.Distribution, params: Array) -> Array:
     if isinstance(distribution, pc.Binomial):
         return distribution.total * params
     mean, spread = params.T
-    if isinstance(distribution, pc.Gaussian):
+    if isinstance(distribution, pc.Gaussian | pc.DiscretizedGaussian):
         return np.stack([mean, spread**2 + mean**2], 1)
     precision = 3.5 * special.zeta(3) / np.pi**2
     return np.stack([np.full_like(mean, precision), precision * mean, precision * mean**2 + spread**2], 1)
@@ -85,6 +95,10 @@ def most_likely(distribution: pc.Distribution, moments: Array) -> Array:
     if isinstance(distribution, pc.Gaussian):
         mean = moments[:, 0]
         return np.stack([mean, np.sqrt(np.maximum(moments[:, 1] - mean**2, distribution.min_std**2))], 1)
+    if isinstance(distribution, pc.DiscretizedGaussian):
+        mean = np.clip(moments[:, 0], -distribution.num_values, 2 * distribution.num_values)
+        std = np.sqrt(np.maximum(moments[:, 1] - 2 * mean * moments[:, 0] + mean**2, 0))
+        return np.stack([mean, np.clip(std, distribution.min_std, 100 * distribution.num_values)], 1)
     mean = np.clip(moments[:, 1] / moments[:, 0], -distribution.num_values, 2 * distribution.num_values)
     variance = moments[:, 2] - 2 * mean * moments[:, 1] + mean**2 * moments[:, 0]
     scale = np.sqrt(np.maximum(variance, 0))

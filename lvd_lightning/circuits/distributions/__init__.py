@@ -2,6 +2,7 @@
 
 from lvd_lightning.circuits.distributions.base import Distribution
 from lvd_lightning.circuits.distributions.binomial import Binomial
+from lvd_lightning.circuits.distributions.discretized_gaussian import DiscretizedGaussian
 from lvd_lightning.circuits.distributions.evidence import SoftEvidence
 from lvd_lightning.circuits.distributions.gaussian import Gaussian
 from lvd_lightning.circuits.distributions.indicator import Indicator
@@ -13,6 +14,7 @@ __all__ = [
     "Bernoulli",
     "Binomial",
     "Categorical",
+    "DiscretizedGaussian",
     "DiscretizedLogistic",
     "Distribution",
     "Gaussian",

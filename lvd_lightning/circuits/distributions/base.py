@@ -6,6 +6,7 @@ Shapes: F folded nodes, K units, B batch, S numbers stored per unit, T statistic
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
@@ -17,8 +18,12 @@ __all__ = ["Distribution", "check_size", "check_whole", "is_not_whole", "is_numb
 
 
 @dataclass(frozen=True)
-class Distribution:
+class Distribution(ABC):
     """A family of univariate distributions; one object describes all units of a node.
+
+    A family is a frozen dataclass whose fields are numbers or strings: nodes fold by its equality, and files keep its
+    fields. One that is neither a table nor evidence learns from sums of functions of x and says which: it sets
+    `num_statistics` and has `statistics`, `expected` and `maximise`.
 
     Parameters of a node are one tensor of shape (num_units, size). Nodes of one circuit may be of different families,
     soft evidence apart. They read one tensor x of one type: whole numbers in any integer type if all families are over
@@ -37,10 +42,19 @@ class Distribution:
     #: T, how many sums EM needs: the flow, and those of T - 1 functions of x. 0 for tables: gradients say it all.
     num_statistics: ClassVar[int] = 0
 
+    def __init_subclass__(cls, **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        if cls.is_table or cls.is_evidence or cls.forward is Distribution.forward:
+            return
+        lacking = [name for name in _STATISTICS if getattr(cls, name) is getattr(Distribution, name)]
+        if cls.num_statistics < 2 or lacking:
+            missing = "num_statistics of 2 or more" if cls.num_statistics < 2 else lacking[0]
+            raise TypeError(f"{cls.__name__}: a family that is no table learns from statistics, but it lacks {missing}")
+
     @property
+    @abstractmethod
     def size(self) -> int:
         """Numbers stored per unit."""
-        raise TypeError(f"{type(self).__name__} is abstract")
 
     @property
     def num_free(self) -> int:
@@ -52,14 +66,42 @@ class Distribution:
         """How many values there are, which are 0, 1, ... then; None: no list holds them."""
         return None
 
+    @abstractmethod
     def initial(self, num_units: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Random parameters, shape (num_units, size)."""
-        raise TypeError(f"{type(self).__name__} is abstract")
 
-    def check_params(self, params: Tensor) -> None:
+    @abstractmethod
+    def from_data(
+        self,
+        x_ND: Tensor,
+        unit_ND: Tensor,
+        num_units: int,
+        *,
+        weight_N: Tensor | None = None,
+        smoothing: float = 0.5,
+    ) -> Tensor:
+        """First parameters of D variables, (D, num_units, size), from examples whose units are known, on the CPU.
+
+        x_ND: their values, of any type.
+        unit_ND: int64, the unit of each value, 0..num_units - 1.
+        weight_N: how much each example counts, not negative; 1 by default.
+        smoothing: how much of all values of the variable a unit gets besides its own: tables as a share of what units
+            have on average, families of few numbers as a number of examples. Positive, so that units without values
+            have parameters too.
+        """
+
+    @classmethod
+    def for_values(cls, num_values: int | None, **settings: Any) -> Distribution:
+        """The member of this family for a variable with the values 0..num_values - 1, or any real values (None).
+
+        settings: fields of the family. Those that depend on the number of values need not be given.
+        """
+        return cls(**settings)
+
+    def check_params(self, params: Tensor) -> None:  # noqa: B027 (nothing to check is the default)
         """Raise a ValueError if `params` are no parameters of this family."""
 
-    def check_values(self, values: Tensor) -> None:
+    def check_values(self, values: Tensor) -> None:  # noqa: B027 (a support without bounds is the default)
         """Raise a ValueError if `values` (any shape) lie outside the support."""
 
     def is_outside(self, values: Tensor) -> Tensor:
@@ -91,41 +133,45 @@ class Distribution:
         self.forward(params_FKS, values_FB, out_FKB)
         return out_FKB.exp2_()
 
+    @abstractmethod
     def forward(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
         """Write log2 p(x | unit) to `out_FKB`."""
-        raise TypeError(f"{type(self).__name__} is abstract")
 
+    @abstractmethod
     def log_prob(self, params_FKS: Tensor, x_FB: Tensor) -> Tensor:
         """log p(x | unit) in nats, (F, K, B): out of place and differentiable, for the reference pass."""
-        raise TypeError(f"{type(self).__name__} has no log_prob, which the reference pass needs")
 
     def likelihood(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
         """Write p(x | unit) to `out_FKB`; tables only."""
         raise TypeError(f"{type(self).__name__} is no table")
 
+    @abstractmethod
     def backward(self, params_FKS: Tensor, x_FB: Tensor, grad_FKB: Tensor, out_FKS: Tensor) -> None:
         """Write the gradient for the parameters to `out_FKS`, given that for the log-likelihoods."""
-        raise TypeError(f"{type(self).__name__} is abstract")
 
+    @abstractmethod
     def sample(self, params_FBS: Tensor, generator: torch.Generator | None) -> Tensor:
         """Draw one value for each row of parameters, shape (F, B)."""
-        raise TypeError(f"{type(self).__name__} is abstract")
 
+    @abstractmethod
     def mode(self, params_FKS: Tensor) -> tuple[Tensor, Tensor]:
         """The most likely value of every unit and its log-likelihood, both of shape (F, K)."""
-        raise TypeError(f"{type(self).__name__} is abstract")
 
     def perturbed(self, params: Tensor, factor: Tensor) -> Tensor:
         """Parameters of copies that growth makes: `params` (N, S) under random factors of the same shape around 1."""
         return self.from_logits(self.to_logits(params) + factor.log())
 
+    @abstractmethod
     def to_logits(self, params: Tensor) -> Tensor:
         """Unconstrained coordinates for gradient optimizers."""
-        raise TypeError(f"{type(self).__name__} is abstract")
 
+    @abstractmethod
     def from_logits(self, logits: Tensor) -> Tensor:
         """Inverse of `to_logits`, differentiable."""
-        raise TypeError(f"{type(self).__name__} is abstract")
+
+
+#: What EM asks of a family with statistics.
+_STATISTICS = ("statistics", "expected", "maximise")
 
 
 def is_number(value: Any) -> bool:

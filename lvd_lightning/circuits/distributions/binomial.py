@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lvd_lightning.circuits.distributions.base import Distribution, check_size, check_whole, is_not_whole, is_number
+from lvd_lightning.circuits.distributions.moments import unit_moments
 
 __all__ = ["Binomial"]
 
@@ -41,6 +42,10 @@ class Binomial(Distribution):
         if not is_number(self.min_prob) or not 0 < self.min_prob < 0.5:
             raise ValueError(f"Binomial: min_prob must lie in (0, 1/2), got {self.min_prob!r}")
 
+    @classmethod
+    def for_values(cls, num_values: int | None, **settings: Any) -> Distribution:
+        return cls(**({"total": None if num_values is None else num_values - 1} | settings))
+
     @property
     def size(self) -> int:
         return 1
@@ -51,6 +56,19 @@ class Binomial(Distribution):
 
     def initial(self, num_units: int, *, generator: torch.Generator | None = None) -> Tensor:
         return self.floored(0.05 + 0.9 * torch.rand(num_units, 1, generator=generator))
+
+    def from_data(
+        self,
+        x_ND: Tensor,
+        unit_ND: Tensor,
+        num_units: int,
+        *,
+        weight_N: Tensor | None = None,
+        smoothing: float = 0.5,
+    ) -> Tensor:
+        """Means of the values of each unit."""
+        mean_DK, _ = unit_moments(x_ND, unit_ND, num_units, weight_N, smoothing)
+        return self.floored((mean_DK / self.total)[..., None].to(torch.get_default_dtype()))
 
     def check_params(self, params: Tensor) -> None:
         if not bool(((params >= 0) & (params <= 1)).all()):

@@ -33,6 +33,41 @@ class SoftEvidence(Distribution):
     def size(self) -> int:
         return 0
 
+    def initial(self, num_units: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """There are no parameters."""
+        return torch.empty(num_units, 0)
+
+    def from_data(
+        self,
+        x_ND: Tensor,
+        unit_ND: Tensor,
+        num_units: int,
+        *,
+        weight_N: Tensor | None = None,
+        smoothing: float = 0.5,
+    ) -> Tensor:
+        """There are no parameters."""
+        return torch.empty(x_ND.shape[1], num_units, 0)
+
+    def forward(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
+        """x is the evidence, (F, B, K) in nats."""
+        torch.mul(x_FB.transpose(1, 2), 1 / math.log(2.0), out=out_FKB)
+
+    def backward(self, params_FKS: Tensor, x_FB: Tensor, grad_FKB: Tensor, out_FKS: Tensor) -> None:
+        """There are no parameters; the gradient for the evidence is that for the log-likelihoods."""
+
+    def sample(self, params_FBS: Tensor, generator: torch.Generator | None) -> Tensor:
+        raise ValueError("SoftEvidence: has no values to draw; a circuit's `sample` returns states")
+
+    def mode(self, params_FKS: Tensor) -> tuple[Tensor, Tensor]:
+        raise ValueError("SoftEvidence: has no values; a circuit's `mpe` returns states")
+
+    def to_logits(self, params: Tensor) -> Tensor:
+        return params
+
+    def from_logits(self, logits: Tensor) -> Tensor:
+        return logits
+
     def check_values(self, values: Tensor) -> None:
         if bool(torch.isnan(values).any()) or bool((values == math.inf).any()):
             raise ValueError("evidence: expects log-likelihoods below +inf, got NaN or +inf")

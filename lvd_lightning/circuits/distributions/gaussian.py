@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lvd_lightning.circuits.distributions.base import Distribution, is_number
-from lvd_lightning.circuits.distributions.moments import moments_from_centred
+from lvd_lightning.circuits.distributions.discretized_gaussian import DiscretizedGaussian
+from lvd_lightning.circuits.distributions.moments import moments_from_centred, unit_moments
 
 __all__ = ["Gaussian"]
 
@@ -29,6 +30,11 @@ class Gaussian(Distribution):
         if not is_number(self.min_std) or not self.min_std > 0:
             raise ValueError(f"Gaussian: min_std must be positive, got {self.min_std!r}")
 
+    @classmethod
+    def for_values(cls, num_values: int | None, **settings: Any) -> Distribution:
+        """A `DiscretizedGaussian` where values are whole: a density of those would be no likelihood to compare."""
+        return cls(**settings) if num_values is None else DiscretizedGaussian(**({"num_values": num_values} | settings))
+
     @property
     def size(self) -> int:
         return 2
@@ -36,6 +42,20 @@ class Gaussian(Distribution):
     def initial(self, num_units: int, *, generator: torch.Generator | None = None) -> Tensor:
         mean = torch.randn(num_units, 1, generator=generator)
         return torch.cat([mean, torch.ones(num_units, 1)], 1)
+
+    def from_data(
+        self,
+        x_ND: Tensor,
+        unit_ND: Tensor,
+        num_units: int,
+        *,
+        weight_N: Tensor | None = None,
+        smoothing: float = 0.5,
+    ) -> Tensor:
+        """Means and deviations of the values of each unit."""
+        mean_DK, variance_DK = unit_moments(x_ND, unit_ND, num_units, weight_N, smoothing)
+        params_DKS = torch.stack([mean_DK, variance_DK.sqrt().clamp_min(self.min_std)], -1)
+        return params_DKS.to(torch.get_default_dtype())
 
     def check_params(self, params: Tensor) -> None:
         if not bool(torch.isfinite(params).all()) or not bool((params[..., 1] > 0).all()):

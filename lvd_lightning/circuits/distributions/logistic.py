@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lvd_lightning.circuits.distributions.base import Distribution, check_size, check_whole, is_not_whole, is_number
+from lvd_lightning.circuits.distributions.discretized import Discretized
 from lvd_lightning.circuits.distributions.moments import central, moments_from_centred
 
 __all__ = ["DiscretizedLogistic"]
 
 #: 7 zeta(3) / (2 pi^2), the mean of tanh(z/2) / z under the standard logistic distribution.
 MEAN_PRECISION = 0.4262783988175058
-STANDARD_DEVIATION = math.pi / math.sqrt(3.0)
 
 
 class _Edges(NamedTuple):
@@ -33,7 +32,7 @@ class _Edges(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DiscretizedLogistic(Distribution):
+class DiscretizedLogistic(Discretized):
     r"""A logistic distribution with parameters (mean, scale), rounded to whole numbers 0..num_values - 1.
 
     With the sigmoid s and edges a = (x - 1/2 - mean) / scale, b = (x + 1/2 - mean) / scale,
@@ -65,42 +64,10 @@ class DiscretizedLogistic(Distribution):
         Mixtures of Normal Distributions, 1974 (the random precision).
     """
 
-    num_values: int
     min_scale: float = 0.05
-    is_whole: ClassVar[bool] = True
     num_statistics: ClassVar[int] = 4
-
-    def __post_init__(self) -> None:
-        check_size(self, "num_values", 2)
-        if not is_number(self.min_scale) or not 0 < self.min_scale < self.num_values:
-            raise ValueError(f"DiscretizedLogistic: min_scale must lie in (0, num_values), got {self.min_scale!r}")
-
-    @property
-    def size(self) -> int:
-        return 2
-
-    @property
-    def num_outcomes(self) -> int:
-        return self.num_values
-
-    def initial(self, num_units: int, *, generator: torch.Generator | None = None) -> Tensor:
-        mean = (self.num_values - 1) * torch.rand(num_units, 1, generator=generator)
-        return self.floored(torch.cat([mean, torch.full_like(mean, self.num_values / 8)], 1))
-
-    def check_params(self, params: Tensor) -> None:
-        if not bool(torch.isfinite(params).all()) or not bool((params[..., 1] > 0).all()):
-            raise ValueError(f"{self}: params are (mean, scale) with finite values and positive scale")
-
-    def check_values(self, values: Tensor) -> None:
-        check_whole(values, self.num_values, self)
-
-    def is_outside(self, values: Tensor) -> Tensor:
-        return is_not_whole(values, self.num_values)
-
-    def floored(self, params: Tensor) -> Tensor:
-        """Means and scales within their bounds."""
-        mean, scale = params.unbind(-1)
-        return torch.stack([self._bounded_mean(mean), scale.clamp(self.min_scale, 100.0 * self.num_values)], -1)
+    spread: ClassVar[str] = "scale"
+    deviation: ClassVar[float] = math.pi / math.sqrt(3.0)
 
     def forward(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
         edges = self._edges(params_FKS, x_FB, out_FKB.dtype)
@@ -147,46 +114,10 @@ class DiscretizedLogistic(Distribution):
         variance = central(expected, mean).clamp_min(self.min_scale**2)
         return self.floored(torch.stack([mean, variance.sqrt()], -1))
 
-    def sample(self, params_FBS: Tensor, generator: torch.Generator | None) -> Tensor:
-        mean_FB, scale_FB = params_FBS.unbind(-1)
-        up_FB = torch.empty_like(mean_FB).exponential_(generator=generator)
-        down_FB = torch.empty_like(mean_FB).exponential_(generator=generator)
-        noise_FB = up_FB.log() - down_FB.log()  # the log of a ratio of exponential variables is logistic
-        return (mean_FB + scale_FB * noise_FB).round().clamp(0, self.num_values - 1)
-
-    def mode(self, params_FKS: Tensor) -> tuple[Tensor, Tensor]:
-        last = self.num_values - 1
-        mean_FK = params_FKS[..., 0]
-        nearest_FK = mean_FK.round().clamp(0, last)
-        places_FK3 = torch.stack([nearest_FK, torch.zeros_like(mean_FK), torch.full_like(mean_FK, last)], -1)
-        log_FK3 = torch.empty_like(places_FK3)
-        flat = params_FKS.reshape(-1, 1, 2)  # every unit looks at three values of its own
-        self.forward(flat, places_FK3.view(-1, 3), log_FK3.view(-1, 1, 3))
-        best_FK, index_FK = log_FK3.max(-1)
-        return places_FK3.gather(-1, index_FK[..., None])[..., 0], best_FK * math.log(2.0)
-
-    def perturbed(self, params: Tensor, factor: Tensor) -> Tensor:
-        """The mean moves by (factor - 1) standard deviations; the scale is multiplied."""
-        mean, scale = params.unbind(-1)
-        moved = mean + STANDARD_DEVIATION * scale * (factor[..., 0] - 1)
-        return self.floored(torch.stack([moved, scale * factor[..., 1]], -1))
-
-    def to_logits(self, params: Tensor) -> Tensor:
-        """The mean with the values at -1..1, and the log of what the scale has above its floor."""
-        mean, scale = params.unbind(-1)
-        above = (scale - self.min_scale).clamp_min(1e-3 * self.min_scale)
-        return torch.stack([(mean - self._middle) / self._middle, above.log()], -1)
-
-    def from_logits(self, logits: Tensor) -> Tensor:
-        mean, above = logits.unbind(-1)
-        return self.floored(torch.stack([self._middle * (1 + mean), self.min_scale + above.exp()], -1))
-
-    @property
-    def _middle(self) -> float:
-        return (self.num_values - 1) / 2
-
-    def _bounded_mean(self, mean: Tensor) -> Tensor:
-        return mean.clamp(-self.num_values, 2 * self.num_values)
+    def noise(self, like_FB: Tensor, generator: torch.Generator | None) -> Tensor:
+        up_FB = torch.empty_like(like_FB).exponential_(generator=generator)
+        down_FB = torch.empty_like(like_FB).exponential_(generator=generator)
+        return up_FB.log() - down_FB.log()  # the log of a ratio of exponential variables is logistic
 
     def _edges(self, params_FKS: Tensor, x_FB: Tensor, dtype: torch.dtype) -> _Edges:
         x_F1B = x_FB[:, None, :].to(dtype)

@@ -1,6 +1,6 @@
 """Tables of probabilities: one number per unit and category.
 
-Shapes: F folded nodes, K units, B batch, S categories.
+Shapes: F folded nodes, K units, B batch, S categories, N examples, D variables.
 """
 
 from __future__ import annotations
@@ -39,6 +39,10 @@ class Categorical(Distribution):
     def __post_init__(self) -> None:
         check_size(self, "num_categories", 1)
 
+    @classmethod
+    def for_values(cls, num_values: int | None, **settings: Any) -> Distribution:
+        return cls(**({"num_categories": num_values} | settings))
+
     @property
     def size(self) -> int:
         return self.num_categories
@@ -57,6 +61,26 @@ class Categorical(Distribution):
     def initial(self, num_units: int, *, generator: torch.Generator | None = None) -> Tensor:
         probs = torch.rand(num_units, self.num_categories, generator=generator) + 0.05
         return probs / probs.sum(1, keepdim=True)
+
+    def from_data(
+        self,
+        x_ND: Tensor,
+        unit_ND: Tensor,
+        num_units: int,
+        *,
+        weight_N: Tensor | None = None,
+        smoothing: float = 0.5,
+    ) -> Tensor:
+        """How often each value came in each unit, smoothed towards the values of all (0.05 added to each)."""
+        size = x_ND.shape[1]
+        cell_ND = (torch.arange(size) * num_units + unit_ND) * self.num_categories + x_ND.long()
+        weight_M = None if weight_N is None else weight_N.double()[:, None].expand(x_ND.shape).reshape(-1)
+        counts_M = torch.bincount(cell_ND.reshape(-1), weight_M, minlength=size * num_units * self.num_categories)
+        counts_DKS = counts_M.view(size, num_units, self.num_categories).to(torch.get_default_dtype())
+        marginal_D1S = counts_DKS.sum(1, keepdim=True) + 0.05
+        per_unit_DK1 = counts_DKS.sum(-1, keepdim=True).mean(1, keepdim=True)
+        params_DKS = counts_DKS + smoothing * per_unit_DK1 * marginal_D1S / marginal_D1S.sum(-1, keepdim=True)
+        return params_DKS / params_DKS.sum(-1, keepdim=True)
 
     def check_params(self, params: Tensor) -> None:
         total = params.sum(-1)
@@ -135,3 +159,7 @@ class Bernoulli(Categorical):
         given: Any = self.num_categories
         if not isinstance(given, Integral) or given != 2:
             raise ValueError(f"Bernoulli: has 2 categories, got num_categories={given}")
+
+    @classmethod
+    def for_values(cls, num_values: int | None, **settings: Any) -> Distribution:
+        return cls(**settings)

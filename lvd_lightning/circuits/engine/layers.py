@@ -105,7 +105,7 @@ class InputLayer(_Folded):
         """Write log2 p(x | unit) of all units; 0 where a variable is not observed."""
         out_FKB = values[self.start : self.stop].view(self.num_folds, self.num_units, -1)
         if stacked is None:  # soft evidence in nats: (F, B, K)
-            torch.mul(x_FB.transpose(1, 2), BITS_PER_NAT, out=out_FKB)
+            self.distribution.forward(x_FB.new_empty(0), x_FB, out_FKB)
         else:
             size = self.num_units * max(self.distribution.size, out_FKB.shape[2])
             for a, b in self.chunks(size, values.device):

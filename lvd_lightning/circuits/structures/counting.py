@@ -1,16 +1,19 @@
-"""Parts of equal size, heads and leaves as they are counted: what structures with first parameters from data share.
+"""Heads, and leaves from the values of their units: what structures with first parameters from data share.
 
-Shapes: N examples, D leaves, H units of a leaf, C categories.
+Shapes: N examples, D variables, K units, S numbers stored per unit.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lvd_lightning.circuits.checks import described
+from lvd_lightning.circuits.distributions import Distribution
 
-__all__ = ["check_heads", "smooth_leaves"]
+__all__ = ["check_examples", "check_heads", "leaves_from_data", "variables_of"]
 
 
 def check_heads(head: Tensor | None, num_heads: int, size: int) -> Tensor:
@@ -25,9 +28,31 @@ def check_heads(head: Tensor | None, num_heads: int, size: int) -> Tensor:
     return head.cpu().long()
 
 
-def smooth_leaves(counts_DHC: Tensor, smoothing: float) -> Tensor:
-    """Probabilities: counts and `smoothing` times as many examples of the marginal (0.05 added to each value)."""
-    marginal_D1C = counts_DHC.sum(1, keepdim=True) + 0.05
-    per_part_DH1 = counts_DHC.sum(-1, keepdim=True).mean(1, keepdim=True)
-    leaves_DHC = counts_DHC + smoothing * per_part_DH1 * marginal_D1C / marginal_D1C.sum(-1, keepdim=True)
-    return leaves_DHC / leaves_DHC.sum(-1, keepdim=True)
+def variables_of(families: Sequence[Distribution]) -> dict[Distribution, list[int]]:
+    """Which variables have each family, in the order in which families come first."""
+    out: dict[Distribution, list[int]] = {}
+    for variable, family in enumerate(families):
+        out.setdefault(family, []).append(variable)
+    return out
+
+
+def check_examples(x: Tensor, families: Sequence[Distribution]) -> None:
+    """Raise a ValueError unless x has the shape (examples, variables), and values of these families."""
+    if x.ndim != 2 or len(x) == 0 or x.shape[1] != len(families):
+        raise ValueError(f"x: expected values of shape (examples, {len(families)}), got {tuple(x.shape)}")
+    for family, variables in variables_of(families).items():
+        if family.is_evidence:
+            raise ValueError(f"leaf: {family} has no parameters that data could give; use the structure itself")
+        family.check_values(x[:, variables])
+
+
+def leaves_from_data(
+    families: Sequence[Distribution], x_ND: Tensor, unit_ND: Tensor, num_units: int, smoothing: float
+) -> list[Tensor]:
+    """First parameters of every variable, (K, S) each: all variables of a family at once."""
+    out: list[Tensor] = [torch.empty(0)] * len(families)
+    for family, variables in variables_of(families).items():
+        found_DKS = family.from_data(x_ND[:, variables], unit_ND[:, variables], num_units, smoothing=smoothing)
+        for variable, params_KS in zip(variables, found_DKS, strict=True):
+            out[variable] = params_KS
+    return out

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
+from lvd_lightning.circuits.checks import check_leaf
 from lvd_lightning.circuits.distributions import Distribution, SoftEvidence
 from lvd_lightning.circuits.graph import CircuitGraph
 
-__all__ = ["add_leaf", "add_mixture", "in_type", "random_parameters", "random_rows"]
+__all__ = ["add_leaf", "add_mixture", "in_type", "leaf_families", "random_parameters", "random_rows"]
+
+
+def leaf_families(caller: str, leaf: Distribution | Sequence[Distribution], size: int) -> list[Distribution]:
+    """The distribution of every variable."""
+    if isinstance(leaf, Distribution):
+        return [leaf] * size
+    given: object = leaf
+    if not isinstance(given, Iterable):
+        check_leaf(f"{caller}: leaf", given)
+    found = list(leaf)
+    for variable, family in enumerate(found):
+        check_leaf(f"{caller}: leaf: of variable {variable}", family)
+    if len(found) != size or any(family.is_evidence for family in found):
+        raise ValueError(f"{caller}: leaf: expected one distribution, or {size} without soft evidence, got {found}")
+    return found
 
 
 def random_rows(shape: tuple[int, ...], generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:

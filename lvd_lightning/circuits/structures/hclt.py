@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.checks import as_indices, check_counts, check_generator, check_leaf, float_type
+from lvd_lightning.circuits.checks import as_indices, check_counts, check_generator, float_type
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.graph import CircuitGraph, Node
-from lvd_lightning.circuits.structures.drawing import random_parameters, random_rows
+from lvd_lightning.circuits.structures.drawing import leaf_families, random_parameters, random_rows
 
 __all__ = ["hclt"]
 
@@ -62,7 +62,7 @@ def hclt(
     dtype = float_type("hclt", dtype)
     check_generator("hclt", generator)
     size = len(parent_list)
-    families = _families(leaf, size)
+    families = leaf_families("hclt", leaf, size)
     leaves = _leaf_parameters(families, num_latents, generator, dtype)
     states = getattr(families[0], "num_states", num_latents) if families[0].is_evidence else num_latents
     emission = states != num_latents
@@ -88,21 +88,6 @@ def _append(graph: CircuitGraph, node: Node) -> int:
     """Straight into the list: thousands of nodes that are right by construction."""
     graph.nodes.append(node)
     return len(graph.nodes) - 1
-
-
-def _families(leaf: Distribution | Sequence[Distribution], size: int) -> list[Distribution]:
-    """The distribution of every variable."""
-    if isinstance(leaf, Distribution):
-        return [leaf] * size
-    given: object = leaf
-    if not isinstance(given, Iterable):
-        check_leaf("hclt: leaf", given)
-    found = list(leaf)
-    for variable, family in enumerate(found):
-        check_leaf(f"hclt: leaf: of variable {variable}", family)
-    if len(found) != size or any(family.is_evidence for family in found):
-        raise ValueError(f"hclt: leaf: expected one distribution, or {size} without soft evidence, got {found}")
-    return found
 
 
 def _leaf_parameters(

@@ -21,7 +21,7 @@ def poon_domingos(
     *,
     delta: int | Sequence[int],
     num_units: int,
-    leaf: Distribution,
+    leaf: Distribution | Sequence[Distribution],
     num_heads: int = 1,
     product: ProductKind = "hadamard",
     generator: torch.Generator | None = None,
@@ -42,7 +42,7 @@ def poon_domingos(
         delta: step of the grid in pixels. Of several steps, the first one with a line inside a rectangle decides,
             separately for rows and for columns: [8, 2] cuts at multiples of 8 first and goes on at multiples of 2.
         num_units: units of every region, except for the root.
-        leaf: input distribution of every variable.
+        leaf: input distribution of every variable, or a list with one for each.
         num_heads: units of the root.
         product: "hadamard": unit k of a product multiplies unit k of both parts. "kronecker": a unit for every pair of
             units of the two parts, as published; such a circuit can be pruned but does not grow.

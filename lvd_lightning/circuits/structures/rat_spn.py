@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lvd_lightning.circuits.checks import check_counts, check_generator
@@ -21,7 +23,7 @@ def rat_spn(
     num_repetitions: int,
     num_sums: int,
     num_leaves: int,
-    leaf: Distribution,
+    leaf: Distribution | Sequence[Distribution],
     num_heads: int = 1,
     product: ProductKind = "hadamard",
     generator: torch.Generator | None = None,
@@ -43,7 +45,7 @@ def rat_spn(
         num_sums: units of a region between root and leaves.
         num_leaves: units of a leaf region. With Hadamard products, if it is not `num_sums`, a sum node of `num_sums`
             units follows.
-        leaf: input distribution of every variable.
+        leaf: input distribution of every variable, or a list with one for each.
         num_heads: units of the root.
         product: "hadamard": unit k of a product multiplies unit k of both parts. "kronecker": a unit for every pair of
             units of the two parts, as published; such a circuit can be pruned but does not grow.

@@ -1,6 +1,7 @@
 """First parameters of RAT-SPNs and Poon-Domingos structures from data: units start as clusters of their regions.
 
-Shapes: N examples, D variables, K units, H rows of a sum, M its columns, C categories.
+Shapes: N examples, D variables, K units, H rows of a sum, M its columns, R groups of units, S numbers stored per
+unit.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lvd_lightning.circuits.checks import check_generator
-from lvd_lightning.circuits.distributions import Categorical
+from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.graph import CircuitGraph, Node
-from lvd_lightning.circuits.structures.counting import check_heads, smooth_leaves
+from lvd_lightning.circuits.structures.counting import check_examples, check_heads
 from lvd_lightning.circuits.structures.drawing import in_type
 
 __all__ = ["regions_from_data"]
@@ -34,18 +35,18 @@ def regions_from_data(
 
     The examples are cut into as many parts as a region has units, by what its variables are: quantiles of their first
     principal component, from which a few steps of K-means start, all of it on variables divided by their deviations
-    (plus one, so that noise of a single step does not count). So parts come in an order that is about the same in every
-    region, which matters where several partitions share one. With Hadamard products a product's unit stands for a part
-    of the region that is partitioned, with Kronecker products for a part of each factor. Weights of sums count which
-    parts occur together, inputs count the values in a part, and both are smoothed: towards uniform and towards the
-    variable's marginal. As with `hclt_from_data`, EM needs far fewer steps from there than from random parameters.
+    (plus one where values are whole, so that noise of a single step does not count). So parts come in an order that is
+    about the same in every region, which matters where several partitions share one. With Hadamard products a product's
+    unit stands for a part of the region that is partitioned, with Kronecker products for a part of each factor. Weights
+    of sums count which parts occur together, inputs come from the values in a part (`Distribution.from_data`: counts,
+    or moments), and both are smoothed: towards uniform and towards the variable's marginal. As with `hclt_from_data`,
+    EM needs far fewer steps from there than from random parameters.
 
     Args:
-        graph: from `rat_spn` or `poon_domingos`, over Categorical (or Bernoulli) inputs, nothing pruned or tied; it
-            stays as it is.
-        x: integers (N, D), with N of a few hundred or more.
+        graph: from `rat_spn` or `poon_domingos`, without soft evidence, nothing pruned or tied; it stays as it is.
+        x: (N, D), whole numbers for families over these, with N of a few hundred or more.
         head: int (N,), the head of every example; may be left away if there is one.
-        smoothing: what the smoothing adds, as a share of the counts.
+        smoothing: what the smoothing adds, as a share of the counts; for leaves see `Distribution.from_data`.
         generator: on the CPU, for the order of ties.
 
     Returns:
@@ -67,13 +68,11 @@ def regions_from_data(
     check_generator("regions_from_data", generator)
     if not smoothing > 0:
         raise ValueError(f"smoothing: must be positive, or some parameters are zero for good, got {smoothing}")
-    if x.ndim != 2 or len(x) == 0 or x.shape[1] != graph.num_variables:
-        raise ValueError(f"x: expected integers of shape (examples, {graph.num_variables}), got {tuple(x.shape)}")
     _check_graph(graph)
-    leaf = next(node.distribution for node in graph.nodes if node.distribution is not None)
-    leaf.check_values(x)
+    families = _families(graph)
+    check_examples(x, families)
     head_N = check_heads(head, graph.num_heads, len(x))
-    parts = _Parts(graph, x.cpu().long(), generator)
+    parts = _Parts(graph, x.cpu(), torch.tensor([family.is_whole for family in families]), generator)
     meanings = _meanings(graph)
     nodes = [dataclasses.replace(node) for node in graph.nodes]
     for index, node in enumerate(nodes):
@@ -90,11 +89,15 @@ def regions_from_data(
 class _Parts:
     """Which part of each region every example belongs to, computed once per region and number of parts."""
 
-    def __init__(self, graph: CircuitGraph, x_ND: Tensor, generator: torch.Generator | None) -> None:
+    def __init__(
+        self, graph: CircuitGraph, x_ND: Tensor, is_whole_D: Tensor, generator: torch.Generator | None
+    ) -> None:
         self.graph, self.x_ND, self.generator = graph, x_ND, generator
         self.scopes = graph.scopes()
         x_ND = x_ND.float()
-        self.scaled_ND = (x_ND - x_ND.mean(0)) / (x_ND.std(0, unbiased=False) + 1.0)
+        deviation_D = x_ND.std(0, unbiased=False)
+        deviation_D += torch.where(is_whole_D, 1.0, torch.finfo(deviation_D.dtype).tiny)
+        self.scaled_ND = (x_ND - x_ND.mean(0)) / deviation_D
         self.found: dict[tuple[frozenset[int], int], Tensor] = {}
 
     def of(self, node: int, size: int) -> Tensor:
@@ -137,10 +140,20 @@ def _clusters(x_ND: Tensor, size: int, generator: torch.Generator | None) -> Ten
     return part_N
 
 
+def _families(graph: CircuitGraph) -> list[Distribution]:
+    """The family of every variable."""
+    found = {node.variable: node.distribution for node in graph.nodes if node.distribution is not None}
+    for index, node in enumerate(graph.nodes):
+        if node.distribution is not None and node.distribution != found[node.variable]:
+            raise ValueError(
+                f"graph: input {index} is {node.distribution}, another one of variable {node.variable} is "
+                f"{found[node.variable]}; expected one family per variable"
+            )
+    return [found[variable] for variable in range(graph.num_variables)]
+
+
 def _check_graph(graph: CircuitGraph) -> None:
     for index, node in enumerate(graph.nodes):
-        if node.kind == "input" and not isinstance(node.distribution, Categorical):
-            raise ValueError(f"graph: input {index} is {node.distribution}, expected Categorical or Bernoulli")
         if node.tied_to is not None or node.mask is not None:
             raise ValueError(f"graph: node {index} is tied or pruned, expected a structure as it is first made")
         if node.units is not None:
@@ -181,12 +194,10 @@ def _weights(node: Node, rows: list[Tensor], columns: list[Tensor], graph: Circu
 
 
 def _inputs(node: Node, rows: list[Tensor], value_N: Tensor, smoothing: float) -> Tensor:
-    """Smoothed p(value | part), (K, C)."""
+    """First parameters from the values in the parts, (K, S)."""
     assert node.distribution is not None
-    categories = node.distribution.size
-    counts_1KC = torch.zeros(1, node.num_units, categories)
-    for row_N in rows:
-        found = torch.bincount(row_N * categories + value_N, minlength=node.num_units * categories)
-        counts_1KC += found.view(counts_1KC.shape)
-    params_KC = smooth_leaves(counts_1KC, smoothing)[0]
-    return params_KC if node.params is None else in_type(node.distribution, params_KC, node.params.dtype)
+    value_RN = value_N.repeat(len(rows))
+    params_KS = node.distribution.from_data(
+        value_RN[:, None], torch.cat(rows)[:, None], node.num_units, smoothing=smoothing
+    )[0]
+    return params_KS if node.params is None else in_type(node.distribution, params_KS, node.params.dtype)

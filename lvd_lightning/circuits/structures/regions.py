@@ -11,10 +11,10 @@ from typing import Literal, TypeVar
 
 import torch
 
-from lvd_lightning.circuits.checks import check_counts, check_generator, check_leaf, float_type
+from lvd_lightning.circuits.checks import check_counts, check_generator, float_type
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.graph import CircuitGraph
-from lvd_lightning.circuits.structures.drawing import add_leaf, add_mixture
+from lvd_lightning.circuits.structures.drawing import add_leaf, add_mixture, leaf_families
 
 __all__ = ["ProductKind", "region_circuit"]
 
@@ -29,7 +29,7 @@ def region_circuit(
     *,
     num_sums: int,
     num_leaves: int,
-    leaf: Distribution,
+    leaf: Distribution | Sequence[Distribution],
     num_heads: int,
     product: ProductKind,
     generator: torch.Generator | None,
@@ -46,7 +46,7 @@ def region_circuit(
         variables: the variables of a leaf region.
         num_sums: units of every region with partitions, except for the root.
         num_leaves: units of every leaf region.
-        leaf: input distribution of every variable.
+        leaf: input distribution of every variable, or a list with one for each.
         num_heads: units of the root.
         product: "hadamard" multiplies unit k of both regions; "kronecker" has a unit for every pair of units.
         generator: on the CPU.
@@ -56,7 +56,8 @@ def region_circuit(
         The graph; `latents[i]` is the product node of the i-th partition.
     """
     check_counts(caller, num_sums=num_sums, num_leaves=num_leaves, num_heads=num_heads)
-    check_leaf(f"{caller}: leaf", leaf)
+    num_variables = 1 + max(v for region, found in partitions.items() if not found for v in variables(region))
+    families = leaf_families(caller, leaf, num_variables)
     if product not in ("hadamard", "kronecker"):
         raise ValueError(f"{caller}: product must be 'hadamard' or 'kronecker', got {product!r}")
     dtype = float_type(caller, dtype)
@@ -70,7 +71,9 @@ def region_circuit(
             children = [_add_product(graph, [node_of[part] for part in parts], product) for parts in found]
             graph.latents.update(enumerate(children, len(graph.latents)))
         else:
-            inputs = [add_leaf(graph, v, leaf, num_leaves, generator=generator, dtype=dtype) for v in variables(region)]
+            inputs = [
+                add_leaf(graph, v, families[v], num_leaves, generator=generator, dtype=dtype) for v in variables(region)
+            ]
             children = [inputs[0] if len(inputs) == 1 else graph.add_product(inputs)]
             if region != root and (product == "kronecker" or num_leaves == num_sums):
                 node_of[region] = children[0]

@@ -13,6 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
+from lvd_lightning.circuits.distributions.discretized import Discretized
 
 FAMILIES = {
     "categorical": pc.Categorical(5),
@@ -23,6 +24,9 @@ FAMILIES = {
     "logistic": pc.DiscretizedLogistic(9),
     "wide-logistic": pc.DiscretizedLogistic(256),
     "two-values": pc.DiscretizedLogistic(2),
+    "rounded": pc.DiscretizedGaussian(9),
+    "wide-rounded": pc.DiscretizedGaussian(256),
+    "two-rounded": pc.DiscretizedGaussian(2),
 }
 DISCRETE = {name: family for name, family in FAMILIES.items() if name != "gaussian"}
 WITH_STATISTICS = {name: family for name, family in FAMILIES.items() if family.num_statistics}
@@ -45,10 +49,10 @@ def draw_params(family: pc.Distribution, num_units: int = 6) -> Tensor:
     params = family.initial(num_units, generator=torch.Generator().manual_seed(3))
     if isinstance(family, pc.Binomial):
         params = torch.cat([params, torch.tensor([[family.min_prob], [0.5], [1 - family.min_prob]])])
-    elif isinstance(family, pc.DiscretizedLogistic):
+    elif isinstance(family, Discretized):
         size = family.num_values
         params[:, 1] = torch.logspace(-1, 1, num_units)
-        edges = [[2.0, family.min_scale], [2.5, 0.1], [-size, 3.0], [2 * size, 0.5], [size / 2, 100 * size]]
+        edges = [[2.0, family.least], [2.5, 0.1], [-size, 3.0], [2 * size, 0.5], [size / 2, 100 * size]]
         params = torch.cat([params, torch.tensor(edges)])
     elif isinstance(family, pc.Gaussian):
         params[:, 1] = torch.logspace(-2, 1, num_units)
@@ -92,14 +96,16 @@ def test_binomial_probabilities(total: int) -> None:
 
 
 @pytest.mark.parametrize("num_values", [2, 9, 256])
-def test_logistic_probabilities(num_values: int) -> None:
-    family = pc.DiscretizedLogistic(num_values)
+@pytest.mark.parametrize("kind", [pc.DiscretizedLogistic, pc.DiscretizedGaussian])
+def test_probabilities_of_bins(kind: type[Discretized], num_values: int) -> None:
+    family = kind(num_values)
     params = draw_params(family)
     mean, scale = params.numpy().T[:, :, None]
+    law = stats.norm if isinstance(family, pc.DiscretizedGaussian) else stats.logistic
     low = np.r_[-np.inf, np.arange(1, num_values) - 0.5]
     high = np.r_[np.arange(num_values - 1) + 0.5, np.inf]
-    below, above = (stats.logistic(mean, scale).cdf(edge) for edge in (low, high))
-    right, left = (stats.logistic(mean, scale).sf(edge) for edge in (low, high))
+    below, above = (law(mean, scale).cdf(edge) for edge in (low, high))
+    right, left = (law(mean, scale).sf(edge) for edge in (low, high))
     expected = np.where(low > mean, right - left, above - below)  # differences of small numbers on either side
     found = log_prob(family, params, all_values(family)).exp()
     np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-300)
@@ -163,7 +169,7 @@ def test_the_maximum_of_its_own_expectations_is_where_a_unit_is(family: pc.Distr
     assert family.expected(params.float()).dtype == torch.float64
 
 
-@pytest.mark.parametrize("family", [pc.Gaussian(), pc.DiscretizedLogistic(256)], ids=["gaussian", "logistic"])
+@each({name: FAMILIES[name] for name in ("gaussian", "wide-logistic", "wide-rounded")})
 def test_small_deviations_far_from_zero_survive_single_precision(family: pc.Distribution) -> None:
     """The mean square is a million times the variance."""
     params = torch.tensor([[250.0, 0.25]], dtype=torch.float32)
@@ -227,10 +233,10 @@ def test_coordinates_for_gradient_optimizers(family: pc.Distribution) -> None:
     assert log_prob(family, found, points(family)).isfinite().all() or family.is_table
 
 
-@pytest.mark.parametrize("family", [pc.Binomial(7), pc.DiscretizedLogistic(9)], ids=["binomial", "logistic"])
+@each({name: FAMILIES[name] for name in ("binomial", "logistic", "rounded")})
 def test_no_unit_is_stuck_at_its_floor(family: pc.Distribution) -> None:
     """Gradients pass where a parameter is as small as it can be."""
-    floor = torch.tensor([[family.min_prob]] if isinstance(family, pc.Binomial) else [[4.0, family.min_scale]])
+    floor = torch.tensor([[family.min_prob]] if isinstance(family, pc.Binomial) else [[4.0, family.least]])
     logits = family.to_logits(floor).requires_grad_()
     family.from_logits(logits)[0, -1].backward()
     assert logits.grad[0, -1] > 0
@@ -283,3 +289,82 @@ def test_a_family_is_a_value(family: pc.Distribution) -> None:
     """Nodes fold by equality of their families; circuits are saved by the fields."""
     assert type(family)(**dataclasses.asdict(family)) == family
     assert hash(dataclasses.replace(family)) == hash(family)
+
+
+def units_of(x_ND: Tensor, num_units: int) -> Tensor:
+    """Quantiles of every column."""
+    return x_ND.double().argsort(0).argsort(0) * num_units // len(x_ND)
+
+
+@each(FAMILIES)
+def test_first_parameters_explain_their_units_values(family: pc.Distribution) -> None:
+    """In the default type, finite, and above random parameters on what each unit was given; constants included."""
+    x = family.sample(draw_params(family)[:2, None].expand(-1, 300, -1), torch.Generator().manual_seed(0)).T
+    x = torch.cat([x, x[:1, :1].expand(300, 1)], 1)
+    unit = units_of(x, 4)
+    params = family.from_data(x, unit, 4)
+    assert params.shape == (3, 4, family.size)
+    assert params.dtype == torch.get_default_dtype()
+    family.check_params(params)
+    assert torch.equal(family.floored(params), params)
+    for column, units, found in zip(x.T, unit.T, params, strict=True):
+        values = [log_prob(family, table, column).gather(0, units[None]) for table in (found, family.initial(4))]
+        assert values[0].isfinite().all()
+        assert values[0].mean() > values[1].mean()
+
+
+@each(FAMILIES)
+def test_a_weighted_example_counts_as_several(family: pc.Distribution) -> None:
+    x = points(family).double().repeat(3)[:, None]
+    unit = (torch.arange(len(x)) % 2)[:, None]
+    number = torch.arange(len(x)) % 3
+    weighted = family.from_data(x, unit, 3, weight_N=number.double())
+    rows = torch.arange(len(x)).repeat_interleave(number)
+    torch.testing.assert_close(weighted, family.from_data(x[rows], unit[rows], 3), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", [pc.Gaussian(), pc.DiscretizedGaussian(256), pc.DiscretizedLogistic(256)], ids=str)
+def test_first_parameters_are_moments(family: pc.Distribution) -> None:
+    """A unit without values has the moments of all."""
+    x = torch.tensor([10.0, 14.0, 200.0, 220.0])[:, None]
+    found = family.from_data(x, torch.tensor([0, 0, 1, 1])[:, None], 3, smoothing=1e-9)[0]
+    spread = 1.0 if not isinstance(family, pc.DiscretizedLogistic) else float(stats.logistic.std())
+    expected = torch.tensor([[12.0, 2.0 / spread], [210.0, 10.0 / spread], [x.mean(), x.std(correction=0) / spread]])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "num_values", "settings", "expected"),
+    [
+        (pc.Categorical, 511, {}, pc.Categorical(511)),
+        (pc.Categorical, 256, {"num_categories": 300}, pc.Categorical(300)),
+        (pc.Bernoulli, 2, {}, pc.Bernoulli()),
+        (pc.Binomial, 256, {}, pc.Binomial(255)),
+        (pc.Binomial, 256, {"min_prob": 1e-3}, pc.Binomial(255, min_prob=1e-3)),
+        (pc.DiscretizedLogistic, 16, {"min_scale": 0.1}, pc.DiscretizedLogistic(16, min_scale=0.1)),
+        (pc.DiscretizedGaussian, 16, {}, pc.DiscretizedGaussian(16)),
+        (pc.Gaussian, 16, {}, pc.DiscretizedGaussian(16)),
+        (pc.Gaussian, 16, {"min_std": 0.5}, pc.DiscretizedGaussian(16, min_std=0.5)),
+        (pc.Gaussian, None, {}, pc.Gaussian()),
+    ],
+)
+def test_the_member_for_some_number_of_values(
+    family: type[pc.Distribution], num_values: int | None, settings: dict[str, float], expected: pc.Distribution
+) -> None:
+    """A Gaussian over whole numbers is integrated over their bins."""
+    assert family.for_values(num_values, **settings) == expected
+
+
+@pytest.mark.parametrize("method", ["size", "initial", "from_data", "log_prob", "backward", "sample", "mode"])
+def test_a_family_without_a_method_cannot_be_made(method: str) -> None:
+    lacking = type("Lacking", (pc.Binomial,), {method: getattr(pc.Distribution, method)})
+    with pytest.raises(TypeError, match=f"abstract.* {method}"):
+        lacking(3)
+
+
+@pytest.mark.parametrize("name", ["statistics", "expected", "maximise"])
+def test_a_family_that_em_cannot_train_is_refused_where_it_is_defined(name: str) -> None:
+    with pytest.raises(TypeError, match=f"Untrained: .* lacks {name}"):
+        type("Untrained", (pc.Binomial,), {name: getattr(pc.Distribution, name)})
+    with pytest.raises(TypeError, match="Untrained: .* lacks num_statistics"):
+        type("Untrained", (pc.Binomial,), {"num_statistics": 0})

@@ -96,7 +96,7 @@ def test_fewer_examples_than_states(x: Tensor) -> None:
 
 def test_wrong_arguments_are_named(x: Tensor) -> None:
     parents, leaf = torch.arange(-1, 5), pc.Categorical(256)
-    with pytest.raises(ValueError, match=r"x: expected integers of shape \(examples, 6\), got \(400, 5\)"):
+    with pytest.raises(ValueError, match=r"x: expected values of shape \(examples, 6\), got \(400, 5\)"):
         pc.hclt_from_data(x[:, 1:], parents, 4, leaf)
     with pytest.raises(ValueError, match="x: .*expects values in 0..99"):
         pc.hclt_from_data(x, parents, 4, pc.Categorical(100))
@@ -106,8 +106,10 @@ def test_wrong_arguments_are_named(x: Tensor) -> None:
         pc.hclt_from_data(x, parents, 0, leaf)
     with pytest.raises(ValueError, match="smoothing: must be positive.* got 0"):
         pc.hclt_from_data(x, parents, 4, leaf, smoothing=0)
-    with pytest.raises(ValueError, match="leaf: expected Categorical or Bernoulli.* got Gaussian"):
-        pc.hclt_from_data(x, parents, 4, pc.Gaussian())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="leaf: SoftEvidence.* has no parameters"):
+        pc.hclt_from_data(x, parents, 4, pc.SoftEvidence(4))
+    with pytest.raises(ValueError, match="leaf: expected one distribution, or 6 "):
+        pc.hclt_from_data(x, parents, 4, [leaf] * 5)
 
 
 def test_heads_differ_as_their_examples_do() -> None:
@@ -134,3 +136,30 @@ def test_wrong_heads_are_named(head: torch.Tensor | None) -> None:
     x = torch.randint(4, (5, 2))
     with pytest.raises(ValueError, match="head: "):
         pc.hclt_from_data(x, torch.tensor([-1, 0]), 2, pc.Categorical(4), num_heads=2, head=head)
+
+
+MIXED = [pc.Categorical(256), pc.Gaussian(), pc.Binomial(255), pc.DiscretizedGaussian(256), pc.Gaussian()]
+MIXED += [pc.DiscretizedLogistic(256)]
+
+
+def test_every_variable_has_a_family_of_its_own(x: Tensor) -> None:
+    """Real values may lie closer together than whole ones: their parts are quantiles all the same."""
+    x = x.double()
+    x[:, 1], x[:, 4] = x[:, 1] / 1e4 + 3, x[:, 4] * 100
+    graph = pc.hclt_from_data(x, torch.arange(-1, 5), 4, MIXED, generator=torch.Generator().manual_seed(0))
+    graph.validate()
+    drawn = pc.hclt(torch.arange(-1, 5), 4, MIXED, generator=torch.Generator().manual_seed(0))
+    assert pc.Circuit(graph).log_prob(x).mean() > pc.Circuit(drawn).log_prob(x).mean() + 6
+    for node in graph.nodes:
+        if node.distribution is not None:
+            assert node.distribution == MIXED[node.variable]
+        if isinstance(node.distribution, pc.Gaussian):
+            parts = x[:, node.variable].sort().values.view(4, 100).mean(1)
+            assert (node.params[:, 0] - parts).abs().max() < 0.03 * x[:, node.variable].std()
+
+
+def test_ties_among_real_values_are_broken_evenly() -> None:
+    x = torch.zeros(90, 1).double()
+    graph = pc.hclt_from_data(torch.cat([x, x], 1), [-1, 0], 3, pc.Gaussian())
+    edge = next(node for index, node in enumerate(graph.nodes) if node.kind == "sum" and index != graph.root)
+    assert (edge.weight - 1 / 3).abs().max() < 0.25

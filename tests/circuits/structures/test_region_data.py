@@ -126,14 +126,18 @@ def test_heads_differ_as_their_examples_do() -> None:
 
 def test_wrong_arguments_are_named(x: Tensor) -> None:
     graph = rat(pc.Categorical(256))
-    with pytest.raises(ValueError, match=r"x: expected integers of shape \(examples, 6\), got \(600, 5\)"):
+    with pytest.raises(ValueError, match=r"x: expected values of shape \(examples, 6\), got \(600, 5\)"):
         pc.regions_from_data(graph, x[:, 1:])
     with pytest.raises(ValueError, match="x: .*expects values in 0..99"):
         pc.regions_from_data(rat(pc.Categorical(100)), x)
     with pytest.raises(ValueError, match="smoothing: must be positive.* got 0"):
         pc.regions_from_data(graph, x, smoothing=0)
-    with pytest.raises(ValueError, match="graph: input 0 is Gaussian"):
-        pc.regions_from_data(rat(pc.Gaussian()), x)
+    with pytest.raises(ValueError, match="leaf: SoftEvidence.* has no parameters"):
+        pc.regions_from_data(rat(pc.SoftEvidence(4)), x)
+    mixed = rat(pc.Categorical(256), depth=1)
+    mixed.nodes[0].distribution = pc.Binomial(255)
+    with pytest.raises(ValueError, match="graph: input 0 is Binomial.* expected one family per variable"):
+        pc.regions_from_data(mixed, x)
     with pytest.raises(ValueError, match="head: is needed to tell 2 heads apart"):
         pc.regions_from_data(rat(pc.Categorical(256), num_heads=2), x)
     circuit = pc.Circuit(graph)
@@ -141,3 +145,18 @@ def test_wrong_arguments_are_named(x: Tensor) -> None:
     flows.add(x[:100])
     with pytest.raises(ValueError, match="graph: .* expected"):
         pc.regions_from_data(pc.prune(circuit, flows, 0.05), x)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("build", [rat, rectangles])
+def test_every_variable_has_a_family_of_its_own(build: Any, product: str, x: Tensor) -> None:
+    x = x.double()
+    x[:, 1] = x[:, 1] / 1e4
+    leaf = [pc.Categorical(256), pc.Gaussian(), pc.Binomial(255), pc.DiscretizedLogistic(256)]
+    leaf += [pc.DiscretizedGaussian(256), pc.Categorical(256)]
+    drawn = build(leaf, product=product)
+    graph = pc.regions_from_data(drawn, x, generator=torch.Generator().manual_seed(0))
+    graph.validate()
+    for node in graph.nodes:
+        assert node.distribution is None or node.distribution == leaf[node.variable]
+    assert pc.Circuit(graph).log_prob(x).mean() > pc.Circuit(drawn).log_prob(x).mean() + 6
