@@ -5,7 +5,7 @@ Shapes: G circuits, B batch, D variables, H heads, F folded nodes, V and E the r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from lvd_lightning.circuits import queries
 from lvd_lightning.circuits.checks import check_number, check_type
+from lvd_lightning.circuits.distributions.base import may_ask
 from lvd_lightning.circuits.engine import layers
+from lvd_lightning.circuits.engine.bad_flows import BAD_FLOWS
 from lvd_lightning.circuits.engine.batch import Batch, head_index, prepare, wanted_heads
+from lvd_lightning.circuits.engine.changes import KnownTables
 from lvd_lightning.circuits.engine.error_bound import ErrorBound
 from lvd_lightning.circuits.engine.kernels import triton as fused_gpu
 from lvd_lightning.circuits.engine.kernels.cpu.passes import LayerIndex
@@ -24,7 +27,15 @@ from lvd_lightning.circuits.engine.kronecker import KroneckerLayer
 from lvd_lightning.circuits.engine.late_checks import LateCheck
 from lvd_lightning.circuits.engine.layers import TINY, InputLayer, Layer
 from lvd_lightning.circuits.engine.log_prob import Lease, LogProb
-from lvd_lightning.circuits.engine.parameters import check_types, from_logits, root_rows, stack, to_logits
+from lvd_lightning.circuits.engine.parameters import (
+    check_probabilities,
+    check_type_of_numbers,
+    check_types,
+    from_logits,
+    root_rows,
+    stack,
+    to_logits,
+)
 from lvd_lightning.circuits.engine.plan import Plan, compile_plan
 from lvd_lightning.circuits.engine.reference import is_vmapped, log_values, take_inputs
 from lvd_lightning.circuits.engine.sparse import LAYOUTS, Layout, SparseEdges
@@ -125,7 +136,7 @@ class Circuit(nn.Module):
         self.pool = Pool()
         self.checks = LateCheck(
             [f"x: {plan.distribution} got values outside its support" for plan in self.plan.inputs]
-            + [f"head: expected 0..{self.num_heads - 1}, got others"]
+            + [f"head: expected 0..{self.num_heads - 1}, got others", BAD_FLOWS]
         )
         self._matmul_precision = "ieee"
         self._careful = False
@@ -133,8 +144,11 @@ class Circuit(nn.Module):
         self._error_bound: ErrorBound | None = None
         self.gradient_pool: dict[int, Tensor] = {}
         self.statistics: dict[int, Tensor] = {}
+        self.bad_example: str | None = None  # the first one whose gradient was NaN or infinite
         self.lacks_statistics = False  # gradients came from the reference pass, which adds nothing to `statistics`
         self._is_evidence = self._check_evidence()
+        self._known_tables = KnownTables()
+        self.trust_tables()
 
     def extra_repr(self) -> str:
         return (
@@ -248,6 +262,8 @@ class Circuit(nn.Module):
             log_GHB = self._reference_pass(x, observed, tables)
         else:
             log_GHB = self._fused_pass(batch, keep, selected, margin, evidence, *tables)
+        if log_GHB.requires_grad and may_ask(log_GHB):
+            log_GHB.register_hook(self._note_gradient)
         found = log_GHB.transpose(1, 2) if head_GB is None else log_GHB.gather(1, head_GB[:, None])[:, 0]
         if wanted is not None:
             found = found.masked_fill(~wanted.view(shape), 0.0)
@@ -421,7 +437,7 @@ class Circuit(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients and, with them, the flow statistics of inputs whose gradients do not hold them."""
         super().zero_grad(set_to_none)
-        self.lacks_statistics = False
+        self.lacks_statistics, self.bad_example = False, None
         for statistics in self.statistics.values():
             statistics.zero_()
 
@@ -446,10 +462,37 @@ class Circuit(nn.Module):
                 log_FKB.register_hook(self._lack_statistics)
         return found.heads
 
+    def _note_gradient(self, grad_GHB: Tensor | None) -> None:
+        """Remember the first example whose gradient is NaN or infinite: in the sums over examples it is lost."""
+        if self.bad_example is None and grad_GHB is not None and not is_vmapped(grad_GHB):
+            bad_GHB = ~grad_GHB.isfinite()
+            if bool(bad_GHB.any()):
+                g, h, b = bad_GHB.nonzero()[0].tolist()
+                self.bad_example = f"example {b} under head {h}" + (f" of circuit {g}" if self.batched else "")
+
     def _lack_statistics(self, _: Tensor) -> None:
         self.lacks_statistics = True
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Circuit:
+        """Behind `to`, `half` and their like."""
+        check_type_of_numbers(fn(torch.empty(0, dtype=self.dtype)).dtype)
+        return super()._apply(fn, recurse)
+
     # What follows is for the engine's own modules.
+
+    def trust_tables(self) -> None:
+        """Take the parameters as they are for good ones: an EM step made them."""
+        self._known_tables.trust(self.tables)
+
+    @torch.no_grad()
+    def check_tables(self) -> None:
+        """Raise a ValueError if parameters were changed, since last time, to what are none.
+
+        Costs next to nothing where nothing was changed, or by an EM step.
+        """
+        if self.parameterization == "probabilities":
+            for number in self._known_tables.changed(self.tables):
+                check_probabilities(self.dense(number, self.tables[number]), self.plan.groups[number])
 
     def probabilities(self) -> list[Tensor]:
         """The normalised parameters of all groups: the stored tensors, or a function of the logits; see `dense`."""

@@ -18,6 +18,7 @@ from lvd_lightning.circuits.checks import check_number, described
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.distributions.base import may_ask
+from lvd_lightning.circuits.engine.bad_flows import refuse_bad_flows
 from lvd_lightning.circuits.engine.kernels.cpu import updates as native_updates
 from lvd_lightning.circuits.engine.kernels.triton import updates as fused_updates
 from lvd_lightning.circuits.engine.layers import CACHE_SIZE
@@ -93,7 +94,9 @@ class _CircuitOptimizer(torch.optim.Optimizer):
         """One EM step from the accumulated gradients of -(weighted) log-likelihood, summed over all ranks.
 
         Raises:
-            ValueError: a setting was changed to a value out of its range; nothing has moved then.
+            ValueError: a setting was changed to a value out of its range, or gradients hold NaN or infinity; nothing
+                has moved then, on any rank. On a GPU nobody waits for such numbers: the step then goes without any
+                flow, and a later call raises; see `Circuit.check_inputs`.
         """
         loss = None
         if closure is not None:
@@ -108,9 +111,12 @@ class _CircuitOptimizer(torch.optim.Optimizer):
                 "and zero_grad() first"
             )
         self._reduce()
+        for circuit in self.circuits:
+            refuse_bad_flows(circuit, type(self).__name__)
         for circuit, group in zip(self.circuits, self.param_groups, strict=True):
             if any(table.grad is not None for table in group["params"]):
                 self._step_circuit(circuit, group)
+                circuit.trust_tables()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -119,7 +125,7 @@ class _CircuitOptimizer(torch.optim.Optimizer):
         The next backward pass writes its gradients to the memory of these: clone those that you want to keep.
         """
         for circuit in self.circuits:
-            circuit.lacks_statistics = False
+            circuit.lacks_statistics, circuit.bad_example = False, None
             for statistics in circuit.statistics.values():
                 statistics.zero_()
             for number, table in enumerate(circuit.tables):

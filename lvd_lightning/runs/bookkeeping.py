@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
+from lvd_lightning.circuits import Circuit
 from lvd_lightning.seeds import derive_seed
 
 __all__ = [
@@ -93,6 +94,8 @@ class EpochCheckpoint(Checkpoint):
     Lightning's ModelCheckpoint writes its last.ckpt only when a top-k file was written too, skips an epoch without
     optimizer steps (closed forms have none), and remembers absolute paths, so that a run directory cannot be moved.
 
+    Parameters that are NaN or infinite are a ValueError: what was saved before stays.
+
     monitor, mode: the metric that says which epoch is best; an epoch without it, or with a NaN, is never best.
     """
 
@@ -121,6 +124,10 @@ class EpochCheckpoint(Checkpoint):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        fault = _first_fault(pl_module)
+        if not trainer.strategy.reduce_boolean_decision(fault is None, all=True):
+            epoch = trainer.current_epoch + 1
+            raise ValueError(f"epoch {epoch} is not saved: {fault or 'another process found a fault in its circuits'}")
         value = trainer.callback_metrics.get(self.monitor)
         score = None if value is None else float(value)
         better, score = trainer.strategy.broadcast((self.is_better(score), score))
@@ -143,6 +150,19 @@ class EpochCheckpoint(Checkpoint):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score = state_dict["best_score"]
+
+
+def _first_fault(module: LightningModule) -> str | None:
+    """What must not get into a checkpoint: parameters that are NaN or infinite, or faults that a GPU tells late."""
+    for circuit in module.modules():
+        if isinstance(circuit, Circuit):
+            try:
+                circuit.check_inputs()
+            except ValueError as error:
+                return str(error)
+    found = {name: tensor.isfinite().all() for name, tensor in module.named_parameters() if tensor.is_floating_point()}
+    bad = [name for name, is_finite in found.items() if not is_finite]
+    return f"NaN or infinity in {len(bad)} parameters, first in {bad[0]}" if bad else None
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -57,6 +57,21 @@ def train(rule: str, leaf: str, part: slice) -> torch.nn.Module:
     return module
 
 
+def try_bad_step(rule: str, rank: int) -> tuple[str, bool]:
+    """What the optimizer says to a NaN among the weights of the second rank, and whether all parameters stayed."""
+    circuit = distributed_circuit("categorical")
+    optimizer = getattr(pc, rule)(circuit)
+    x, weights = distributed_data("categorical")
+    weights[0, 5] = torch.nan if rank == 1 else 1.0
+    before = [table.detach().clone() for table in circuit.tables]
+    (-(weights[0] * circuit.log_prob(x[0], head=0)).sum()).backward()
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return str(error), all(map(torch.equal, before, circuit.tables))
+    return "", False
+
+
 def train_part(rank: int, port: int, folder: str) -> None:
     """One process of two: trains on its part of every batch, for every split, leaf and rule."""
     with one_of_two(rank, port):
@@ -64,6 +79,7 @@ def train_part(rank: int, port: int, folder: str) -> None:
         for (name, sizes), leaf, rule in itertools.product(SPLITS.items(), DISTRIBUTED_LEAVES, RULES):
             part = slice(rank * sizes[0], rank * sizes[0] + sizes[rank])
             results[f"{name}-{leaf}-{rule}"] = train(rule, leaf, part).state_dict()
+        results["refusals"] = {rule: try_bad_step(rule, rank) for rule in RULES}
         torch.save(results, f"{folder}/{rank}.pt")
 
 
@@ -88,3 +104,13 @@ def test_two_processes_equal_one(split: str, leaf: str, rule: str, two_ranks: li
         assert torch.equal(first[key], second[key])
         rtol, atol = (1e-4, 1e-6) if leaf == "single" else (1e-9, 1e-12)
         torch.testing.assert_close(first[key], value, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_nan_on_one_rank_stops_both(rule: str, two_ranks: list[Any]) -> None:
+    """The rank that has it names the example, the other one the head that it got it from."""
+    (other, stayed), (guilty, stayed_too) = (part["refusals"][rule] for part in two_ranks)
+    assert "first of head 0 of circuit " in other
+    assert "first of example 5 under head 0 of circuit 0;" in guilty
+    assert stayed
+    assert stayed_too

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 from torchmetrics import MeanMetric
 
+from lvd_lightning import circuits as pc
 from lvd_lightning.context import StageContext
 from lvd_lightning.ranks import Ranks
 from lvd_lightning.runs.bookkeeping import EpochCheckpoint, MetricsFile, read_metrics
@@ -367,6 +368,39 @@ def test_scores_that_are_not_numbers_are_never_best(tmp_path: Path) -> None:
     highest = EpochCheckpoint(tmp_path, "accuracy", "max")
     highest.best_score = 3.0
     assert highest.is_better(4.0)
+
+
+class TestFaultsAreNotSaved:
+    """Neither as the best nor as the last epoch."""
+
+    @pytest.fixture
+    def trainer(self) -> Trainer:
+        return Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, barebones=False)
+
+    def save(self, trainer: Trainer, module: LightningModule, folder: Path) -> None:
+        trainer.strategy.connect(module)
+        EpochCheckpoint(folder, "val/bpd").on_train_epoch_end(trainer, module)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_parameters(self, trainer: Trainer, tmp_path: Path, value: float) -> None:
+        module = LightningModule()
+        module.network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+        self.save(trainer, module, tmp_path)
+        before = (tmp_path / "last.ckpt").read_bytes()
+        with torch.no_grad():
+            module.network[1].bias[1] = value
+        with pytest.raises(ValueError, match=r"^epoch 1 is not saved: NaN or infinity .* first in network\.1\.bias"):
+            self.save(trainer, module, tmp_path)
+        assert (tmp_path / "last.ckpt").read_bytes() == before
+        assert len(list(tmp_path.iterdir())) == 1
+
+    def test_what_a_gpu_tells_late(self, trainer: Trainer, tmp_path: Path) -> None:
+        module = LightningModule()
+        module.circuit = pc.Circuit(pc.hclt([-1, 0], 2, pc.Categorical(3)))
+        module.circuit.checks.add(0, [torch.tensor(True)])
+        with pytest.raises(ValueError, match=r"^epoch 1 is not saved: x: Categorical.* outside its support"):
+            self.save(trainer, module, tmp_path)
+        assert not list(tmp_path.iterdir())
 
 
 def test_two_processes_make_one_run(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def prepare(circuit: Circuit, x: Tensor, observed: Tensor | None, late: bool = F
     With `late` the values of `x` are checked without waiting for a GPU; unless `checked`, shapes alone are.
     """
     circuit.checks.ask()
+    circuit.check_tables()
     late = late and checked and is_late(circuit.device)
     shape = (x.shape[:-1] if circuit._is_evidence else x.shape) if isinstance(x, Tensor) else None
     if shape is None or len(shape) not in ((2, 3) if circuit.batched else (2,)):

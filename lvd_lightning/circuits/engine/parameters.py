@@ -10,10 +10,20 @@ from torch import Tensor
 from lvd_lightning.circuits.engine.plan import ParameterGroup, Plan
 from lvd_lightning.circuits.graph import CircuitGraph
 
-__all__ = ["check_types", "from_logits", "root_rows", "stack", "to_logits"]
+__all__ = [
+    "check_probabilities",
+    "check_type_of_numbers",
+    "check_types",
+    "from_logits",
+    "root_rows",
+    "stack",
+    "to_logits",
+]
 
 #: How far a row of probabilities may be from a sum of one. Rounding in long training stays far below it.
 TOLERANCE = 0.01
+#: The same for tables that changed since: one step of a gradient optimizer moves a row by more.
+CHANGED_TOLERANCE = 1e-3
 
 
 def check_types(graphs: Sequence[CircuitGraph]) -> None:
@@ -30,6 +40,23 @@ def check_types(graphs: Sequence[CircuitGraph]) -> None:
             f"Circuit: expected parameters of one type, float32 or float64, got {places}; convert weights and params "
             "with .to(...), or give the dtype to the function that makes the structure"
         )
+
+
+def check_type_of_numbers(dtype: torch.dtype) -> None:
+    """Raise a ValueError for a type in which a circuit does not compute."""
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"Circuit: parameters are float32 or float64, got {dtype}, in which probabilities and flows lose their "
+            'small numbers: keep float32, and on a GPU set circuit.matmul_precision = "bf16" for faster sums'
+        )
+
+
+def check_probabilities(tensor: Tensor, group: ParameterGroup) -> None:
+    """Raise a ValueError unless a changed table, as (rows, units, alternatives), still holds parameters."""
+    check_type_of_numbers(tensor.dtype)
+    remedy = "a gradient optimizer needs Circuit(graph, parameterization='logits')"
+    where = f"Circuit: parameters were changed, not by EM ({remedy})"
+    _check_values(tensor, group, where, CHANGED_TOLERANCE)
 
 
 def stack(graphs: Sequence[CircuitGraph], group: ParameterGroup) -> tuple[Tensor, Tensor | None]:
@@ -69,7 +96,7 @@ def stack(graphs: Sequence[CircuitGraph], group: ParameterGroup) -> tuple[Tensor
     return table, mask
 
 
-def _check_values(tensor: Tensor, group: ParameterGroup, where: str) -> None:
+def _check_values(tensor: Tensor, group: ParameterGroup, where: str, tolerance: float = TOLERANCE) -> None:
     """Raise a ValueError for numbers that are no parameters."""
     family = group.distribution
     if family is not None and not family.is_table:
@@ -77,7 +104,7 @@ def _check_values(tensor: Tensor, group: ParameterGroup, where: str) -> None:
             family.check_params(tensor)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-    elif not (bool((tensor >= 0).all()) and bool(((tensor.sum(-1) - 1).abs() < TOLERANCE).all())):
+    elif not (bool((tensor >= 0).all()) and bool(((tensor.sum(-1) - 1).abs() < tolerance).all())):
         name = "weights" if family is None else f"params of {family}"
         raise ValueError(
             f"{where}: rows of {name} must be non-negative and sum to one, got a smallest number of "

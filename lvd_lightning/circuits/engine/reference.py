@@ -89,6 +89,14 @@ def log_values(
         observed: bool (F, B) for every input layer, False: the variable is marginalised, whatever its value.
     """
     like = values[0] if not tables else tables[0]
+    with torch.autocast(like.device.type, enabled=False):  # probabilities need their precision
+        return _run(plan, tables, values, observed, like)
+
+
+def _run(
+    plan: Plan, tables: Sequence[Tensor], values: Sequence[Tensor], observed: Sequence[Tensor] | None, like: Tensor
+) -> LogValues:
+    """`log_values`; the constants are like `like`."""
     inputs = []
     for number, layer in enumerate(plan.inputs):
         x, seen = values[number], None if observed is None else observed[number]
