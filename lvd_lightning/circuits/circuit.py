@@ -5,6 +5,7 @@ Shapes: G circuits, B batch, D variables, H heads, F folded nodes, V and E the r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -147,8 +148,7 @@ class Circuit(nn.Module):
         self.bad_example: str | None = None  # the first one whose gradient was NaN or infinite
         self.lacks_statistics = False  # gradients came from the reference pass, which adds nothing to `statistics`
         self._is_evidence = self._check_evidence()
-        self._known_tables = KnownTables()
-        self.trust_tables()
+        self._known_tables = KnownTables(self.tables)
 
     def extra_repr(self) -> str:
         return (
@@ -262,8 +262,8 @@ class Circuit(nn.Module):
             log_GHB = self._reference_pass(x, observed, tables)
         else:
             log_GHB = self._fused_pass(batch, keep, selected, margin, evidence, *tables)
-        if log_GHB.requires_grad and may_ask(log_GHB):
-            log_GHB.register_hook(self._note_gradient)
+            if log_GHB.requires_grad and may_ask(log_GHB):
+                log_GHB.register_hook(self._note_gradient)
         found = log_GHB.transpose(1, 2) if head_GB is None else log_GHB.gather(1, head_GB[:, None])[:, 0]
         if wanted is not None:
             found = found.masked_fill(~wanted.view(shape), 0.0)
@@ -464,10 +464,10 @@ class Circuit(nn.Module):
 
     def _note_gradient(self, grad_GHB: Tensor | None) -> None:
         """Remember the first example whose gradient is NaN or infinite: in the sums over examples it is lost."""
-        if self.bad_example is None and grad_GHB is not None and not is_vmapped(grad_GHB):
-            bad_GHB = ~grad_GHB.isfinite()
-            if bool(bad_GHB.any()):
-                g, h, b = bad_GHB.nonzero()[0].tolist()
+        if grad_GHB is not None and not math.isfinite(grad_GHB.sum()) and self.bad_example is None:
+            found = (~grad_GHB.isfinite()).nonzero().tolist()
+            if found:
+                g, h, b = found[0]
                 self.bad_example = f"example {b} under head {h}" + (f" of circuit {g}" if self.batched else "")
 
     def _lack_statistics(self, _: Tensor) -> None:
@@ -482,7 +482,7 @@ class Circuit(nn.Module):
 
     def trust_tables(self) -> None:
         """Take the parameters as they are for good ones: an EM step made them."""
-        self._known_tables.trust(self.tables)
+        self._known_tables.trust()
 
     @torch.no_grad()
     def check_tables(self) -> None:
@@ -491,8 +491,10 @@ class Circuit(nn.Module):
         Costs next to nothing where nothing was changed, or by an EM step.
         """
         if self.parameterization == "probabilities":
-            for number in self._known_tables.changed(self.tables):
+            tables = self.tables._parameters.values()  # a list of parameters takes its time to be walked
+            for number in self._known_tables.changed(table for table in tables if table is not None):
                 check_probabilities(self.dense(number, self.tables[number]), self.plan.groups[number])
+                self._known_tables.learn(number, self.tables[number])
 
     def probabilities(self) -> list[Tensor]:
         """The normalised parameters of all groups: the stored tensors, or a function of the logits; see `dense`."""

@@ -7,7 +7,7 @@ count; a hook behind their steps does it for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,35 +20,38 @@ __all__ = ["KnownTables"]
 class KnownTables:
     """The tables of a circuit as they were when they were last trusted."""
 
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[Tensor, int]] = {}
+    def __init__(self, tables: Iterable[Tensor]) -> None:
+        self._known = [_seen(table) for table in tables]
 
-    def trust(self, tables: Iterable[Tensor]) -> None:
-        """These are good as they are now."""
-        self._known = {number: (table, table._version) for number, table in enumerate(tables) if _has_version(table)}
+    def trust(self) -> None:
+        """They are good as they are now."""
+        self._known = [_seen(table) for table, _ in self._known]
 
-    def changed(self, tables: Iterable[Tensor]) -> Iterator[int]:
-        """The numbers of those that are others now, or have other contents; each is trusted once it was given out.
+    def changed(self, tables: Iterable[Tensor]) -> list[int]:
+        """The numbers of those that are other tensors now, or have other contents.
 
         Tensors that `torch.func.functional_call` puts in the place of parameters are the caller's own affair, and while
         a CUDA graph is captured nobody can look.
         """
-        for number, table in enumerate(tables):
-            known = self._known.get(number)
-            if known is not None and known[0] is table and known[1] == table._version:
-                continue
-            if not isinstance(table, nn.Parameter) or not _has_version(table) or _is_capturing(table):
-                continue
-            yield number
-            self._known[number] = (table, table._version)
+        return [
+            number
+            for number, (table, (known, version)) in enumerate(zip(tables, self._known, strict=True))
+            if (table is not known or (version is not None and table._version != version)) and _can_tell(table)
+        ]
+
+    def learn(self, number: int, table: Tensor) -> None:
+        """This one was looked at and is good."""
+        self._known[number] = _seen(table)
 
 
-def _has_version(table: Tensor) -> bool:
-    return not table.is_inference()
+def _seen(table: Tensor) -> tuple[Tensor, int | None]:
+    """A table and its version; tensors of inference mode have none."""
+    return table, None if table.is_inference() else table._version
 
 
-def _is_capturing(table: Tensor) -> bool:
-    return table.is_cuda and torch.cuda.is_current_stream_capturing()
+def _can_tell(table: Tensor) -> bool:
+    is_captured = table.is_cuda and torch.cuda.is_current_stream_capturing()
+    return isinstance(table, nn.Parameter) and not is_captured
 
 
 def _count_fused_step(optimizer: Optimizer, arguments: Any, settings: Any) -> None:
