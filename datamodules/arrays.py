@@ -1,5 +1,7 @@
 """Images in .npy or .npz files."""
 
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -21,8 +23,11 @@ EXPECTED = (
     "Arrays: expected .npy files or .npz archives of uint8 images with shape (N, S, S, 3) or (N, 3, S, S): "
     "one file (path) that is divided, or three (train, val, test)."
 )
-# What numpy raises on damaged files.
-READ_ERRORS = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+# What numpy raises on damaged files, and on archives that are encrypted or packed in a way that Python cannot read.
+READ_ERRORS = (
+    *(OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, MemoryError, OverflowError, struct.error),
+    *(NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
 
 
 class MappedImages:
@@ -43,7 +48,7 @@ class MappedImages:
         try:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
         except READ_ERRORS as error:
-            raise ValueError(f"{file}: damaged or no .npy file ({error})") from error
+            raise ValueError(f"{file}: cannot be read as a .npy file ({error})") from error
         self._pixels = _channels_first(array, file, image_size)
         self._color = color
         self._region = region
@@ -141,7 +146,7 @@ def _names(file: Path) -> list[str]:
         with np.load(file, allow_pickle=False) as archive:
             return list(archive.files)
     except (*READ_ERRORS, AttributeError) as error:
-        raise ValueError(f"{file}: damaged or no .npz archive ({error})") from error
+        raise ValueError(f"{file}: cannot be read as an .npz archive ({error})") from error
 
 
 def _read_archive(file: Path, key: str | None) -> Pixels:
@@ -155,7 +160,9 @@ def _read_archive(file: Path, key: str | None) -> Pixels:
         with np.load(file, allow_pickle=False) as archive:
             return archive[key]
     except READ_ERRORS as error:
-        raise ValueError(f"{file}: the array {key!r} is damaged ({error})") from error
+        raise ValueError(
+            f"{file}: the array {key!r} cannot be read ({error}): give an intact archive, as numpy.savez writes it"
+        ) from error
 
 
 def _channels_first(array: Pixels, file: Path, image_size: int) -> Pixels:

@@ -7,34 +7,44 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from typing_extensions import override
 
+from datamodules.archives import check_members, open_archive
 from datamodules.base import ImageDataModule
 from datamodules.files import resolve
+from datamodules.image_names import EXTENSIONS, ImageNames, names_in_archive, names_in_folder
 from datamodules.images import Pixels
 from datamodules.splits import SPLITS, Split, check_fractions, position_of_name, split_of_name
 
 __all__ = ["Folder", "decode_image"]
 
-EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 # Images that one thread decodes before it takes more work.
 DECODE_BLOCK = 64
-# What Pillow's decoders raise on damaged files.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+# What Pillow's decoders raise on damaged files and on kinds that they do not know.
+DECODE_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, LookupError, OverflowError, NotImplementedError, RuntimeError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 
 
 class Folder(ImageDataModule):
     """The images in a folder, its folders, or a .zip archive.
 
     Every image is cropped to its central square, resized to `image_size` and kept in memory as bytes. Which split it
-    belongs to follows from a hash of its path below the root alone: it is the same on every machine, in a folder and in
-    an archive of it, and stays when other images come or go.
+    belongs to follows from a hash of its path alone, below the last folder that all images share: it is the same on
+    every machine, in a folder and in an archive made of it or of the folder around it, and stays when other images come
+    to that folder or go.
+
+    Links to folders are followed, and a folder is read once. What is no image by its name, is hidden or cannot be read
+    is left out; how much for which reason is said in one warning and stands in `left_out`. An image that is damaged is
+    an error.
 
     Args:
         path: the folder or the .zip archive.
@@ -49,39 +59,48 @@ class Folder(ImageDataModule):
         self.path = path
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
+        self.left_out: dict[str, int] = {}
 
     @override
     def load(self) -> Mapping[Split, Tensor]:
         root = resolve(self.path)
         if root.is_dir():
-            return self._read(root, _list_folder(root), lambda name: (root / name).read_bytes())
+            return self._read(root, names_in_folder(root), lambda name: (root / name).read_bytes())
         if not root.is_file():
             raise FileNotFoundError(f"path: there is no {root}; expected a folder or a .zip archive of images")
-        try:
-            with zipfile.ZipFile(root) as archive:
-                return self._read(root, _list_archive(archive), archive.read)
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{root}: expected a folder or an intact .zip archive of images ({error})") from error
+        with open_archive(root) as archive:
+            names = names_in_archive(archive)
+            check_members(archive, root, names.stored.values())
+            return self._read(root, names, archive.read)
 
-    def _read(self, root: Path, names: Sequence[str], read: Callable[[str], bytes]) -> dict[Split, Tensor]:
-        """Divide the images among the splits and decode them; `read` gives the bytes of one."""
-        if not names:
-            raise ValueError(f"{root}: holds no images; expected files that end in {', '.join(sorted(EXTENSIONS))}")
+    def _read(self, root: Path, names: ImageNames, read: Callable[[str], bytes]) -> dict[Split, Tensor]:
+        """Divide the images among the splits and decode them; `read` gives the bytes of one as it is stored."""
+        left_out = ", ".join(f"{count} {reason}" for reason, count in names.left_out.items())
+        if not names.stored:
+            raise ValueError(
+                f"{root}: holds no images; expected files that end in {', '.join(sorted(EXTENSIONS))}"
+                + (f" (left out: {left_out})" if left_out else "")
+            )
+        if left_out:
+            rank_zero_warn(f"{root}: {len(names.stored)} images are used; left out: {left_out}")
+        self.left_out = names.left_out
         members: dict[Split, list[str]] = {split: [] for split in SPLITS}
-        for name in sorted(names, key=position_of_name):  # the first few of a split are a sample of all folders
+        for name in sorted(names.stored, key=position_of_name):  # the first few of a split are a sample of all folders
             members[split_of_name(name, self.val_fraction, self.test_fraction)].append(name)
         unusable: dict[str, str] = {}
-        images = {split: self.encode(self._decode(members[split], read, unusable)) for split in SPLITS}
+        images = {split: self.encode(self._decode(members[split], names, read, unusable)) for split in SPLITS}
         if unusable:
             raise ValueError(_complaint(root, unusable, sum(len(part) for part in images.values())))
         return images
 
-    def _decode(self, names: Sequence[str], read: Callable[[str], bytes], unusable: dict[str, str]) -> Pixels:
+    def _decode(
+        self, members: Sequence[str], names: ImageNames, read: Callable[[str], bytes], unusable: dict[str, str]
+    ) -> Pixels:
         """Decode images in threads (Pillow works outside of Python's global lock), as bytes (N, 3, S, S).
 
         unusable: what is wrong with which image, for images that could not be decoded, is added here.
         """
-        kept = [names[row] for row in self.limit(len(names))]
+        kept = [names.stored[members[row]] for row in self.limit(len(members))]
         pixels = np.empty((len(kept), 3, self.image_size, self.image_size), dtype=np.uint8)
 
         def decode_block(start: int) -> None:
@@ -135,25 +154,11 @@ def _is_no_image(error: Exception) -> bool:
 def _complaint(root: Path, unusable: Mapping[str, str], count: int) -> str:
     """What is wrong with the first image by name, how many there are, and what to do."""
     first, *others = sorted(unusable)
+    complaint = f"{root}/{first.lstrip('/')}: {unusable[first]}"
     if not others:
-        return f"{root / first}: {unusable[first]}; remove this file or replace it by an intact one"
+        return f"{complaint}; remove this file or replace it by an intact one"
     also = ", ".join(others[:5]) + (" ..." if len(others) > 5 else "")
     return (
-        f"{root / first}: {unusable[first]}; {len(unusable)} of {count} images cannot be used (also {also}): remove "
-        "these files or replace them by intact ones"
+        f"{complaint}; {len(unusable)} of {count} images cannot be used (also {also}): remove these files or replace "
+        "them by intact ones"
     )
-
-
-def _is_image(path: PurePosixPath) -> bool:
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return path.suffix.lower() in EXTENSIONS and not hidden
-
-
-def _list_folder(root: Path) -> list[str]:
-    """The images below a folder, by their paths relative to it, with slashes."""
-    names = [PurePosixPath(file.relative_to(root).as_posix()) for file in root.rglob("*")]
-    return [str(name) for name in names if _is_image(name) and (root / name).is_file()]
-
-
-def _list_archive(archive: zipfile.ZipFile) -> list[str]:
-    return [name for name in archive.namelist() if not name.endswith("/") and _is_image(PurePosixPath(name))]

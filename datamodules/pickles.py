@@ -1,6 +1,7 @@
 """Pickled image batches (CIFAR-10, downsampled ImageNet), read without running any code that a pickle may hold."""
 
 import pickle
+import struct
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,6 +14,11 @@ __all__ = ["RestrictedUnpickler", "load_pickle", "read_pixels"]
 # numpy 2 moved these functions; pickles name them as the numpy that wrote them did.
 NUMPY_FUNCTIONS = {("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer")}
 NUMPY_CORES = ("numpy._core", "numpy.core")
+# What unpickling raises on damaged files, among them lengths that no memory holds and containers without end.
+LOAD_ERRORS = (
+    *(pickle.UnpicklingError, EOFError, TypeError, LookupError, AttributeError, AssertionError, ImportError),
+    *(NotImplementedError, OverflowError, MemoryError, RuntimeError, struct.error),
+)
 
 
 class RestrictedUnpickler(pickle.Unpickler):
@@ -53,7 +59,7 @@ def load_pickle(path: Path) -> Any:
             if str(path) in str(error):
                 raise
             raise _corrupt(path, error) from error
-        except (pickle.UnpicklingError, EOFError, TypeError, KeyError, IndexError, AttributeError) as error:
+        except LOAD_ERRORS as error:
             raise _corrupt(path, error) from error
 
 

@@ -1,6 +1,7 @@
 """Folders and archives of images."""
 
 import io
+import os
 import zipfile
 from pathlib import Path
 
@@ -70,6 +71,153 @@ def test_an_image_keeps_its_split_when_others_come(folder: Path) -> None:
         assert all(image.numpy().tobytes() in kept for image in before.images(split))
 
 
+def images_of(path: Path) -> list[list[bytes]]:
+    """The images of each split, in order."""
+    data = Folder(str(path), image_size=8, color="rgb")
+    data.setup()
+    return [[image.numpy().tobytes() for image in data.images(split)] for split in SPLITS]
+
+
+@pytest.mark.parametrize("prefix", ["", "pics/", "data/pics/", "./", "/home/someone/", "C:\\pics\\", "../", "pics\\"])
+def test_the_split_follows_from_the_name_below_the_common_folder(folder: Path, prefix: str) -> None:
+    """Whatever the archiver wrote before the names, and whichever folder around the images is given."""
+    path = folder.with_name("other.zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*.png")):
+            name = prefix + str(file.relative_to(folder))
+            archive.writestr(zipfile.ZipInfo(name.replace("/", "\\") if "\\" in prefix else name), file.read_bytes())
+    assert images_of(path) == images_of(folder) == images_of(folder.parent)
+
+
+def test_linked_folders_are_followed_and_a_circle_ends(folder: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "cats").symlink_to(folder / "cats")
+    (linked / "dogs").symlink_to(folder / "dogs", target_is_directory=True)
+    (linked / "around").symlink_to(linked)
+    (folder / "cats" / "back").symlink_to(linked)
+    (linked / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (linked / "itself.png").symlink_to(linked / "itself.png")
+    (folder / "dogs" / "small" / "again").symlink_to(folder / "cats")
+    data = Folder(str(linked), image_size=8, color="rgb")
+    data.setup()
+    assert [[image.numpy().tobytes() for image in data.images(split)] for split in SPLITS] == images_of(folder)
+    assert data.left_out == {"broken links": 2, "hidden": 1, "links to folders that are read already": 3}
+
+
+def test_what_is_left_out_is_counted_by_reason_and_said_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "0.jfif").write_bytes(encoded(picture(0), "JPEG"))
+    for name in ("1.avif", "2.AVIF", "README", "__MACOSX/3.png", ".git/4.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("no image")
+    counts = {".avif files": 2, ".txt files": 1, "files without an extension": 1, "hidden": 3}
+    said = ": 61 images are used; left out: 2 .avif files, 1 .txt files, 1 files without an extension, 3 hidden"
+    for path in (folder, archive_of(folder)):
+        data = Folder(str(path), image_size=8)
+        with pytest.warns(UserWarning, match=f"^{path}{said}$") as warned:
+            data.setup()
+        data.setup()
+        assert len(warned) == 1
+        assert data.left_out == counts
+        assert sum(data.num_examples(split) for split in SPLITS) == 61
+
+    os.mkfifo(folder / "pipe.png")
+    scan = os.scandir
+
+    def refusing(path: Path) -> object:
+        if str(path).endswith("dogs"):
+            raise PermissionError(path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    data = Folder(str(folder), image_size=8)
+    data.setup()
+    assert data.left_out == {**counts, "folders that cannot be read": 1, "neither files nor folders": 1}
+    assert sum(data.num_examples(split) for split in SPLITS) == 31
+
+
+def test_of_two_members_with_one_name_the_last_counts(folder: Path) -> None:
+    path = archive_of(folder)
+    expected = images_of(path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("./cats/3.png", encoded(picture(999)))
+        for name, contents in members.items():
+            archive.writestr(name, contents)
+        link = zipfile.ZipInfo("cats/link.png")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, "3.png")
+    assert images_of(path) == expected
+    data = Folder(str(path), image_size=8)
+    data.setup()
+    assert data.left_out["names that come again"] == 1
+    assert data.left_out["links without what they lead to"] == 1
+
+
+def with_members(path: Path, compress_type: int | None = None, flag: int = 0) -> Path:
+    """The archive with another kind of compression or flag written beside all its images, as if packed so."""
+    contents = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        starts = [info.header_offset for info in archive.infolist() if info.filename.endswith(".png")]
+        central = archive.start_dir
+        for info in archive.infolist():
+            if info.filename.endswith(".png"):
+                entry = contents.index(b"PK\x01\x02", central)
+                while contents[entry + 46 : entry + 46 + len(info.filename)] != info.filename.encode():
+                    entry = contents.index(b"PK\x01\x02", entry + 4)
+                starts.append(entry)
+    for start in starts:
+        at = start + (6 if contents[start : start + 4] == b"PK\x03\x04" else 8)
+        contents[at] |= flag
+        if compress_type is not None:
+            contents[at + 2 : at + 4] = compress_type.to_bytes(2, "little")
+    path.write_bytes(contents)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ({"flag": 0x1}, "60 of its images are encrypted"),
+        ({"flag": 0x41}, "60 of its images are encrypted"),
+        ({"compress_type": 9}, "60 of its images are compressed with Deflate64"),
+        ({"compress_type": 98}, "60 of its images are compressed with PPMd"),
+        ({"compress_type": 77}, "60 of its images are compressed with method 77"),
+        ({"flag": 0x20}, "patched"),
+    ],
+)
+def test_archives_that_cannot_be_read_say_why_and_what_to_do(folder: Path, kind: dict[str, int], reason: str) -> None:
+    (folder / "cats" / ".thumbnail.png").unlink()
+    path = with_members(archive_of(folder), **kind)
+    with pytest.raises(
+        ValueError, match=rf"^{path}: .*{reason}.*: unpack it and give the folder, or pack it"
+    ) as caught:
+        Folder(str(path), image_size=8).setup()
+    assert "\n" not in str(caught.value)
+
+
+def test_archives_need_modules_that_python_may_lack(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
+        for file in folder.rglob("*.png"):
+            archive.write(file, file.relative_to(folder))
+    assert images_of(path) == images_of(folder)
+    monkeypatch.setattr(zipfile, "bz2", None)
+    with pytest.raises(ValueError, match=rf"^{path}: .*compressed with bzip2.*bz2 module.*: unpack it"):
+        Folder(str(path), image_size=8).setup()
+
+
+def test_archives_of_several_disks_are_named(folder: Path) -> None:
+    path = archive_of(folder)
+    contents = bytearray(path.read_bytes())
+    contents[-22 + 4] = contents[-22 + 6] = 1  # the numbers of this disk and of the disk with the directory
+    locator = b"PK\x06\x07" + (1).to_bytes(4, "little") + bytes(8) + (2).to_bytes(4, "little")
+    path.write_bytes(bytes(contents[:-22]) + locator + bytes(contents[-22:]))
+    with pytest.raises(ValueError, match=rf"^{path}: .*multiple disks.*: unpack it"):
+        Folder(str(path), image_size=8).setup()
+
+
 def test_max_examples_decodes_no_more_than_it_needs(folder: Path) -> None:
     (folder / "broken.png").write_text("no image")
     data = Folder(str(folder), image_size=8, max_examples=1)
@@ -128,6 +276,7 @@ def test_the_camera_s_orientation_is_applied() -> None:
         (encoded(picture(0, 64, 64), "JPEG")[:1500], "truncated"),
         (encoded(picture(0, 7, 20)), "7 x 20 pixels, smaller than image_size 8"),
         (encoded(Image.fromarray(np.zeros((9, 9), dtype=np.uint16))), "8 bits per channel"),
+        (b"P6 4294967296 4294967296 255\n", "pixels|size"),
     ],
 )
 def test_a_bad_image_is_named(folder: Path, contents: bytes, reason: str) -> None:
