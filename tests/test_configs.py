@@ -23,6 +23,12 @@ OVERLAYS = {
     **dict.fromkeys(("codes", "convolutional", "mae", "paper_protocol"), "imagenet32"),
     **dict.fromkeys(("no_growing", "patch2", "patch8"), "cifar10"),
 }
+# An overlay runs on the smallest experiment of its kind, with images of 8 x 8 or, where that were one patch, 16 x 16.
+SMALLEST = {"per_position": "folder", "untied": "folder"}
+SMALLEST |= dict.fromkeys(
+    ("codes", "convolutional", "mae", "no_growing", "paper_protocol", "patch2", "patch8"), "photos_pg"
+)
+LARGER = ("paper_protocol", "patch8", "per_position", "untied")
 CIFAR10_FILES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 IMAGENET_FILES = [*(f"train_data_batch_{number}" for number in range(1, 11)), "val_data"]
 
@@ -95,10 +101,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def config_arguments(config: str) -> list[str]:
-    return (
-        [f"--config={config}"] if config in CONFIGS else [f"--config={OVERLAYS[config]}", f"--config=overlays/{config}"]
-    )
+def config_arguments(config: str, base: str | None = None) -> list[str]:
+    base = base or OVERLAYS.get(config, config)
+    return [f"--config={base}", *([] if config in CONFIGS else [f"--config=overlays/{config}"])]
 
 
 def small_epochs(stages: dict[str, Any]) -> list[str]:
@@ -127,10 +132,13 @@ def test_config_is_parsed_and_instantiated(config: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", [*CONFIGS, *(name for name in OVERLAYS if name != "wandb")])
 def test_config_runs_one_small_step_per_stage(config: str, tmp_path: Path) -> None:
-    base = OVERLAYS.get(config, config)
-    plain = parse(["fit", *config_arguments(config)])[1]
-    small = [*SMALL, *teacher_arguments(plain["stages"]["teacher"]), *data_arguments(plain["data"], tmp_path / "data")]
-    arguments = [*config_arguments(config), *small, f"--run_dir={tmp_path}"]
+    base = SMALLEST.get(config) or OVERLAYS.get(config, config)
+    named = config_arguments(config, base)
+    plain = parse(["fit", *named])[1]
+    teacher = plain["stages"].get("teacher")
+    small = [*SMALL, *teacher_arguments(teacher), *data_arguments(plain["data"], tmp_path / "data")]
+    small += ["--data.image_size=16"] if config in LARGER else []
+    arguments = [*named, *small, f"--run_dir={tmp_path}"]
     stages = {name: stage for name, stage in parse(["fit", *arguments])[1]["stages"].items() if stage is not None}
     assert main(["fit", *arguments, *small_epochs(stages)]) == 0
     summary = json.loads((tmp_path / base / "report" / "summary.json").read_text())
@@ -141,5 +149,5 @@ def test_config_runs_one_small_step_per_stage(config: str, tmp_path: Path) -> No
     assert summary["protocol"]["region"] == ("quadrant" if quadrant else "whole")
     assert summary["protocol"]["lossy"] == (config == "paper_protocol")
     assert ("teacher_elbo_bpd" in summary["test"]) == (
-        plain["stages"]["teacher"] is not None and "VQVAE" in plain["stages"]["teacher"]["model"]["class_path"]
+        teacher is not None and "VQVAE" in teacher["model"]["class_path"]
     )
