@@ -13,7 +13,7 @@ SLURM, from a job with --nodes 2 --ntasks-per-node 8:
 Starting again continues; a second job on the same run is refused. One stage alone: --stage conditional. Another value:
 --shared.num_clusters 32, --stages.teacher.trainer.max_epochs 2. An overlay: a second --config. What would run:
 --print_config.
-Results are in runs/NAME/report; `python train.py test --config photos` prints the figure on the test images again.
+Results are in runs/NAME/report; `python train.py test --run runs/photos` prints the figure on the test images again.
 """
 
 import sys

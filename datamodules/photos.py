@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_sample_images
 from torch import Tensor
 from typing_extensions import override
 
@@ -59,6 +58,8 @@ class Photos(ImageDataModule):
 
     @override
     def load(self) -> Mapping[Split, Tensor]:
+        from sklearn.datasets import load_sample_images  # takes a second to import
+
         bands: dict[Split, list[Pixels]] = {split: [] for split in SPLITS}
         for photo in load_sample_images().images:
             for split, band in zip(BANDS, self._cut(photo), strict=True):

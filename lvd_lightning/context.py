@@ -87,9 +87,9 @@ class StageContext:
             raise ValueError(missing_need(self.stage, kind))
         return folder
 
-    def earlier_folders(self, without: str = "") -> list[Path]:
-        """The folders of all stages before this one but those that leave artefacts of the kind `without`."""
-        return [self._finished(name) for name, kinds in self.earlier.items() if without not in kinds]
+    def earlier_folders(self) -> list[Path]:
+        """The folders of the stages before this one that leave something."""
+        return [self._finished(name) for name, kinds in self.earlier.items() if kinds]
 
     def generator(self, *parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
         """A generator seeded by (seed, stage, *parts), for example `generator("mask", epoch)`."""

@@ -151,9 +151,14 @@ def _without_references(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _parser(command: str, description: str, stages: Sequence[str]) -> ArgumentParser:
     parser = ArgumentParser(
-        parser_mode="omegaconf+", exit_on_error=False, description=description, prog=f"train.py {command}"
+        parser_mode="omegaconf+",
+        exit_on_error=False,
+        allow_abbrev=False,
+        description=description,
+        prog=f"train.py {command}",
     )
     parser.add_argument("--config", action=ConfigFile, help="a file or a name in configs/; a second one is an overlay")
+    parser.add_argument("--run", type=str | None, help="the directory of a run that was begun, in place of its config")
     if command == "fit":
         parser.add_argument("--stage", type=str | None, help="run this stage alone")
         parser.add_argument(
@@ -162,8 +167,6 @@ def _parser(command: str, description: str, stages: Sequence[str]) -> ArgumentPa
             default=CHANGED[0],
             help="what to do when the run was begun with another config",
         )
-    else:
-        parser.add_argument("--run", type=str | None, help="a run's directory, in place of its config")
     parser.add_argument("--name", type=str | None, help="the run's directory in run_dir")
     parser.add_argument("--run_dir", type=str, default="runs", help="where runs are kept")
     parser.add_argument("--seed", type=int, default=0, help="all random numbers derive from it")

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.image import imsave
 from torch import Tensor
 
 from lvd_lightning.color import decode_color, decode_mean, patchify
@@ -117,7 +115,7 @@ def growth_picture(path: Path, metrics: Path, data: ImageData) -> bool:
     series = growth_series(read_metrics(metrics))
     if not series:
         return False
-    figure = Figure(figsize=(7, 7), layout="constrained")
+    figure = _figure(figsize=(7, 7))
     note = protocol_note(data.lossy, data.region)
     titles = ("heads", "parameters", f"bits per dimension (validation){note}")
     epochs, *curves = zip(*series)
@@ -169,7 +167,7 @@ def curve_picture(path: Path, stages: Sequence[RunStage], data: ImageData) -> No
 
     stages: the finished ones, in order.
     """
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = _figure(figsize=(9, 5))
     axes = figure.add_subplot(ylabel=f"bits per dimension{protocol_note(data.lossy, data.region)}", xlabel="seconds")
     start = 0.0
     for stage in stages:
@@ -193,7 +191,7 @@ def curve_picture(path: Path, stages: Sequence[RunStage], data: ImageData) -> No
 
 def gap_picture(path: Path, figures: Sequence[tuple[str, float]], data: ImageData) -> None:
     """A point for the bits per dimension of each title, labelled with it."""
-    figure = Figure(figsize=(7, 0.6 + 0.4 * len(figures)), layout="constrained")
+    figure = _figure(figsize=(7, 0.6 + 0.4 * len(figures)))
     axes = figure.add_subplot(xlabel=f"bits per dimension, test images{protocol_note(data.lossy, data.region)}")
     bpds = [bpd for _, bpd in figures]
     axes.plot(bpds, range(len(bpds)), "o", color="0.3")
@@ -235,9 +233,18 @@ def _ignore_outliers(axes: Any) -> None:
 
 
 def _save(path: Path, image: Tensor, side: int) -> None:
+    from matplotlib.image import imsave
+
     scale = max(1, math.ceil(_MIN_SIDE / side)) if side >= 16 else 8
     pixels = image.permute(1, 2, 0).repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy()
     _replace(path, lambda target: imsave(target, pixels))
+
+
+def _figure(**arguments: Any) -> Any:
+    """An empty one; matplotlib is imported when something is drawn."""
+    from matplotlib.figure import Figure
+
+    return Figure(layout="constrained", **arguments)
 
 
 def _replace(path: Path, write: Any) -> None:

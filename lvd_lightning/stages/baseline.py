@@ -65,7 +65,6 @@ class CircuitBaseline(StageModule):
     """
 
     em: ClassVar[bool] = True
-    leaves: ClassVar[tuple[str, ...]] = ("baseline",)
 
     def __init__(
         self,
@@ -281,7 +280,7 @@ class CircuitBaseline(StageModule):
     def _time_limit(self, context: StageContext) -> float:
         if self.hparams["seconds"] is not None:
             return float(self.hparams["seconds"])
-        folders = context.earlier_folders(without="baseline")
+        folders = context.earlier_folders()
         if not folders:
             raise ValueError(f"stage {context.stage}: no earlier stage says how long it may take; set seconds")
         return sum(float(json.loads((folder / DONE_MARKER).read_text())["seconds"]) for folder in folders)

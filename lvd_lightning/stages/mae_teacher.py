@@ -16,13 +16,13 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
+from lvd_lightning import teachers
 from lvd_lightning.color import decode_color
 from lvd_lightning.context import StageContext
 from lvd_lightning.seeds import derive_seed
 from lvd_lightning.stages.stage import StageModule
-from lvd_lightning.teachers import MAE, load_teacher, save_teacher
 
-__all__ = ["MAETeacher", "load_teacher", "save_picture"]
+__all__ = ["MAETeacher", "save_picture"]
 
 # Validation spreads these over the images, so that the loss says something about the whole range used in training.
 _VALIDATION_RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -82,7 +82,7 @@ class MAETeacher(StageModule):
             raise ValueError(f"images are {height} x {width}, expected square ones: MAETeacher knows no others")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(context.seed, context.stage, "parameters"))
-            self.teacher = MAE(
+            self.teacher = teachers.MAE(
                 image_size=height,
                 patch_size=int(context.shared["patch_size"]),
                 hidden_size=self.hparams["hidden_size"],
@@ -136,7 +136,7 @@ class MAETeacher(StageModule):
 
     @override
     def finish_stage(self, context: StageContext) -> dict[str, float]:
-        save_teacher(self.teacher, context.dir)
+        teachers.save_teacher(self.teacher, context.dir)
         parameters = sum(p.numel() for p in self.teacher.parameters() if p.requires_grad)
         return {"val_loss": self._validate(context), "num_parameters": float(parameters)}
 

@@ -21,8 +21,9 @@ class Stage:
     """One stage of an experiment: what it needs of the stages before it, and what it leaves to those after it.
 
     Artefacts are told by kinds, never by the names of stages, which an experiment chooses: "features" of a teacher,
-    "latents" (the value of every patch), "conditionals", a "prior", a "model" whose likelihood is reported, a
-    "baseline" to compare it with. A stage finds them by `StageContext.artefact`, and leaves its own in its folder.
+    "latents" (the value of every patch), "conditionals", a "prior", a "model" whose likelihood is reported. A stage
+    finds them by `StageContext.artefact`, and leaves its own in its folder. One that only trains models to compare with
+    leaves none: it writes `baseline.json`, figures by name, and the report is written before it and completed after it.
 
     needs: kinds that it cannot do without; an instance may need fewer or more than its class.
     leaves: kinds that later stages, the evaluation and the report find in its folder.

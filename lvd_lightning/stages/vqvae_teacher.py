@@ -3,6 +3,8 @@
 Shapes: B images, P patches, K codes.
 """
 
+from __future__ import annotations
+
 import math
 from typing import Any, ClassVar
 
@@ -13,12 +15,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
+from lvd_lightning import teachers
 from lvd_lightning.color import decode_color, unpatchify
 from lvd_lightning.context import StageContext
 from lvd_lightning.seeds import derive_seed
 from lvd_lightning.stages.mae_teacher import save_picture
 from lvd_lightning.stages.stage import StageModule
-from lvd_lightning.teachers import VQVAE, VQVAEOutput, save_teacher
 from lvd_lightning.teachers.vqvae_scores import VQVAEScores
 
 __all__ = ["VQVAETeacher", "code_sheet"]
@@ -94,7 +96,7 @@ class VQVAETeacher(StageModule):
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(context.seed, context.stage, "parameters"))
-            self.teacher = VQVAE(
+            self.teacher = teachers.VQVAE(
                 image_size=height,
                 patch_size=int(context.shared["patch_size"]),
                 **{name: self.hparams[name] for name in sizes},
@@ -146,7 +148,7 @@ class VQVAETeacher(StageModule):
     @override
     @torch.no_grad()
     def finish_stage(self, context: StageContext) -> dict[str, float]:
-        save_teacher(self.teacher, context.dir)
+        teachers.save_teacher(self.teacher, context.dir)
         self.eval()
         scores = self._scores(context, sync_on_compute=False).to(self.device)  # of this rank alone
         for index in torch.arange(context.data.num_examples("val")).split(256):
@@ -159,7 +161,7 @@ class VQVAETeacher(StageModule):
         dims, codes = math.prod(context.data.image_shape), self.hparams["codebook_size"]
         return VQVAEScores(dims, codes, self.hparams["commitment"], **metric_arguments)
 
-    def _log(self, output: VQVAEOutput, split: str, scores: VQVAEScores) -> Tensor:
+    def _log(self, output: teachers.VQVAEOutput, split: str, scores: VQVAEScores) -> Tensor:
         """Log the scores of a batch; its losses, with shape (B,)."""
         loss_B = scores.update(output)
         for name, metric in scores.named():
@@ -179,7 +181,7 @@ class VQVAETeacher(StageModule):
             save_picture(self, self._context.dir, f"codes_{name}", "codes", code_sheet(self.teacher, data.color))
 
 
-def code_sheet(teacher: VQVAE, color: str) -> Tensor:
+def code_sheet(teacher: teachers.VQVAE, color: str) -> Tensor:
     """The patches that the codes are decoded to, each alone, side by side from the most to the least used one.
 
     Args:

@@ -13,8 +13,22 @@ A teacher that is a latent variable model has `codes(images)`, int64 [B, P], the
 `codebook.codes` [K, E] to its features, and `elbo(images)` [B], a lower bound of log p(image) in nats.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from lvd_lightning.teachers.io import load_teacher, save_teacher
-from lvd_lightning.teachers.mae import MAE, MAEOutput
-from lvd_lightning.teachers.vqvae import VQVAE, VQVAEOutput
+
+if TYPE_CHECKING:
+    from lvd_lightning.teachers.mae import MAE, MAEOutput
+    from lvd_lightning.teachers.vqvae import VQVAE, VQVAEOutput
+
+_HOMES = {"MAE": "mae", "MAEOutput": "mae", "VQVAE": "vqvae", "VQVAEOutput": "vqvae"}
 
 __all__ = ["MAE", "VQVAE", "MAEOutput", "VQVAEOutput", "load_teacher", "save_teacher"]
+
+
+def __getattr__(name: str) -> Any:
+    """A teacher is imported when it is asked for, and with it the library of transformers, which takes seconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -3,16 +3,20 @@
 Shapes: B images, K codes.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from lvd_lightning.metrics import BitsPerDim
-from lvd_lightning.teachers import VQVAEOutput
+
+if TYPE_CHECKING:
+    from lvd_lightning.teachers import VQVAEOutput
 
 __all__ = ["VQVAEScores"]
 

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from lvd_lightning.color import encode_color
 from lvd_lightning.context import StageContext
 from lvd_lightning.stages import MAETeacher
-from lvd_lightning.stages.mae_teacher import load_teacher, reconstruction_rows, warmup_cosine
+from lvd_lightning.stages.mae_teacher import reconstruction_rows, warmup_cosine
+from lvd_lightning.teachers import load_teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on small loaders
 
