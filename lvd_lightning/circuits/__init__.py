@@ -16,9 +16,11 @@ from lvd_lightning.circuits.em import Anemone, CircuitEM
 from lvd_lightning.circuits.expectation import expectation
 from lvd_lightning.circuits.flows import Flows
 from lvd_lightning.circuits.graph import CircuitGraph, Node
+from lvd_lightning.circuits.grow import grow
 from lvd_lightning.circuits.information import entropy, kl
 from lvd_lightning.circuits.io import load, save
 from lvd_lightning.circuits.materialization import materialize
+from lvd_lightning.circuits.prune import prune
 from lvd_lightning.circuits.pyjuice import from_pyjuice, to_pyjuice
 from lvd_lightning.circuits.structures import (
     chow_liu_tree,
@@ -30,7 +32,6 @@ from lvd_lightning.circuits.structures import (
     rat_spn,
     regions_from_data,
 )
-from lvd_lightning.circuits.transforms import grow, prune
 
 __all__ = [
     "Anemone",

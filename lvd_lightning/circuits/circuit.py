@@ -28,6 +28,7 @@ from lvd_lightning.circuits.engine.kronecker import KroneckerLayer
 from lvd_lightning.circuits.engine.late_checks import LateCheck
 from lvd_lightning.circuits.engine.layers import TINY, InputLayer, Layer
 from lvd_lightning.circuits.engine.log_prob import Lease, LogProb
+from lvd_lightning.circuits.engine.open_graph import OpenGraph, open_graphs
 from lvd_lightning.circuits.engine.parameters import (
     check_probabilities,
     check_type_of_numbers,
@@ -537,6 +538,12 @@ class Circuit(nn.Module):
         """Numbers shaped like the parameters of a group as (rows, units, alternatives), whatever the layout."""
         edges = self.edges(group)
         return values if edges is None else edges.dense(values)
+
+    def opened(self) -> list[OpenGraph]:
+        """Every graph with its current parameters, laid open for changes."""
+        numbers = range(len(self.plan.groups))
+        tables = [self.dense(number, table) for number, table in enumerate(self.probabilities())]
+        return open_graphs(self.structures, self.plan.groups, tables, [self.mask(number) for number in numbers])
 
     def run_forward(self, batch: Batch, tables: Sequence[Tensor], space: Workspace) -> None:
         """Fill a workspace with the values of all rows."""

@@ -16,7 +16,10 @@ from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.engine.batch import expected_shape, head_index, prepare
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 
-__all__ = ["Flows"]
+__all__ = ["NOTHING_ADDED", "Flows", "check_flows"]
+
+#: What pruning and growing say of flows without examples.
+NOTHING_ADDED = "flows: no examples were added, so there is nothing to decide by; count them first: flows.add(x)"
 
 
 class Flows:
@@ -267,6 +270,13 @@ class Flows:
         if not 0 <= node < len(nodes):
             raise ValueError(f"node: circuit {circuit} has {len(nodes)} nodes, got {node}")
         return nodes[node]
+
+
+def check_flows(caller: str, circuit: Circuit, flows: Flows) -> None:
+    """Raise a ValueError unless `caller` was given a circuit and flows that fit it."""
+    check_type(f"{caller}: circuit", circuit, Circuit)
+    check_type(f"{caller}: flows", flows, Flows)
+    flows.check(circuit)
 
 
 def _same_structure(a: CircuitGraph, b: CircuitGraph) -> bool:

@@ -1,7 +1,4 @@
-"""Prune and grow: a graph, or a batch of them, from a circuit and its flows.
-
-Shapes: P parameter rows, N units of a node, M units of all its children together.
-"""
+"""Grow: a graph, or a batch of them, from a circuit and its flows, in which some heads and their units became two."""
 
 from __future__ import annotations
 
@@ -11,74 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from lvd_lightning.circuits.checks import are_whole, check_generator, check_number, check_type, described
+from lvd_lightning.circuits.checks import are_whole, check_generator, check_number, described
 from lvd_lightning.circuits.circuit import Circuit
-from lvd_lightning.circuits.doubling import Doubling, find_split, flag
-from lvd_lightning.circuits.flows import Flows
+from lvd_lightning.circuits.engine.doubling import Doubling, find_split, flag
+from lvd_lightning.circuits.engine.open_graph import OpenGraph
+from lvd_lightning.circuits.flows import NOTHING_ADDED, Flows, check_flows
 from lvd_lightning.circuits.graph import CircuitGraph
-from lvd_lightning.circuits.shrink import find_used, shrink
-from lvd_lightning.circuits.surgery import OpenGraph, open_circuit
 
-__all__ = ["grow", "prune"]
-
-Array = NDArray[Any]
-_NOTHING = "flows: no examples were added, so there is nothing to decide by; count them first: flows.add(x)"
-
-
-def prune(circuit: Circuit, flows: Flows, threshold: float = 1e-4) -> CircuitGraph | list[CircuitGraph]:
-    r"""Remove the edges that carry next to no flow, and the units that nothing uses any more.
-
-    An edge stays iff :math:`F_{nc} > \tau |D|`, |D| being the weight of the examples of that circuit; a sum left empty
-    keeps its largest edge (by flow, and between equal flows by weight). Weights that stay are renormalised, rows that
-    lose nothing stay as they are. A circuit that was given no examples, or whose examples all weigh 0, is left alone.
-    With threshold 0 only edges without flow go, and the likelihood of the counted examples cannot fall.
-
-    Units keep their order: unit k of a node is the k-th of its old units that are still used, which also is what the
-    states of a latent in `latents` and of `Circuit.posterior` then mean. Latents that are gone leave `latents`. All
-    heads stay. Of tied nodes an edge stays for all or none (their flows are summed), and a unit stays in all of them if
-    one of them uses it.
-
-    Args:
-        circuit: whose parameters are pruned.
-        flows: of a data set, counted in this circuit.
-        threshold: tau, in flow per example, from 0 to 1.
-
-    Returns:
-        A graph on the CPU, for a batch of circuits a list of them.
-
-    Raises:
-        ValueError: a threshold of another range, flows of another structure, or flows (of a circuit that is no batch)
-            to which nothing was added, not even examples of weight 0 or an empty batch.
-
-    References:
-        Dang, Liu and Van den Broeck, Sparse Probabilistic Circuits via Pruning and Growing, 2022 (arXiv 2211.12551),
-        section 3.
-
-    Example:
-        >>> import torch
-        >>> import lvd_lightning.circuits as pc
-        >>> circuit = pc.Circuit(pc.hclt([-1, 0, 0], num_latents=16, leaf=pc.Categorical(8)))
-        >>> flows = pc.Flows(circuit)
-        >>> flows.add(torch.randint(8, (100, 3)))
-        >>> smaller = pc.Circuit(pc.prune(circuit, flows, threshold=0.01))
-        >>> smaller.num_parameters < circuit.num_parameters
-        True
-    """
-    _check_flows("prune", circuit, flows)
-    check_number("threshold", threshold, 0, 1, meaning=", flow per example")
-    if flows.is_empty and not circuit.batched:
-        raise ValueError(_NOTHING)
-    opened = open_circuit(circuit)
-    for number, group in enumerate(circuit.plan.groups):
-        if group.kind == "sum":
-            weight_PNM, live_PNM = _surviving_edges(circuit, flows, number, threshold)
-            for row, (g, index) in enumerate(group.owners):
-                n, m = opened[g].weight[index].shape
-                opened[g].weight[index], opened[g].live[index] = weight_PNM[row, :n, :m], live_PNM[row, :n, :m]
-    graphs = [shrink(graph, *find_used(graph)) for graph in opened]
-    return graphs if circuit.batched else graphs[0]
+__all__ = ["grow"]
 
 
 def grow(
@@ -142,52 +80,24 @@ def grow(
         >>> torch.allclose(larger.log_prob(x), circuit.log_prob(x).expand(-1, 2), atol=1e-5)
         True
     """
-    _check_flows("grow", circuit, flows)
+    check_flows("grow", circuit, flows)
     wanted = _check_heads(circuit, heads)
     check_number("sigma", sigma, 0, meaning=", a standard deviation")
     check_generator("grow", generator)
     seeds = torch.randint(1 << 62, (circuit.num_circuits,), generator=generator).tolist()
     examples, flow = flows.num_examples.tolist(), flows.all_units()
     graphs = []
-    for g, graph in enumerate(open_circuit(circuit)):
+    for g, graph in enumerate(circuit.opened()):
         if not wanted[g]:
             graphs.append(graph.closed())
             continue
         _check_growth(graph, g)
         if flows.is_empty:
-            raise ValueError(_NOTHING)
+            raise ValueError(NOTHING_ADDED)
         mean_flow = np.concatenate(flow[g]) / max(examples[g], 1e-300)
         split = find_split(graph, flag(graph, mean_flow, wanted[g]))
         graphs.append(Doubling(graph, split, wanted[g], sigma, np.random.default_rng(seeds[g])).run())
     return graphs if circuit.batched else graphs[0]
-
-
-def _surviving_edges(circuit: Circuit, flows: Flows, number: int, threshold: float) -> tuple[Array, Array]:
-    """Renormalised weights of one parameter table and which edges stay, both (P, N, M)."""
-    flow = flows.tables[number]
-    assert flow is not None
-    flow_PNM = circuit.dense(number, flow)
-    table = circuit.dense(number, circuit.probabilities()[number].detach())
-    mask = circuit.mask(number)
-    live_PNM = torch.ones_like(table, dtype=torch.bool) if mask is None else mask
-    owners = torch.tensor([g for g, _ in circuit.plan.groups[number].owners], device=table.device)
-    examples_P11 = flows.num_examples[owners][:, None, None]
-    keep_PNM = (flow_PNM > threshold * examples_P11) & (table > 0) & live_PNM
-    largest_PNM = live_PNM & (flow_PNM == flow_PNM.masked_fill(~live_PNM, -1.0).amax(-1, keepdim=True))
-    last_PN1 = table.masked_fill(~largest_PNM, -1.0).argmax(-1, keepdim=True)
-    empty_PN1 = ~keep_PNM.any(-1, keepdim=True)
-    keep_PNM.scatter_(-1, last_PN1, keep_PNM.gather(-1, last_PN1) | empty_PN1)
-    keep_PNM = torch.where(examples_P11 > 0, keep_PNM, live_PNM)
-    kept_PNM = table.double() * keep_PNM
-    lossless_PN1 = ((table == 0) | keep_PNM).all(-1, keepdim=True)
-    total_PN1 = torch.where(lossless_PN1, 1.0, kept_PNM.sum(-1, keepdim=True))
-    return (kept_PNM / total_PN1).to(table.dtype).cpu().numpy(), keep_PNM.cpu().numpy()
-
-
-def _check_flows(caller: str, circuit: Circuit, flows: Flows) -> None:
-    check_type(f"{caller}: circuit", circuit, Circuit)
-    check_type(f"{caller}: flows", flows, Flows)
-    flows.check(circuit)
 
 
 def _check_heads(circuit: Circuit, heads: Sequence[Any]) -> list[list[int]]:

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lvd_lightning.circuits.engine.open_graph import OpenGraph, any_of_class, units_or_none
 from lvd_lightning.circuits.graph import CircuitGraph, Node
-from lvd_lightning.circuits.surgery import OpenGraph, any_of_class, units_or_none
 
 __all__ = ["Doubling", "find_split", "flag"]
 

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lvd_lightning.circuits.circuit import Circuit
+from lvd_lightning.circuits.engine.plan import ParameterGroup
 from lvd_lightning.circuits.graph import CircuitGraph
 
-__all__ = ["OpenGraph", "any_of_class", "open_circuit", "units_or_none"]
+__all__ = ["OpenGraph", "any_of_class", "open_graphs", "units_or_none"]
 
 Array = NDArray[Any]
 
@@ -122,20 +122,31 @@ def units_or_none(factors: Array, sizes: Sequence[int]) -> Tensor | None:
     return torch.from_numpy(np.ascontiguousarray(factors))
 
 
-def open_circuit(circuit: Circuit) -> list[OpenGraph]:
-    """Every graph of a circuit with its current parameters, as views: replace the arrays, do not write to them."""
-    opened = [OpenGraph(structure) for structure in circuit.structures]
-    for number, (group, table) in enumerate(zip(circuit.plan.groups, circuit.probabilities(), strict=True)):
-        values = circuit.dense(number, table.detach()).cpu().numpy()
-        found = circuit.mask(number)
-        mask = np.broadcast_to(True, values.shape) if found is None else found.cpu().numpy()
+def open_graphs(
+    structures: Sequence[CircuitGraph],
+    groups: Sequence[ParameterGroup],
+    tables: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+) -> list[OpenGraph]:
+    """Graphs with the parameters in `tables`, as views: replace the arrays, do not write to them.
+
+    Args:
+        structures: of all circuits, without parameters.
+        groups: of the plan that they were compiled to.
+        tables: the parameters of every group, (rows, units, alternatives), whatever the layout.
+        masks: live edges of every group, of the same shape; None if all are.
+    """
+    opened = [OpenGraph(structure) for structure in structures]
+    for group, table, mask in zip(groups, tables, masks, strict=True):
+        values = table.detach().cpu().numpy()
+        live = np.broadcast_to(True, values.shape) if mask is None else mask.cpu().numpy()
         for row, (g, index) in enumerate(group.owners):
             source = opened[g]
             node = source.graph.nodes[index]
             if group.kind == "sum":
                 inner = sum(source.graph.nodes[child].num_units for child in node.children)
                 source.weight[index] = values[row, : node.num_units, :inner]
-                source.live[index] = mask[row, : node.num_units, :inner]
+                source.live[index] = live[row, : node.num_units, :inner]
             else:
                 source.params[index] = values[row, : node.num_units]
     return opened
