@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from datamodules.identity import identity_of_images
 from datamodules.images import ImageRows, IndexedImages, Pixels, encode_images
 from datamodules.sampler import GlobalBatchSampler
 from datamodules.splits import SPLITS, Rows, Split, subset
@@ -81,7 +82,9 @@ class ImageDataModule(LightningDataModule):
         self.seed = seed
         self.val_batch_size = val_batch_size or batch_size
         self.max_examples = max_examples
+        self.left_out: dict[str, int] = {}  # files that were not used, by reason
         self._images: dict[Split, Tensor | ImageRows] = {}
+        self._identity: dict[Split, str] = {}
 
     @abstractmethod
     def load(self) -> Mapping[Split, Tensor | ImageRows]:
@@ -144,6 +147,18 @@ class ImageDataModule(LightningDataModule):
         if not self._images:
             raise RuntimeError(f"{type(self).__name__} holds no images yet: call setup() first")
         return self._images[split]
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """A digest of every split: another one says that images were replaced, renamed, exchanged or put in order.
+
+        It does not depend on where the data lie. Latent values, features and whatever else is kept by the numbers of
+        images is of no use for data of another identity.
+        """
+        for split in SPLITS:
+            if split not in self._identity:
+                self._identity[split] = identity_of_images(self.images(split))
+        return {split: self._identity[split] for split in SPLITS}
 
     def num_examples(self, split: Split) -> int:
         """The number of images in a split."""

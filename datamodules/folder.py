@@ -19,6 +19,7 @@ from typing_extensions import override
 from datamodules.archives import check_members, open_archive
 from datamodules.base import ImageDataModule
 from datamodules.files import resolve
+from datamodules.identity import digest, identity_of_files
 from datamodules.image_names import EXTENSIONS, ImageNames, names_in_archive, names_in_folder
 from datamodules.images import Pixels
 from datamodules.splits import SPLITS, Split, check_fractions, position_of_name, split_of_name
@@ -59,7 +60,6 @@ class Folder(ImageDataModule):
         self.path = path
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
-        self.left_out: dict[str, int] = {}
 
     @override
     def load(self) -> Mapping[Split, Tensor]:
@@ -88,31 +88,41 @@ class Folder(ImageDataModule):
         for name in sorted(names.stored, key=position_of_name):  # the first few of a split are a sample of all folders
             members[split_of_name(name, self.val_fraction, self.test_fraction)].append(name)
         unusable: dict[str, str] = {}
-        images = {split: self.encode(self._decode(members[split], names, read, unusable)) for split in SPLITS}
+        images = {split: self.encode(self._decode(split, members[split], names, read, unusable)) for split in SPLITS}
         if unusable:
             raise ValueError(_complaint(root, unusable, sum(len(part) for part in images.values())))
         return images
 
     def _decode(
-        self, members: Sequence[str], names: ImageNames, read: Callable[[str], bytes], unusable: dict[str, str]
+        self,
+        split: Split,
+        members: Sequence[str],
+        names: ImageNames,
+        read: Callable[[str], bytes],
+        unusable: dict[str, str],
     ) -> Pixels:
         """Decode images in threads (Pillow works outside of Python's global lock), as bytes (N, 3, S, S).
 
         unusable: what is wrong with which image, for images that could not be decoded, is added here.
         """
-        kept = [names.stored[members[row]] for row in self.limit(len(members))]
+        used = [members[row] for row in self.limit(len(members))]
+        kept = [names.stored[name] for name in used]
+        digests = [""] * len(kept)
         pixels = np.empty((len(kept), 3, self.image_size, self.image_size), dtype=np.uint8)
 
         def decode_block(start: int) -> None:
             for row in range(start, min(start + DECODE_BLOCK, len(kept))):
                 try:
-                    pixels[row] = decode_image(read(kept[row]), self.image_size)
+                    contents = read(kept[row])
+                    digests[row] = digest(contents)
+                    pixels[row] = decode_image(contents, self.image_size)
                 except (*DECODE_ERRORS, zipfile.BadZipFile) as error:
                     unusable[kept[row]] = "its contents are no image" if _is_no_image(error) else str(error)
 
         with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
             for _ in pool.map(decode_block, range(0, len(kept), DECODE_BLOCK)):
                 pass
+        self._identity[split] = identity_of_files(zip(used, digests, strict=True))
         return pixels
 
 

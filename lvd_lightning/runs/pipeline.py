@@ -33,6 +33,7 @@ from lvd_lightning.runs.bookkeeping import (
     Stopwatch,
     protocol_note,
 )
+from lvd_lightning.runs.data_record import adopt_data, check_same_data, record_data, stages_with_data
 from lvd_lightning.runs.evaluation import circuit_bpd, evaluate_run, is_evaluated
 from lvd_lightning.runs.experiment import Experiment, PlannedStage
 from lvd_lightning.runs.lock import locked
@@ -81,6 +82,7 @@ class Pipeline:
         with ExitStack() as held:
             self.ranks.on_first(partial(held.enter_context, locked(self.experiment.run_dir)))
             self.ranks.on_first(partial(adopt_run_directory, self.experiment, changed))
+            self._adopt_data(changed)
             for stage in stages:
                 try:
                     self._run_stage(stage)
@@ -97,6 +99,7 @@ class Pipeline:
         stage = self.result.final_stage()
         check_trained_with(self.experiment, stage.name)
         data = self.datamodule()
+        self.ranks.on_first(partial(check_same_data, self.experiment, stage.name, data))
         bpd = circuit_bpd(stage.model(self.ranks.device), data, split, self.ranks)
         note = protocol_note(data.lossy, data.region)
         self.say(f"{split}/bpd {bpd:.4f}{note}  ({stage.folder}, {data.num_examples(split)} images, {data.color})")
@@ -116,6 +119,12 @@ class Pipeline:
     def say(self, text: str) -> None:
         if self.ranks.is_first:
             print(text, flush=True)
+
+    def _adopt_data(self, changed: str) -> None:
+        """The data have to be those that the stages in the run directory were begun with."""
+        begun = self.ranks.on_first(partial(stages_with_data, self.experiment))
+        data = {name: self.datamodule(self.experiment.stage(name).data) for name in begun}
+        self.ranks.on_first(partial(adopt_data, self.experiment, data, changed))
 
     def _check(self, stage: PlannedStage) -> None:
         """Make a stage's module before any stage runs: what is wrong with it is said at once, not after hours.
@@ -146,6 +155,7 @@ class Pipeline:
         self.say(f"{stage.name}: starts")
         clock = Stopwatch()
         context = self._context(stage)
+        self.ranks.on_first(partial(record_data, folder, context.data))
         # After the datamodule was made, which draws random numbers only in the first stage of each process.
         seed_everything(derive_seed(self.experiment.seed, stage.name), verbose=False)
         made = stage.model()

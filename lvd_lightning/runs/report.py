@@ -14,6 +14,7 @@ from lvd_lightning.context import ImageData
 from lvd_lightning.files import write_atomically
 from lvd_lightning.latents.assignments import assignments_folder
 from lvd_lightning.runs.bookkeeping import protocol_note
+from lvd_lightning.runs.data_record import left_out
 from lvd_lightning.runs.pictures import cluster_picture, curve_picture, gap_picture, inpainting_picture, sample_picture
 from lvd_lightning.runs.run import Run
 from lvd_lightning.runs.settings import REPORT
@@ -78,6 +79,7 @@ def summarize(run: Run, data: ImageData) -> dict[str, Any]:
             for name, figures in run.baselines().items()
         },
     }
+    summary["left_out"] = left_out(run.dir, [stage.name for stage in run.stages])
     present = {key: value for key, value in summary.items() if value}
     return {**present, "protocol": {"color": data.color, "region": data.region, "lossy": data.lossy}}
 
@@ -164,6 +166,9 @@ def _markdown(name: str, rows: Sequence[Row], summary: Row, evaluation: Row, fol
     if rows:
         lines += ["", f"| {' | '.join(_COLUMNS)} |", f"|{'---|' + '---:|' * (len(_COLUMNS) - 1)}"]
         lines += [f"| {' | '.join(_cells(row, note))} |" for row in rows]
+    if "left_out" in summary:
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in summary["left_out"].items())
+        lines += ["", f"Of the data were left out: {listed}."]
     worse = worse_than_uniform(rows)
     if worse:
         lines += ["", f"**{worse[0].upper()}{worse[1:]}.**"]

@@ -21,6 +21,7 @@ __all__ = [
     "adopt_run_directory",
     "check_trained_with",
     "differences",
+    "forget",
     "read_config",
     "record_stage",
 ]
@@ -60,7 +61,7 @@ def adopt_run_directory(experiment: Experiment, changed: str = "refuse") -> None
             "or --changed continue to keep what there is and go on"
         )
     if found and changed == "restart":
-        _forget(experiment, next(iter(found)))
+        forget(experiment, next(iter(found)))
     elif found:
         for name in found:
             record_stage(experiment, experiment.stage(name))
@@ -104,7 +105,7 @@ def _check_order(experiment: Experiment, begun: list[str], changed: str) -> None
         for name in gone:
             shutil.rmtree(experiment.run_dir / name, ignore_errors=True)
         after = [name for name in names if gone and name in before[before.index(gone[0]) :]]
-        _forget(experiment, min([*come, *moved, *after[:1]], key=names.index))
+        forget(experiment, min([*come, *moved, *after[:1]], key=names.index))
 
 
 def _order_before(run_dir: Path) -> list[str]:
@@ -171,9 +172,11 @@ def _write_config(path: Path, config: Mapping[str, Any]) -> None:
     write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(_plain(config))))
 
 
-def _forget(experiment: Experiment, first: str) -> None:
+def forget(experiment: Experiment, first: str | None = None, only: tuple[str, ...] = ()) -> None:
+    """Remove a stage's folder and what stands on it, the last first; or the folders `only`."""
     names = [stage.name for stage in experiment.stages]
-    for name in (*reversed(names[names.index(first) :]), EVALUATE, REPORT):
+    later = [] if first is None else [*reversed(names[names.index(first) :]), EVALUATE, REPORT]
+    for name in (*later, *only):
         shutil.rmtree(experiment.run_dir / name, ignore_errors=True)
 
 
