@@ -132,6 +132,10 @@ class _Parts:
     def take(self, rows: Index) -> Tensor:
         """These rows, (N, B)."""
         part_of_row = np.searchsorted(self.starts, rows, "right") - 1
+        first = part_of_row[0]
+        if (part_of_row == first).all():
+            found = self.found[first]
+            return found[_index(rows - self.starts[first], found.device)]
         used, place = np.unique(part_of_row, return_inverse=True)
         sizes = [len(self.found[part]) for part in used]
         moved = np.concatenate([[0], np.cumsum(sizes)[:-1]]) - self.starts[used]  # from V to the used parts in a row
