@@ -16,7 +16,7 @@ A teacher that is a latent variable model has `codes(images)`, int64 [B, P], the
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lvd_lightning.teachers.io import load_teacher, save_teacher
+from lvd_lightning.teachers.io import load_teacher, register_teacher, save_teacher
 
 if TYPE_CHECKING:
     from lvd_lightning.teachers.mae import MAE, MAEOutput
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _HOMES = {"MAE": "mae", "MAEOutput": "mae", "VQVAE": "vqvae", "VQVAEOutput": "vqvae"}
 
-__all__ = ["MAE", "VQVAE", "MAEOutput", "VQVAEOutput", "load_teacher", "save_teacher"]
+__all__ = ["MAE", "VQVAE", "MAEOutput", "VQVAEOutput", "load_teacher", "register_teacher", "save_teacher"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,30 +1,74 @@
 """Save and load teachers: arguments as JSON, weights as safetensors; loading runs no code from the files."""
 
+import inspect
 import json
 import os
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-__all__ = ["ARGUMENTS_FILE", "WEIGHTS_FILE", "load_teacher", "save_teacher"]
+__all__ = ["ARGUMENTS_FILE", "WEIGHTS_FILE", "load_teacher", "register_teacher", "save_teacher"]
 
 ARGUMENTS_FILE = "teacher.json"
 WEIGHTS_FILE = "teacher.safetensors"
 
-# The classes that may be named in a file, and their modules: a new teacher adds its line.
-_TEACHERS = {"MAE": "lvd_lightning.teachers.mae", "VQVAE": "lvd_lightning.teachers.vqvae"}
+Teacher = TypeVar("Teacher", bound=type[nn.Module])
+
+# The classes that may be named in a file, and the modules of those that are imported when they are needed.
+_TEACHERS: dict[str, type[nn.Module] | str] = {
+    "MAE": "lvd_lightning.teachers.mae",
+    "VQVAE": "lvd_lightning.teachers.vqvae",
+}
+
+
+def register_teacher(kind: Teacher) -> Teacher:
+    """Let files name a class of teachers; a decorator for the class.
+
+    Call it where the class is defined, and import that module before such a teacher is loaded: the stage that trains it
+    is named in the run's configuration, and stands in the same module best. A class may be defined anew, in a notebook
+    for example; then the last one counts.
+
+    Raises:
+        ValueError: something else than a class of modules, or one whose name another class has.
+
+    Example:
+        >>> from torch import nn
+        >>> from lvd_lightning.teachers import register_teacher
+        >>> @register_teacher
+        ... class Pixels(nn.Module):
+        ...     contextual, positional, init_args = False, False, {}
+    """
+    if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
+        raise ValueError(f"register_teacher: expected a class derived from torch.nn.Module, got {kind!r}")
+    known = _TEACHERS.get(kind.__name__, kind.__module__)
+    module = known if isinstance(known, str) else known.__module__
+    if module != kind.__module__:
+        raise ValueError(
+            f"register_teacher: there is a teacher {kind.__name__} in {module} already; files tell teachers by their "
+            "names: choose another"
+        )
+    _TEACHERS[kind.__name__] = kind
+    return kind
 
 
 def save_teacher(teacher: nn.Module, stage_dir: str | os.PathLike[str]) -> None:
     """Write a teacher into a folder, each file under a temporary name first; the arguments last.
 
     Args:
-        teacher: one of the classes of `lvd_lightning.teachers`, with its constructor's arguments in `init_args`.
+        teacher: of a class of `lvd_lightning.teachers` or a registered one, with its constructor's arguments in
+            `init_args`.
+
+    Raises:
+        ValueError: files may not name its class.
     """
+    kind = type(teacher)
+    known = _TEACHERS.get(kind.__name__)
+    if known not in (kind, kind.__module__):
+        raise ValueError(f"{kind.__name__} is no teacher that files may name: call register_teacher({kind.__name__})")
     folder = Path(stage_dir)
     folder.mkdir(parents=True, exist_ok=True)
     arguments = json.dumps({"class": type(teacher).__name__, "init_args": teacher.init_args}, indent=2)
@@ -57,6 +101,10 @@ def load_teacher(stage_dir: str | os.PathLike[str]) -> nn.Module:
 def _build(description: dict[str, Any]) -> nn.Module:
     name = description["class"]
     if name not in _TEACHERS:
-        raise ValueError(f"teacher class {name!r} is unknown, expected one of {', '.join(sorted(_TEACHERS))}")
-    module: nn.Module = getattr(import_module(_TEACHERS[name]), name)(**description["init_args"])
-    return module
+        raise ValueError(
+            f"teacher class {name!r} is unknown, expected one of {', '.join(sorted(_TEACHERS))}; one of your own is "
+            "made known by register_teacher"
+        )
+    found = _TEACHERS[name]
+    kind: type[nn.Module] = getattr(import_module(found), name) if isinstance(found, str) else found
+    return kind(**description["init_args"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lvd_lightning.teachers import MAE, VQVAE, load_teacher, save_teacher
+from lvd_lightning.teachers import MAE, VQVAE, io, load_teacher, register_teacher, save_teacher
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_a_vqvae_comes_back_with_its_codebook(tmp_path: Path) -> None:
 
 def test_a_missing_teacher_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="run stage teacher first"):
-        load_teacher(tmp_path)
+        load_teacher(tmp_path / "teacher")
 
 
 def test_damaged_files_are_refused(mae: MAE, tmp_path: Path) -> None:
@@ -60,3 +60,37 @@ def test_damaged_files_are_refused(mae: MAE, tmp_path: Path) -> None:
     (tmp_path / "teacher.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(ValueError, match="cannot be read"):
         load_teacher(tmp_path)
+
+
+def define(name: str, module: str) -> type[torch.nn.Module]:
+    """A class of teachers as a file of a user's would define it."""
+
+    def forward_init(self: torch.nn.Module, num_features: int) -> None:
+        torch.nn.Module.__init__(self)
+        self.init_args = {"num_features": num_features}
+        self.scale = torch.nn.Parameter(torch.ones(num_features))
+
+    return type(name, (torch.nn.Module,), {"__init__": forward_init, "__module__": module})
+
+
+def test_a_class_of_ones_own_has_to_be_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(io, "_TEACHERS", dict(io._TEACHERS))
+    kind = define("Own", "somewhere")
+    with pytest.raises(ValueError, match=r"call register_teacher\(Own\)"):
+        save_teacher(kind(3), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert register_teacher(kind) is kind
+    save_teacher(kind(3), tmp_path)
+    assert type(load_teacher(tmp_path)) is kind
+    again = register_teacher(define("Own", "somewhere"))  # as in a notebook whose cell is run again
+    assert type(load_teacher(tmp_path)) is again
+
+
+def test_names_of_teachers_are_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(io, "_TEACHERS", dict(io._TEACHERS))
+    register_teacher(define("Own", "somewhere"))
+    for name, module in (("Own", "elsewhere"), ("MAE", "somewhere")):
+        with pytest.raises(ValueError, match=f"there is a teacher {name} in .* already"):
+            register_teacher(define(name, module))
+    with pytest.raises(ValueError, match="expected a class derived from torch.nn.Module"):
+        register_teacher(torch.nn.Linear(2, 2))
