@@ -52,9 +52,9 @@ class CircuitGroups:
         self.to(whole.device)
 
     def to(self, device: torch.device) -> None:
-        """Move all groups."""
+        """Move all groups, to the type of the whole as well."""
         for part in self.circuits:
-            part.requires_grad_(False).to(device)
+            part.requires_grad_(False).to(device, self.whole.dtype)
 
     @torch.no_grad()
     def refresh(self) -> None:

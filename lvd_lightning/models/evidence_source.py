@@ -43,13 +43,13 @@ class EvidenceSource:
         """(B, P, K) in nats of training images with these numbers; -inf for values that are no candidates."""
         kept_B = index < self.num_kept
         if self.cache is not None and bool(kept_B.all()):
-            return self.cache.evidence(index, images.device)
+            return self.cache.evidence(index, images.device).to(self.assembled.prior.dtype)
         if not bool(kept_B.any()):
             return self.fresh(images, index)
         assert self.cache is not None
         shape = (len(images), self.assembled.num_positions, self.assembled.num_states)
         out_BPK = torch.empty(shape, dtype=self.assembled.prior.dtype, device=images.device)
-        out_BPK[kept_B] = self.cache.evidence(index[kept_B], images.device)
+        out_BPK[kept_B] = self.cache.evidence(index[kept_B], images.device).to(out_BPK.dtype)
         out_BPK[~kept_B] = self.fresh(images[~kept_B], index[~kept_B])
         return out_BPK
 

@@ -12,7 +12,14 @@ from lvd_lightning.runs.experiment import Experiment, PlannedStage
 from lvd_lightning.runs.objects import class_of, make, merge
 from lvd_lightning.runs.settings import ClassSettings, ExperimentSettings, StageSettings
 from lvd_lightning.runs.shared_values import READ_BY_STAGES
-from lvd_lightning.runs.trainer_settings import DEVICES, HARMLESS, check_trainer, make_callbacks, trainer_arguments
+from lvd_lightning.runs.trainer_settings import (
+    DEVICES,
+    HARMLESS,
+    check_precision,
+    check_trainer,
+    make_callbacks,
+    trainer_arguments,
+)
 from lvd_lightning.stages.stage import PlainStage, Stage
 
 __all__ = ["experiment_from"]
@@ -68,6 +75,8 @@ def _planned(
         return PlannedStage(name, kind, recorded, datamodule(data), model)
     trainer = merge(experiment.trainer, stage.trainer)
     check_trainer(name, trainer, experiment.trainer)
+    if kind.em:
+        check_precision(name, trainer.get("precision"))
     recorded["trainer"] = {key: value for key, value in trainer.items() if key not in HARMLESS}
     return PlannedStage(
         name,

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import Logger
 from lvd_lightning.files import write_atomically
 from lvd_lightning.runs.objects import make, parsed, subclass_parser
 
-__all__ = ["DEVICES", "HARMLESS", "check_trainer", "make_callbacks", "trainer_arguments"]
+__all__ = ["DEVICES", "HARMLESS", "check_precision", "check_trainer", "make_callbacks", "trainer_arguments"]
 
 # Where the pipeline decides, and why.
 _OWNED = {
@@ -25,6 +25,7 @@ _OWNED = {
     "barebones": "it writes no checkpoints",
     "use_distributed_sampler": "datamodules divide batches over ranks themselves",
 }
+_CIRCUIT_PRECISIONS = ("32", "32-true", "64", "64-true")
 DEVICES = ("accelerator", "devices", "num_nodes")
 #: What changes where and how fast a stage runs, or what it prints, but not what it computes.
 HARMLESS = (
@@ -63,6 +64,19 @@ def check_trainer(stage: str, trainer: Mapping[str, Any], top: Mapping[str, Any]
         raise ValueError(f"stages.{stage}.trainer: {error}") from error
     for logger in _logger_configs(trainer):
         parsed(subclass_parser(Logger), {"object": logger}, f"stages.{stage}: trainer.logger: ")
+
+
+def check_precision(stage: str, precision: Any) -> None:
+    """Raise a ValueError for a precision in which circuits cannot be trained: sums of flows need 24 bits or more.
+
+    Mixed precision is one of them: autocast rounds factors of sums to 8 or 11 bits, and the scale of its gradients,
+    which an optimizer divides out, would change an EM step, whose gradients are flows.
+    """
+    if precision is not None and str(precision) not in _CIRCUIT_PRECISIONS:
+        raise ValueError(
+            f"stages.{stage}.trainer.precision: got {precision}, but circuits are trained in 32-true or 64-true; to "
+            f"train a teacher in {precision}, set it there alone: --stages.teacher.trainer.precision {precision}"
+        )
 
 
 def trainer_arguments(trainer: Mapping[str, Any], experiment: str, folder: Path) -> dict[str, Any]:

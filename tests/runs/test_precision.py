@@ -1,0 +1,43 @@
+"""Precision of the Trainer: circuits are trained in float32 or float64, and the stages may differ."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lvd_lightning.cli import main, parse
+from lvd_lightning.runs.configuration import experiment_from
+
+SMALL_TEACHER = {
+    **{"hidden_size": 8, "num_layers": 1, "num_heads": 1, "intermediate_size": 8, "num_pictures": 0},
+    **{"decoder_hidden_size": 8, "decoder_num_layers": 1, "decoder_num_heads": 1},
+}
+ARGUMENTS = [
+    *("fit", "--config=photos", "--shared.num_clusters=3", "--trainer.accelerator=cpu", "--trainer.devices=1"),
+    *("--data.image_size=8", "--data.num_train=64", "--data.num_val=16", "--data.num_test=16", "--data.batch_size=16"),
+    *(f"--stages.teacher.model.{name}={value}" for name, value in SMALL_TEACHER.items()),
+    *("--stages.conditional.model.num_units=2", "--stages.baseline=null"),
+    *(f"--stages.{name}.trainer.max_epochs=1" for name in ("teacher", "conditional", "prior", "finetune")),
+]
+CIRCUITS = ("conditional", "prior", "finetune")
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed", "16-mixed", "bf16", "16"])
+def test_circuits_refuse_less_than_float32_before_any_stage(precision: str, tmp_path: Path) -> None:
+    whole = [*ARGUMENTS, f"--trainer.precision={precision}"]
+    message = (
+        rf"^stages\.conditional\.trainer\.precision: got {precision}, but circuits are trained in 32-true or 64-true; "
+        rf"to train a teacher in {precision}, set it there alone: --stages\.teacher\.trainer\.precision {precision}$"
+    )
+    with pytest.raises(ValueError, match=message):
+        experiment_from(parse(whole)[1])
+    assert main([*whole, f"--run_dir={tmp_path}"]) == 2
+    assert not list(tmp_path.iterdir())
+    experiment_from(parse([*ARGUMENTS, f"--stages.teacher.trainer.precision={precision}"])[1])
+
+
+@pytest.mark.parametrize("stages", [("finetune",), CIRCUITS], ids=["finetune", "all circuits"])
+def test_circuits_are_trained_in_float64(stages: tuple[str, ...], tmp_path: Path) -> None:
+    words = [*ARGUMENTS, *(f"--stages.{name}.trainer.precision=64-true" for name in stages)]
+    assert main([*words, "--name=run", f"--run_dir={tmp_path}"]) == 0
+    assert json.loads((tmp_path / "run/report/summary.json").read_text())["test"]["bpd"] > 0
