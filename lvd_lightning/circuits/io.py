@@ -20,6 +20,7 @@ from lvd_lightning.circuits.distributions import (
     Bernoulli,
     Binomial,
     Categorical,
+    DiscretizedGaussian,
     DiscretizedLogistic,
     Distribution,
     Gaussian,
@@ -42,7 +43,10 @@ UNREADABLE = (
 )
 DISTRIBUTIONS: dict[str, type[Distribution]] = {
     found.__name__: found
-    for found in (Categorical, Bernoulli, Indicator, Binomial, DiscretizedLogistic, Gaussian, SoftEvidence)
+    for found in (
+        *(Categorical, Bernoulli, Indicator, Binomial),
+        *(DiscretizedLogistic, DiscretizedGaussian, Gaussian, SoftEvidence),
+    )
 }
 
 
