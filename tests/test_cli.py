@@ -185,6 +185,41 @@ class TestStages:
         assert [stage.config for stage in here.stages] == [stage.config for stage in there.stages]
 
 
+class TestGradients:
+    """What a Trainer does with gradients reaches the stages that have some; EM adds up flows instead."""
+
+    def test_of_a_whole_experiment(self) -> None:
+        words = ("--trainer.gradient_clip_val=0.5", "--trainer.accumulate_grad_batches=3")
+        with pytest.warns(UserWarning, match="does not apply to") as caught:
+            experiment = experiment_from(resolved("--config", "photos", *words))
+        said = [str(warning.message) for warning in caught if "does not apply to" in str(warning.message)]
+        assert [text.removeprefix("trainer.").split(", which EM trains")[0] for text in said] == [
+            "gradient_clip_val does not apply to conditional, prior, finetune, baseline",
+            "accumulate_grad_batches does not apply to baseline",
+        ]
+        told = {stage.name: stage.trainer(Path()) for stage in experiment.stages if stage.name != "latents"}
+        assert [name for name, found in told.items() if "gradient_clip_val" in found] == ["teacher"]
+        steps = [name for name, found in told.items() if found.get("accumulate_grad_batches") == 3]
+        assert steps == ["teacher", "conditional", "prior", "finetune"]
+        plain = experiment_from(resolved("--config", "photos"))
+        assert experiment.stage("baseline").config == plain.stage("baseline").config
+
+    @pytest.mark.parametrize(
+        ("word", "message"),
+        [
+            ("conditional.trainer.gradient_clip_val=1", "cannot be set: EM has no gradients that could be clipped"),
+            ("baseline.trainer.accumulate_grad_batches=2", "cannot be set: its batches are those of batch_size"),
+            ("prior.trainer.accumulate_grad_batches=0", "got 0, expected a number of batches, at least 1"),
+        ],
+    )
+    def test_of_a_stage_without_any(self, capsys: pytest.CaptureFixture[str], word: str, message: str) -> None:
+        assert main(["fit", "--config", "photos", f"--stages.{word}"]) == 2
+        printed = capsys.readouterr()
+        assert f"error: stages.{word.split('=')[0]}" in printed.err
+        assert message in printed.err
+        assert "starts" not in printed.out
+
+
 class TestSharedValues:
     """A misspelt shared value would be read by nothing, and the run be another one than meant."""
 

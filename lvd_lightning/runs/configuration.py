@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lvd_lightning.runs.experiment import Experiment, PlannedStage
 from lvd_lightning.runs.objects import class_of, make, merge
@@ -17,10 +18,12 @@ from lvd_lightning.runs.trainer_settings import (
     HARMLESS,
     check_precision,
     check_trainer,
+    check_without_gradients,
     make_callbacks,
+    not_for,
     trainer_arguments,
 )
-from lvd_lightning.stages.stage import PlainStage, Stage
+from lvd_lightning.stages.stage import PlainStage, Stage, StageModule
 
 __all__ = ["experiment_from"]
 
@@ -42,16 +45,30 @@ def experiment_from(config: Mapping[str, Any]) -> Experiment:
         """The same function for the same settings: stages that hold one function share one datamodule."""
         return by_text(json.dumps(data.plain()))
 
+    planned = tuple(_planned(name, stage, settings, datamodule) for name, stage in settings.stages.items())
+    _say_what_does_not_reach(settings, planned)
     return Experiment(
         name=settings.name,
         run_dir=Path(settings.run_dir) / settings.name,
         seed=settings.seed,
         data=datamodule(settings.data),
-        stages=tuple(_planned(name, stage, settings, datamodule) for name, stage in settings.stages.items()),
+        stages=planned,
         shared=settings.shared,
         devices={key: settings.trainer[key] for key in DEVICES if key in settings.trainer},
         config=config,
     )
+
+
+def _say_what_does_not_reach(settings: ExperimentSettings, planned: tuple[PlannedStage, ...]) -> None:
+    """Arguments of all Trainers that say something about gradients, where some stages have none."""
+    for key in (key for key, value in settings.trainer.items() if value is not None):
+        without = [
+            stage.name for stage in planned if issubclass(stage.kind, StageModule) and key in not_for(stage.kind)
+        ]
+        if without:
+            rank_zero_warn(
+                f"trainer.{key} does not apply to {', '.join(without)}, which EM trains, but to the other stages"
+            )
 
 
 def _planned(
@@ -73,7 +90,11 @@ def _planned(
         if stage.trainer:
             raise ValueError(f"stages.{name}.trainer cannot be set: a {kind.__name__} is run without a Trainer")
         return PlannedStage(name, kind, recorded, datamodule(data), model)
-    trainer = merge(experiment.trainer, stage.trainer)
+    if not issubclass(kind, StageModule):
+        raise ValueError(f"stages.{name}.model: a {kind.__name__} is neither a StageModule nor a PlainStage")
+    check_without_gradients(name, kind, stage.trainer)
+    reaching = {key: value for key, value in experiment.trainer.items() if key not in not_for(kind)}
+    trainer = merge(reaching, stage.trainer)
     check_trainer(name, trainer, experiment.trainer)
     if kind.em:
         check_precision(name, trainer.get("precision"))

@@ -246,6 +246,8 @@ class Pipeline:
         """The Trainer of a stage: what the config says, and what makes it resumable."""
         folder = metrics.path.parent
         arguments = {key: value for key, value in stage.trainer(folder).items() if value is not None}
+        if module.em:
+            module.batches_per_step = arguments.pop("accumulate_grad_batches", 1)
         callbacks = [EpochSeed(derive_seed(self.experiment.seed, stage.name)), *arguments.pop("callbacks", [])]
         bar = arguments.pop("enable_progress_bar", sys.stdout.isatty())
         if not any(isinstance(callback, AnyProgressBar) for callback in callbacks):

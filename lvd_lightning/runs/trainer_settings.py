@@ -14,8 +14,18 @@ from lightning.pytorch.loggers import Logger
 
 from lvd_lightning.files import write_atomically
 from lvd_lightning.runs.objects import make, parsed, subclass_parser
+from lvd_lightning.stages.stage import StageModule
 
-__all__ = ["DEVICES", "HARMLESS", "check_precision", "check_trainer", "make_callbacks", "trainer_arguments"]
+__all__ = [
+    "DEVICES",
+    "HARMLESS",
+    "check_precision",
+    "check_trainer",
+    "check_without_gradients",
+    "make_callbacks",
+    "not_for",
+    "trainer_arguments",
+]
 
 # Where the pipeline decides, and why.
 _OWNED = {
@@ -26,6 +36,8 @@ _OWNED = {
     "use_distributed_sampler": "datamodules divide batches over ranks themselves",
 }
 _CIRCUIT_PRECISIONS = ("32", "32-true", "64", "64-true")
+ACCUMULATE = "accumulate_grad_batches"
+_CLIPPING = ("gradient_clip_val", "gradient_clip_algorithm")
 DEVICES = ("accelerator", "devices", "num_nodes")
 #: What changes where and how fast a stage runs, or what it prints, but not what it computes.
 HARMLESS = (
@@ -77,6 +89,30 @@ def check_precision(stage: str, precision: Any) -> None:
             f"stages.{stage}.trainer.precision: got {precision}, but circuits are trained in 32-true or 64-true; to "
             f"train a teacher in {precision}, set it there alone: --stages.teacher.trainer.precision {precision}"
         )
+
+
+def check_without_gradients(stage: str, kind: type[StageModule], trainer: Mapping[str, Any]) -> None:
+    """Raise a ValueError for what a stage that EM trains is told about gradients; trainer: of the stage alone."""
+    for key in not_for(kind):
+        if trainer.get(key) is not None:
+            why = (
+                "its batches are those of batch_size"
+                if key == ACCUMULATE
+                else "EM has no gradients that could be clipped"
+            )
+            raise ValueError(f"stages.{stage}.trainer.{key} cannot be set: {why}")
+    value = trainer.get(ACCUMULATE)
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise ValueError(
+            f"stages.{stage}.trainer.{ACCUMULATE}: got {value!r}, expected a number of batches, at least 1"
+        )
+
+
+def not_for(kind: type[StageModule]) -> tuple[str, ...]:
+    """Arguments of the Trainer that do not reach a stage of this class, if they are given for a whole experiment."""
+    if not kind.em:
+        return ()
+    return _CLIPPING if kind.accumulates else (*_CLIPPING, ACCUMULATE)
 
 
 def trainer_arguments(trainer: Mapping[str, Any], experiment: str, folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -77,9 +78,11 @@ class EMStudent(StageModule):
     """
 
     em: ClassVar[bool] = True
+    accumulates: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()
+        self._num_added = 0  # batches whose flows the next step will take
         self.automatic_optimization = False
         self.save_hyperparameters()
         settings = self.hparams
@@ -106,6 +109,7 @@ class EMStudent(StageModule):
             raise ValueError(
                 f"stage {self._context.stage}: set max_epochs of its trainer, so that the step size can fall"
             )
+        total = self._num_steps(total)
         ratio, round_epochs = settings["final_lr"] / settings["lr"], settings.get("round_epochs")
         length = None if round_epochs is None else round_epochs * total / max(1, self.trainer.max_epochs or 1)
         return [optimizer], [LambdaLR(optimizer, lambda step: step_factor(step, total, ratio, length))]
@@ -122,16 +126,31 @@ class EMStudent(StageModule):
             group["lr"] = lr
 
     def em_step(self, *losses: Tensor) -> None:
-        """Add up the flows of the losses (minus weighted log-likelihoods) and take one step."""
+        """Add up the flows of the losses (minus weighted log-likelihoods), and take one step where one is due.
+
+        Flows are sums over examples: those of `batches_per_step` batches are added up, or of as many as are left at the
+        end of an epoch.
+        """
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         for loss in losses:
             self.manual_backward(loss)
+        self._num_added += 1
+        if self._num_added < self.batches_per_step and not self.trainer.is_last_batch:
+            return
+        self._num_added = 0
         optimizer.step()
         optimizer.zero_grad()
         schedule = self.lr_schedulers()
         assert isinstance(schedule, LambdaLR)
         schedule.step()
+
+    def _num_steps(self, num_batches: float) -> float:
+        """Steps of the stage that has so many batches: an epoch's last step may take fewer than the others."""
+        if self.batches_per_step == 1:
+            return num_batches
+        epochs = max(1, self.trainer.max_epochs or 1)
+        return epochs * math.ceil(num_batches / epochs / self.batches_per_step)
 
     @torch.no_grad()
     def validate(self, assembled: AssembledCircuit, context: StageContext) -> float:

@@ -66,11 +66,15 @@ class StageModule(Stage, LightningModule):
     monitor, monitor_mode: the logged validation metric that says which epoch is best.
     em: whether the module is trained by EM, whose optimizers all-reduce sums themselves, so that the distributed
         strategy has to leave its gradients alone.
+    accumulates: for those, whether flows of several batches are added up for one step.
+    batches_per_step: so many; the Trainer's accumulate_grad_batches, which Lightning refuses where it does not step.
     """
 
     monitor: str = "val/bpd"
     monitor_mode: str = "min"
     em: ClassVar[bool] = False
+    accumulates: ClassVar[bool] = False
+    batches_per_step: int = 1
 
     @override
     def on_train_end(self) -> None:

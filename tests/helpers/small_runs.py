@@ -15,18 +15,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.sampler import GlobalBatchSampler
+from lvd_lightning import stages
 from lvd_lightning.context import DONE_MARKER, StageContext
-from lvd_lightning.stages.stage import StageModule
+from lvd_lightning.runs import run as runs
+from lvd_lightning.runs.experiment import Experiment, PlannedStage
+from lvd_lightning.stages.stage import Stage, StageModule
 
 __all__ = ["DIMS", "PATCH", "POSITIONS", "SIDE", "STATES", "Run", "SmallImages"]
 
 STATES, SIDE, PATCH = 3, 4, 2
-# What the finished stages of such a run leave, in order.
-LEAVES = {
-    "latents": ("latents",),
-    "conditional": ("conditionals",),
-    "prior": ("prior", "model"),
-    "finetune": ("model",),
+# The stages of such a run, in order.
+STAGES: dict[str, type[Stage]] = {
+    "latents": stages.Latents,
+    "conditional": stages.ConditionalStudent,
+    "prior": stages.PriorStudent,
+    "finetune": stages.FinetuneStudent,
 }
 POSITIONS, DIMS = (SIDE // PATCH) ** 2, 3 * PATCH**2
 
@@ -100,9 +103,14 @@ class Run:
         self.finish("latents", {})
 
     def context(self, stage: str) -> StageContext:
-        earlier = {name: kinds for name, kinds in LEAVES.items() if (self.folder / name / DONE_MARKER).is_file()}
-        earlier.pop(stage, None)
+        finished = [name for name in STAGES if (self.folder / name / DONE_MARKER).is_file() and name != stage]
+        earlier = {name: STAGES[name].leaves for name in finished}
         return StageContext(self.folder, stage, self.seed, self.data, {"patch_size": PATCH}, earlier)
+
+    def opened(self) -> runs.Run:
+        """The same as evaluation and report see it."""
+        planned = [PlannedStage(name, kind, {}, lambda: self.data, kind) for name, kind in STAGES.items()]
+        return runs.Run(Experiment("small", self.folder, self.seed, lambda: self.data, tuple(planned)))
 
     def finish(self, stage: str, results: dict[str, float], seconds: float = 1.0) -> None:
         (self.folder / stage / DONE_MARKER).write_text(json.dumps({"seconds": seconds, **results}))

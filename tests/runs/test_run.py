@@ -97,6 +97,15 @@ def test_a_run_is_used_on_other_data_only_if_it_was_trained_on_them(
     assert "was trained with other settings (data.init_args.num_test 8 -> 4)" in capsys.readouterr().err
 
 
+def test_what_trainers_are_told_of_gradients_reaches_stages_that_have_some(finished: Path, tmp_path: Path) -> None:
+    words = ["fit", f"--config={finished / 'config.yaml'}", f"--run_dir={tmp_path}", "--data.batch_size=6"]
+    every = ["--trainer.gradient_clip_val=1", "--trainer.accumulate_grad_batches=2"]
+    with pytest.warns(UserWarning, match="gradient_clip_val does not apply to patches, joint, plain_em"):
+        assert main([*words, *every, "--name=halved"]) == 0
+    checkpoint = torch.load(tmp_path / "halved" / "patches" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2  # of four batches
+
+
 def test_the_report_does_not_wait_for_stages_that_leave_nothing(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

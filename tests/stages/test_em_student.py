@@ -2,11 +2,13 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.small_runs import Run, SmallImages
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 import lvd_lightning.circuits as pc
@@ -189,3 +191,20 @@ def test_assignments_of_the_conditional_go_before_clusters(run: Any) -> None:
 def test_without_assignments_there_is_no_folder(run: Any) -> None:
     shutil.rmtree(run.folder / "latents")
     assert assignments_folder(run.context("prior")) is None
+
+
+def test_flows_of_several_batches_make_one_step(tmp_path: Path) -> None:
+    """Three batches of 40 images are as good as one of 120, and so is a rest at the end of an epoch."""
+    found = {}
+    for name, batch_size, batches in (("one", 120, 1), ("three", 40, 3), ("rest", 40, 5)):
+        run = Run(tmp_path / name, SmallImages(batch_size=batch_size))
+        run.complete("conditional", ConditionalStudent(num_units=2, init="random"), 1)
+        run.data = SmallImages(batch_size=batch_size)
+        module = PriorStudent(num_units=2, hard_epochs=2)
+        module.batches_per_step = batches
+        trainer = run.train("prior", module, 2)
+        assert trainer.global_step == 2
+        found[name] = [table.detach().clone() for table in module.assembled.prior.tables]
+    for name in ("three", "rest"):
+        for one, other in zip(found["one"], found[name], strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)

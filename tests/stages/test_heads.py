@@ -215,7 +215,7 @@ def test_later_stages_go_by_the_heads(coarse: Any) -> None:
     prior = coarse.complete("prior", PriorStudent(candidates=4), 2)
     joint = coarse.complete("finetune", FinetuneStudent(lr=0.1), 2)
     assert joint["val_bpd"] < prior["val_bpd"] < results["val_bpd"] + 0.01
-    found = evaluate_run(coarse.folder, coarse.data, Ranks({"accelerator": "cpu", "devices": 1}))
+    found = evaluate_run(coarse.opened(), coarse.data, Ranks({"accelerator": "cpu", "devices": 1}))
     assert found["num_heads"] == 6
     circuit = AssembledCircuit.load(coarse.folder / "prior")
     bpd = BitsPerDim(48)
