@@ -34,6 +34,12 @@ class GrowClusters(StructureEdit):
     References:
         Liu, Liu, Van den Broeck and Liang, Understanding the distillation process from deep generative models to
         tractable probabilistic circuits, ICML 2023.
+
+    Example:
+        >>> from callbacks import GrowClusters
+        >>> edit = GrowClusters(target=4, every_n_epochs=4, last_epoch=12)
+        >>> [epoch for epoch in range(20) if edit.should_act(epoch)]
+        [4, 8, 12]
     """
 
     position: ClassVar[int] = 2

@@ -27,6 +27,12 @@ class LogGrowth(PictureCallback):
         every_n_epochs: draw at the epochs n - 1, 2 n - 1, ... (counted from 0); the student's `round_epochs` draws what
             each round has led to.
         seed: of the choice of patches.
+
+    Example:
+        >>> from callbacks import LogGrowth
+        >>> draw = LogGrowth(every_n_epochs=3)
+        >>> [epoch for epoch in range(10) if draw.should_draw(epoch)]
+        [2, 5, 8]
     """
 
     def __init__(self, every_n_epochs: int = 5, seed: int = 0) -> None:

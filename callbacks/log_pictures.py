@@ -25,6 +25,12 @@ class LogSamples(PictureCallback):
     Args:
         every_n_epochs: draw at the epochs n - 1, 2 n - 1, ... (counted from 0).
         seed: of the random numbers.
+
+    Example:
+        >>> from callbacks import LogSamples
+        >>> draw = LogSamples(every_n_epochs=3)
+        >>> [epoch for epoch in range(10) if draw.should_draw(epoch)]
+        [2, 5, 8]
     """
 
     def __init__(self, every_n_epochs: int = 1, seed: int = 0) -> None:

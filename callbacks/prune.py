@@ -23,6 +23,12 @@ class Prune(StructureEdit):
     Args:
         threshold: 0 removes only edges without any flow.
         every_n_epochs, first_epoch, last_epoch: see `StructureEdit`.
+
+    Example:
+        >>> from callbacks import Prune
+        >>> edit = Prune(threshold=1e-3, every_n_epochs=4, last_epoch=12)
+        >>> [epoch for epoch in range(20) if edit.should_act(epoch)]
+        [4, 8, 12]
     """
 
     position: ClassVar[int] = 0

@@ -24,6 +24,12 @@ class ReassignClusters(StructureEdit):
     Args:
         reluctance: nats by which another head has to be better.
         every_n_epochs, first_epoch, last_epoch: see `StructureEdit`.
+
+    Example:
+        >>> from callbacks import ReassignClusters
+        >>> edit = ReassignClusters(every_n_epochs=4, last_epoch=12)
+        >>> [epoch for epoch in range(20) if edit.should_act(epoch)]
+        [4, 8, 12]
     """
 
     position: ClassVar[int] = 1

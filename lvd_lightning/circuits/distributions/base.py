@@ -29,6 +29,13 @@ class Distribution(ABC):
     soft evidence apart. They read one tensor x of one type: whole numbers in any integer type if all families are over
     whole numbers, else floating point numbers, of which float32 holds whole numbers up to 2^24 exactly (float16 only up
     to 2048, bfloat16 up to 256).
+
+    Example:
+        >>> import lvd_lightning.circuits as pc
+        >>> pc.Categorical(3) == pc.Categorical(3)  # nodes of equal families are computed together
+        True
+        >>> pc.Categorical(3).initial(num_units=2).shape, pc.Categorical(3).num_free
+        (torch.Size([2, 3]), 2)
     """
 
     #: Rows of parameters are probabilities: the M-step is "normalise the flows".

@@ -30,6 +30,14 @@ class Binomial(Distribution):
     Args:
         total: n, the largest value, at least 1.
         min_prob: the floor of p and of 1 - p, in (0, 1/2).
+
+    Example:
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> graph = pc.CircuitGraph()
+        >>> _ = graph.add_sum([graph.add_input(0, pc.Binomial(2), 1, params=[[0.5]])], 1)
+        >>> pc.Circuit(graph).log_prob(torch.arange(3)[:, None]).detach().exp().flatten()
+        tensor([0.2500, 0.5000, 0.2500])
     """
 
     total: int

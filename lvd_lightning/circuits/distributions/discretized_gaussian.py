@@ -57,6 +57,14 @@ class DiscretizedGaussian(Discretized):
     References:
         Dempster, Laird and Rubin, Maximum Likelihood from Incomplete Data via the EM Algorithm, 1977, section 4.2
         (grouped and truncated data).
+
+    Example:
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> circuit = pc.Circuit(pc.hclt([-1, 0], num_latents=4, leaf=pc.DiscretizedGaussian(16)))
+        >>> values = torch.cartesian_prod(torch.arange(16), torch.arange(16))
+        >>> print(f"{circuit.log_prob(values).exp().sum():.4f}")  # probabilities, no density
+        1.0000
     """
 
     min_std: float = 0.05

@@ -21,6 +21,15 @@ class SoftEvidence(Distribution):
     `log_prob` then takes evidence of shape (B, D, num_states), log p(e_v | z_v = k), and gradients flow into it;
     queries return states. In `hclt`, a latent with `num_states` states is the variable itself; any other number of
     latent states adds an emission p(z_v | y_v).
+
+    Example:
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> prior = pc.Circuit(pc.hclt([-1, 0], num_latents=3, leaf=pc.SoftEvidence(3)))
+        >>> evidence = torch.randn(5, 2, 3, requires_grad=True)  # log p(e_v | z_v = k) of five examples
+        >>> prior.log_prob(evidence).sum().backward()
+        >>> evidence.grad.sum(2).round(decimals=4)[0]  # posteriors of both variables
+        tensor([1., 1.])
     """
 
     num_states: int

@@ -21,7 +21,16 @@ __all__ = ["Gaussian"]
 
 @dataclass(frozen=True)
 class Gaussian(Distribution):
-    """Normal density with parameters (mean, standard deviation); `min_std` is the floor of every M-step."""
+    """Normal density with parameters (mean, standard deviation); `min_std` is the floor of every M-step.
+
+    Example:
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> graph = pc.CircuitGraph()
+        >>> _ = graph.add_sum([graph.add_input(0, pc.Gaussian(), 1, params=[[1.0, 2.0]])], 1)
+        >>> print(f"{pc.Circuit(graph).log_prob(torch.tensor([[1.0]])).item():.4f}")  # -log(2 sqrt(2 pi))
+        -1.6121
+    """
 
     min_std: float = 1e-3
     num_statistics: ClassVar[int] = 3

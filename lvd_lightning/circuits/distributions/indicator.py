@@ -28,6 +28,13 @@ class Indicator(Categorical):
 
     Raises:
         ValueError: num_categories is no such number.
+
+    Example:
+        >>> import lvd_lightning.circuits as pc
+        >>> pc.Indicator(3).initial(num_units=3)
+        tensor([[1., 0., 0.],
+                [0., 1., 0.],
+                [0., 0., 1.]])
     """
 
     is_fixed: ClassVar[bool] = True

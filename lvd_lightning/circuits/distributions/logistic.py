@@ -62,6 +62,14 @@ class DiscretizedLogistic(Discretized):
     References:
         Salimans et al., PixelCNN++, 2017 (arXiv 1701.05517), section 2.1 (the likelihood); Andrews and Mallows, Scale
         Mixtures of Normal Distributions, 1974 (the random precision).
+
+    Example:
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> circuit = pc.Circuit(pc.hclt([-1, 0], num_latents=4, leaf=pc.DiscretizedLogistic(16)))
+        >>> values = torch.cartesian_prod(torch.arange(16), torch.arange(16))
+        >>> print(f"{circuit.log_prob(values).exp().sum():.4f}")  # probabilities, no density
+        1.0000
     """
 
     min_scale: float = 0.05

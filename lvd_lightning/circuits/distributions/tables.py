@@ -30,6 +30,14 @@ class Categorical(Distribution):
 
     Raises:
         ValueError: num_categories is no such number.
+
+    Example:
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> graph = pc.CircuitGraph()
+        >>> _ = graph.add_sum([graph.add_input(0, pc.Categorical(3), 1, params=[[0.5, 0.25, 0.25]])], 1)
+        >>> pc.Circuit(graph).log_prob(torch.tensor([[0], [2]])).detach().exp().flatten()
+        tensor([0.5000, 0.2500])
     """
 
     num_categories: int
@@ -151,6 +159,13 @@ class Bernoulli(Categorical):
 
     Raises:
         ValueError: another number of categories.
+
+    Example:
+        >>> import torch
+        >>> import lvd_lightning.circuits as pc
+        >>> circuit = pc.Circuit(pc.hclt([-1, 0, 0], num_latents=2, leaf=pc.Bernoulli()))
+        >>> circuit.num_parameters  # two units of each variable, two transitions of two rows, the root
+        11
     """
 
     num_categories: int = 2
