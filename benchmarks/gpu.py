@@ -40,7 +40,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
-from lvd_lightning.circuits.engine.kernels import triton as fused_gpu
+from lvd_lightning.circuits.engine.kernels import triton as triton_kernels
 
 NUM_CATEGORIES, CHANNELS = 256, 3
 STEP_SIZE, PSEUDOCOUNT = 0.1, 0.01
@@ -132,7 +132,7 @@ def setting(circuit: pc.Circuit, precision: str | None) -> Iterator[None]:
     before = circuit.matmul_precision
     circuit.matmul_precision = precision or before
     try:
-        with fused_gpu.switched(precision is not None):
+        with triton_kernels.switched(precision is not None):
             yield
     finally:
         circuit.matmul_precision = before
@@ -168,7 +168,7 @@ def ours_graphed(circuit: pc.Circuit, precision: str, batch: Tensor) -> Contende
         with torch.cuda.graph(graph):
             step(place)
     # The graph has their addresses: they must not be freed, whatever the circuit does with them.
-    kept = (list(circuit.pool.free), [table.grad for table in circuit.tables])
+    kept = (list(circuit.engine.pool.free), [table.grad for table in circuit.tables])
 
     def run(batch: Tensor, kept: object = kept) -> None:
         place.copy_(batch)
@@ -290,10 +290,10 @@ def on_gpu(x: Tensor, tree: Tensor, num_latents: int, settings: argparse.Namespa
     device, size = x.device, settings.batch_size
     circuit = first_circuit(x, tree, num_latents, size, device)
     contenders = [ours(circuit, None)]
-    if fused_gpu.applies(circuit.device, circuit.dtype):
+    if triton_kernels.applies(circuit.device, circuit.dtype):
         if settings.tune:
             tune(circuit, x, size)
-        contenders += [ours(circuit, precision) for precision in fused_gpu.PRECISIONS]
+        contenders += [ours(circuit, precision) for precision in triton_kernels.PRECISIONS]
     else:
         contenders.append(Contender("ours, fused", note="the kernels do not work here, see the warning"))
     contenders += [
@@ -308,14 +308,14 @@ def on_gpu(x: Tensor, tree: Tensor, num_latents: int, settings: argparse.Namespa
                 this.error = error_of(this.log_prob(examples), exact)
             except Exception as error:
                 this.step, this.note = None, f"{type(error).__name__}: {str(error)[:100]}"
-    if fused_gpu.applies(circuit.device, circuit.dtype):
+    if triton_kernels.applies(circuit.device, circuit.dtype):
         batch = draw(x, 0, size)
         contenders += [
             attempt(
                 f"ours, fused, {precision}, CUDA graph",
                 lambda precision=precision: ours_graphed(circuit, precision, batch),
             )
-            for precision in fused_gpu.PRECISIONS
+            for precision in triton_kernels.PRECISIONS
         ]
     measure(contenders, x, size, settings.steps)
     for this in contenders:
@@ -353,7 +353,7 @@ def on_cpu(x: Tensor, tree: Tensor, num_latents: int, settings: argparse.Namespa
     contenders[0].error = error_of(contenders[0].log_prob(x[:NUM_ERROR_EXAMPLES]), exact)
     errors = emulated_errors(circuit, x[:NUM_ERROR_EXAMPLES])
     why = "needs a GPU"
-    contenders += [Contender(f"ours, fused, {precision}", note=why) for precision in fused_gpu.PRECISIONS]
+    contenders += [Contender(f"ours, fused, {precision}", note=why) for precision in triton_kernels.PRECISIONS]
     contenders += [Contender("ours, fused, CUDA graph", note=why), Contender("PyJuice", note=f"{why} to compile")]
     measure(contenders, x, size, settings.steps)
     title = f"## {num_latents} latents, {x.shape[1]} variables, batch {size}"

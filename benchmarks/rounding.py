@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import lvd_lightning.circuits as pc
-from lvd_lightning.circuits.engine.kernels import triton as fused_gpu
+from lvd_lightning.circuits.engine.kernels import triton as triton_kernels
 
 
 @dataclass
@@ -72,9 +72,9 @@ def emulated_errors(circuit: pc.Circuit, x: Tensor) -> dict[str, Error]:
     log_exact.sum().backward()
     flows = _flows(exact)
     found = {}
-    for precision in fused_gpu.PRECISIONS:
+    for precision in triton_kernels.PRECISIONS:
         single = copy.deepcopy(circuit)
-        single.is_linear = False  # as on a GPU: logarithms between layers
+        single.engine.is_linear = False  # as on a GPU: logarithms between layers
         with Rounded(precision):
             log_p = single.log_prob(x, head=0)
             log_p.sum().backward()

@@ -17,31 +17,22 @@ from torch import Tensor, nn
 from lvd_lightning.circuits import queries
 from lvd_lightning.circuits.checks import check_number, check_type
 from lvd_lightning.circuits.distributions.base import may_ask
-from lvd_lightning.circuits.engine import layers
-from lvd_lightning.circuits.engine.bad_flows import BAD_FLOWS
 from lvd_lightning.circuits.engine.batch import Batch, head_index, prepare, wanted_heads
 from lvd_lightning.circuits.engine.changes import KnownTables
-from lvd_lightning.circuits.engine.error_bound import ErrorBound
-from lvd_lightning.circuits.engine.kernels import triton as fused_gpu
-from lvd_lightning.circuits.engine.kernels.cpu.passes import LayerIndex
-from lvd_lightning.circuits.engine.kronecker import KroneckerLayer
-from lvd_lightning.circuits.engine.late_checks import LateCheck
-from lvd_lightning.circuits.engine.layers import TINY, InputLayer, Layer
-from lvd_lightning.circuits.engine.log_prob import Lease, LogProb
-from lvd_lightning.circuits.engine.open_graph import OpenGraph, open_graphs
+from lvd_lightning.circuits.engine.engine import Engine
+from lvd_lightning.circuits.engine.kernels import triton as triton_kernels
+from lvd_lightning.circuits.engine.log_prob import LogProb
 from lvd_lightning.circuits.engine.parameters import (
     check_probabilities,
     check_type_of_numbers,
-    check_types,
+    common_type,
     from_logits,
-    root_rows,
     stack,
     to_logits,
 )
 from lvd_lightning.circuits.engine.plan import Plan, compile_plan
 from lvd_lightning.circuits.engine.reference import is_vmapped, log_values, take_inputs
-from lvd_lightning.circuits.engine.sparse import LAYOUTS, Layout, SparseEdges
-from lvd_lightning.circuits.engine.workspace import GradientSpace, Pool, Workspace
+from lvd_lightning.circuits.engine.sparse import LAYOUTS, Layout
 from lvd_lightning.circuits.graph import CircuitGraph, Node, with_sum_root
 
 __all__ = ["Circuit"]
@@ -76,9 +67,6 @@ class Circuit(nn.Module):
         torch.Size([5, 8, 1])
     """
 
-    roots: Tensor
-    circuit_of_node: Tensor
-
     def __init__(
         self,
         graph: CircuitGraph | Sequence[CircuitGraph],
@@ -102,7 +90,7 @@ class Circuit(nn.Module):
         graphs = [with_sum_root(found) for found in graphs]
         for found in graphs:
             found.validate()
-        check_types(graphs)
+        dtype = common_type(graphs)
         sizes = {found.num_variables for found in graphs}
         if len(sizes) > 1:
             raise ValueError(f"Circuit: all graphs must have equally many variables, got {sorted(sizes)}")
@@ -111,44 +99,20 @@ class Circuit(nn.Module):
         self.num_variables = sizes.pop()
         self.num_heads = max(found.num_heads for found in graphs)
         self.structures = [found.structure() for found in graphs]
-        self.plan = compile_plan(graphs, "dense" if parameterization == "logits" else layout)
-        self.input_layers = nn.ModuleList(InputLayer(plan, self.num_variables) for plan in self.plan.inputs)
-        groups = self.plan.groups
-        self.layers = nn.ModuleList(
-            Layer(plan, number, groups[plan.group].edges if plan.group >= 0 else None)
-            if plan.grid is None
-            else KroneckerLayer(plan, number)
-            for number, plan in enumerate(self.plan.layers)
-        )
-        self._mark_shared_rows()
-        self.root_parameters = root_rows(self.plan, graphs)
-        self.register_buffer("roots", torch.from_numpy(self.plan.roots), persistent=False)
+        plan = compile_plan(graphs, "dense" if parameterization == "logits" else layout)
+        keeps_statistics = parameterization == "probabilities"
+        self.engine = Engine(plan, self.structures, dtype, batched=self.batched, keeps_statistics=keeps_statistics)
         self.tables = nn.ParameterList()
-        for number, group in enumerate(self.plan.groups):
+        for number, group in enumerate(plan.groups):
             table, mask = stack(graphs, group)
-            edges = self.edges(number)
-            if edges is not None:
-                table, mask = edges.take(table), None
-            self.register_buffer(f"mask{number}", mask, persistent=False)
+            edges = self.engine.edges(number)
+            if edges is None:
+                self.engine.set_mask(number, mask)
+            else:
+                table = edges.take(table)
             learnt = group.distribution is None or not group.distribution.is_fixed
             stored = to_logits(table, group) if parameterization == "logits" else table
             self.tables.append(nn.Parameter(stored, requires_grad=learnt))
-        self.register_buffer("circuit_of_node", _circuit_of_nodes(self.plan), persistent=False)
-        self.is_linear = all(plan.distribution.is_table for plan in self.plan.inputs) and self.plan.is_slim_tree
-        self.pool = Pool()
-        self.checks = LateCheck(
-            [f"x: {plan.distribution} got values outside its support" for plan in self.plan.inputs]
-            + [f"head: expected 0..{self.num_heads - 1}, got others", BAD_FLOWS]
-        )
-        self._matmul_precision = "ieee"
-        self._careful = False
-        self._layer_index: list[LayerIndex] = []
-        self._error_bound: ErrorBound | None = None
-        self.gradient_pool: dict[int, Tensor] = {}
-        self.statistics: dict[int, Tensor] = {}
-        self.bad_example: str | None = None  # the first one whose gradient was NaN or infinite
-        self.lacks_statistics = False  # gradients came from the reference pass, which adds nothing to `statistics`
-        self._is_evidence = self._check_evidence()
         self._known_tables = KnownTables(self.tables)
 
     def extra_repr(self) -> str:
@@ -165,7 +129,12 @@ class Circuit(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the circuit."""
-        return self.roots.device
+        return self.engine.device
+
+    @property
+    def plan(self) -> Plan:
+        """How the graphs are folded."""
+        return self.engine.plan
 
     @property
     def matmul_precision(self) -> str:
@@ -178,13 +147,15 @@ class Circuit(nn.Module):
         Raises:
             ValueError: set to something else.
         """
-        return self._matmul_precision
+        return self.engine.matmul_precision
 
     @matmul_precision.setter
     def matmul_precision(self, precision: str) -> None:
-        if precision not in fused_gpu.PRECISIONS:
-            raise ValueError(f"matmul_precision: expected one of {', '.join(fused_gpu.PRECISIONS)}, got {precision!r}")
-        self._matmul_precision = precision
+        if precision not in triton_kernels.PRECISIONS:
+            raise ValueError(
+                f"matmul_precision: expected one of {', '.join(triton_kernels.PRECISIONS)}, got {precision!r}"
+            )
+        self.engine.matmul_precision = precision
 
     @property
     def num_parameters(self) -> int:
@@ -247,18 +218,18 @@ class Circuit(nn.Module):
         by_reference = any(found is self for found in _BY_REFERENCE.get())
         given = [found for found in (x, observed, head) if by_reference and isinstance(found, Tensor)]
         checked = not any(is_vmapped(found) for found in given)
-        batch = prepare(self, x, observed, late=True, checked=checked)
+        batch = self.prepare(x, observed, late=True, checked=checked)
         tables = self.probabilities()
-        parts = [*tables, x] if self._is_evidence else tables
+        parts = [*tables, x] if self.engine.is_evidence else tables
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in parts)
-        evidence = x if self._is_evidence else None
-        head_GB = None if head is None else head_index(self, head, batch.size, late=True, checked=checked)
+        evidence = x if self.engine.is_evidence else None
+        head_GB = None if head is None else head_index(self.engine, head, batch.size, late=True, checked=checked)
         shape = (self.num_circuits, batch.size) if head is not None else (self.num_circuits, batch.size, self.num_heads)
         if margin is not None:
             check_number("margin", margin, 0, above_low=True, meaning=", in nats")
             if keep:
                 raise ValueError("margin: is for values without gradients; call log_prob under torch.no_grad()")
-        selected = wanted_heads(self, wanted, head_GB, shape)
+        selected = wanted_heads(self.engine, wanted, head_GB, shape)
         if by_reference:
             log_GHB = self._reference_pass(x, observed, tables)
         else:
@@ -307,7 +278,7 @@ class Circuit(nn.Module):
         Raises:
             ValueError: a value outside the support of its variable, or a head that is not there, in an earlier call.
         """
-        self.checks.ask(wait=True)
+        self.engine.checks.ask(wait=True)
 
     def sample(
         self,
@@ -419,7 +390,7 @@ class Circuit(nn.Module):
         """
         graphs = [structure.structure() for structure in self.structures]
         for number, (group, stored) in enumerate(zip(self.plan.groups, self.probabilities(), strict=True)):
-            table = self.dense(number, stored.detach())
+            table = self.engine.dense(number, stored.detach())
             for row, (g, index) in enumerate(group.owners):
                 node = graphs[g].nodes[index]
                 inner = self._inner_size(g, node) if node.kind == "sum" else group.shape[1]
@@ -438,14 +409,12 @@ class Circuit(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients and, with them, the flow statistics of inputs whose gradients do not hold them."""
         super().zero_grad(set_to_none)
-        self.lacks_statistics, self.bad_example = False, None
-        for statistics in self.statistics.values():
-            statistics.zero_()
+        self.engine.forget()
 
     def _fused_pass(self, *arguments: object) -> Tensor:
         """log p of all heads, (G, H, B)."""
         try:
-            return LogProb.apply(self, *arguments)
+            return LogProb.apply(self.engine, *arguments)
         except RuntimeError as error:
             if "setup_context" not in str(error):  # a static method that PyTorch misses in our autograd function
                 raise
@@ -455,7 +424,7 @@ class Circuit(nn.Module):
 
     def _reference_pass(self, x: Tensor, observed: Tensor | None, tables: Sequence[Tensor]) -> Tensor:
         """log p of all heads, (G, H, B)."""
-        is_shared = (x.ndim == 3) == self._is_evidence
+        is_shared = (x.ndim == 3) == self.engine.is_evidence
         masks = None if observed is None else take_inputs(self.plan, observed, is_shared)
         found = log_values(self.plan, tables, take_inputs(self.plan, x, is_shared), masks)
         for layer, log_FKB in zip(self.plan.inputs, found.inputs, strict=True):
@@ -465,21 +434,24 @@ class Circuit(nn.Module):
 
     def _note_gradient(self, grad_GHB: Tensor | None) -> None:
         """Remember the first example whose gradient is NaN or infinite: in the sums over examples it is lost."""
-        if grad_GHB is not None and not math.isfinite(grad_GHB.sum()) and self.bad_example is None:
+        if grad_GHB is not None and not math.isfinite(grad_GHB.sum()) and self.engine.bad_example is None:
             found = (~grad_GHB.isfinite()).nonzero().tolist()
             if found:
                 g, h, b = found[0]
-                self.bad_example = f"example {b} under head {h}" + (f" of circuit {g}" if self.batched else "")
+                self.engine.bad_example = f"example {b} under head {h}" + (f" of circuit {g}" if self.batched else "")
 
     def _lack_statistics(self, _: Tensor) -> None:
-        self.lacks_statistics = True
+        self.engine.lacks_statistics = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Circuit:
         """Behind `to`, `half` and their like."""
         check_type_of_numbers(fn(torch.empty(0, dtype=self.dtype)).dtype)
         return super()._apply(fn, recurse)
 
-    # What follows is for the engine's own modules.
+    def prepare(self, x: Tensor, observed: Tensor | None, *, late: bool = False, checked: bool = True) -> Batch:
+        """Examples as the engine takes them, once they and the parameters are found good; see `batch.prepare`."""
+        self.check_tables()
+        return prepare(self.engine, x, observed, late, checked)
 
     def trust_tables(self) -> None:
         """Take the parameters as they are for good ones: an EM step made them."""
@@ -494,7 +466,7 @@ class Circuit(nn.Module):
         if self.parameterization == "probabilities":
             tables = self.tables._parameters.values()  # a list of parameters takes its time to be walked
             for number in self._known_tables.changed(table for table in tables if table is not None):
-                check_probabilities(self.dense(number, self.tables[number]), self.plan.groups[number])
+                check_probabilities(self.engine.dense(number, self.tables[number]), self.plan.groups[number])
                 self._known_tables.learn(number, self.tables[number])
 
     def probabilities(self) -> list[Tensor]:
@@ -502,183 +474,10 @@ class Circuit(nn.Module):
         if self.parameterization == "probabilities":
             return list(self.tables)
         return [
-            from_logits(logits, group, self.mask(number))
+            from_logits(logits, group, self.engine.mask(number))
             for number, (logits, group) in enumerate(zip(self.tables, self.plan.groups, strict=True))
         ]
-
-    def statistics_of(self, group: int) -> Tensor | None:
-        """The sums for EM of a parameter group's inputs, (rows, units, T), made if need be; None where there are none.
-
-        Always float64: differences of large sums are wanted.
-        """
-        distribution, table = self.plan.groups[group].distribution, self.tables[group]
-        if distribution is None or not distribution.num_statistics or self.parameterization == "logits":
-            return None
-        found = self.statistics.get(group)
-        if found is None or found.device != table.device:
-            found = table.new_zeros(*table.shape[:2], distribution.num_statistics, dtype=torch.float64)
-            self.statistics[group] = found
-        return found
-
-    def mask(self, group: int) -> Tensor | None:
-        """Live edges of a parameter group, shape of `dense`; None if all are."""
-        edges = self.edges(group)
-        if edges is not None:
-            return edges.dense(torch.ones_like(edges.column, dtype=torch.bool))
-        found: Tensor | None = getattr(self, f"mask{group}")
-        return found
-
-    def edges(self, group: int) -> SparseEdges | None:
-        """The layout of a parameter group if it has only the weights of live edges, which are (E) then."""
-        if self.plan.groups[group].edges is None:
-            return None
-        return next(layer.edges for layer in self._inner_layers() if layer.group == group)
-
-    def dense(self, group: int, values: Tensor) -> Tensor:
-        """Numbers shaped like the parameters of a group as (rows, units, alternatives), whatever the layout."""
-        edges = self.edges(group)
-        return values if edges is None else edges.dense(values)
-
-    def opened(self) -> list[OpenGraph]:
-        """Every graph with its current parameters, laid open for changes."""
-        numbers = range(len(self.plan.groups))
-        tables = [self.dense(number, table) for number, table in enumerate(self.probabilities())]
-        return open_graphs(self.structures, self.plan.groups, tables, [self.mask(number) for number in numbers])
-
-    def run_forward(self, batch: Batch, tables: Sequence[Tensor], space: Workspace) -> None:
-        """Fill a workspace with the values of all rows."""
-        kernels = fused_gpu.passes_for(self.device, self.dtype)
-        if kernels is not None:
-            kernels.forward(self, batch, tables, space)
-            return
-        space.underflow.clear()
-        self.run_inputs(batch, tables, space.values)
-        careful = self._careful or not space.keep
-        self._run_layers(tables, space, careful)
-        if not careful and space.sums.numel() and float(space.sums.amin()) < TINY[self.dtype]:
-            self._careful = True  # this circuit's sums underflow: from now on, look at every layer as it is computed
-            self._run_layers(tables, space, True)
-
-    def error_bound(self) -> ErrorBound:
-        """What decides whether linear values will do; made once."""
-        if self._error_bound is None or self._error_bound.roots.device != self.device:
-            self._error_bound = ErrorBound(self.plan, self.structures, self.device)
-        return self._error_bound
-
-    def _run_layers(self, tables: Sequence[Tensor], space: Workspace, careful: bool) -> None:
-        for layer in self._inner_layers():
-            layer(space, tables[layer.group] if layer.is_sum else None, careful)
-
-    def run_inputs(self, batch: Batch, tables: Sequence[Tensor], values: Tensor) -> None:
-        """Fill the input rows."""
-        for number, layer in enumerate(self._leaf_layers()):
-            observed = None if batch.observed is None else batch.observed[number]
-            layer(values, tables[layer.group] if layer.group >= 0 else None, batch.values[number], observed)
-
-    def run_backward(
-        self, space: Workspace, tables: Sequence[Tensor], gradient: GradientSpace, grads: Sequence[Tensor | None]
-    ) -> None:
-        """From the gradient of the heads in `gradient` (see `head_rows`) to that of all inner units and weights."""
-        kernels = fused_gpu.passes_for(self.device, self.dtype)
-        if kernels is not None:
-            kernels.backward(self, space, tables, gradient, grads)
-            return
-        for layer in reversed(self._inner_layers()):
-            if layer.is_sum:
-                layer.backward(space, gradient, tables[layer.group], grads[layer.group])
-            else:
-                layer.backward(space, gradient, None, None)
-
-    def head_rows(self, inner: Tensor) -> Tensor:
-        """The rows of an E matrix that belong to the heads, shape (G, H, B)."""
-        return inner[1 : 1 + self.roots.numel()].view(*self.roots.shape, -1)
-
-    @torch.no_grad()
-    def top_down(self, share_GH: Tensor) -> list[Tensor]:
-        """TD(n), the top-down probability of every parameter row (rows, units), given that of every head."""
-        tables = self.probabilities()
-        space = self.gradient_space(1)
-        self.head_rows(space.inner)[..., 0] = share_GH
-        groups = zip(self.plan.groups, tables, strict=True)
-        out = [table.new_zeros(len(group.owners), group.shape[0]) for group, table in groups]
-        for layer in reversed(self._inner_layers()):
-            if layer.is_sum:
-                layer.pass_down(space, tables[layer.group], out[layer.group])
-            else:
-                layer.pass_down(space, None, None)
-        for leaf in self._leaf_layers():
-            if leaf.group >= 0:
-                leaf.add_rows(out[leaf.group], leaf.gradient_of(space.inner, 0, leaf.num_folds)[..., 0], 0)
-        self.return_gradient_space(space)
-        return out
-
-    def root_places(self) -> list[tuple[int, Tensor, Tensor]]:
-        """`root_parameters` on the circuit's device."""
-        if any(rows.device != self.device for _, _, rows in self.root_parameters):
-            self.root_parameters = [
-                (number, circuits.to(self.device), rows.to(self.device))
-                for number, circuits, rows in self.root_parameters
-            ]
-        return self.root_parameters
-
-    def lease(self, size: int, keep: bool) -> Lease[Workspace]:
-        """A workspace for a forward pass over `size` examples; with `keep`, a backward pass can follow."""
-        return Lease(self, Workspace, size, keep)
-
-    def gradient_space(self, size: int) -> GradientSpace:
-        """Buffers for a backward pass; give them back with `return_gradient_space`."""
-        found = self.pool.take(self._pool_key("gradient", size))
-        if isinstance(found, GradientSpace):
-            return found
-        return GradientSpace(self._inner_layers(), self.plan.num_edge_rows, size, self._like())
-
-    def return_gradient_space(self, space: GradientSpace) -> None:
-        """For the next backward pass."""
-        self.pool.give(self._pool_key("gradient", space.inner.shape[1]), space)
-
-    def layer_index(self) -> list[LayerIndex]:
-        """What the compiled kernels need to know of every layer."""
-        if not self._layer_index:
-            self._layer_index = [LayerIndex.of(plan) for plan in self.plan.layers]
-        return self._layer_index
-
-    def _inner_layers(self) -> list[Layer]:
-        return [layer for layer in self.layers if isinstance(layer, Layer)]
-
-    def _leaf_layers(self) -> list[InputLayer]:
-        return [layer for layer in self.input_layers if isinstance(layer, InputLayer)]
-
-    def _pool_key(self, purpose: str, size: int) -> object:
-        mode = torch.is_inference_mode_enabled()  # tensors made in it cannot be written outside
-        return purpose, size, self.dtype, self.device, mode, layers.CACHE_SIZE
-
-    def _like(self) -> Tensor:
-        return torch.empty(0, dtype=self.dtype, device=self.device)
 
     def _inner_size(self, g: int, node: Node) -> int:
         nodes = self.structures[g].nodes
         return sum(nodes[child].num_units for child in node.children)
-
-    def _check_evidence(self) -> bool:
-        kinds = {plan.distribution.is_evidence for plan in self.plan.inputs}
-        if kinds == {True, False}:
-            raise ValueError("Circuit: soft evidence and ordinary inputs in one circuit are not supported")
-        if True in kinds and len(self.plan.inputs) > 1:
-            raise ValueError("Circuit: all soft evidence must have the same number of states")
-        return True in kinds
-
-    def _mark_shared_rows(self) -> None:
-        uses = [torch.zeros(len(group.owners), dtype=torch.int64) for group in self.plan.groups]
-        folded: list[InputLayer | Layer] = [*self._leaf_layers(), *self._inner_layers()]
-        for layer in folded:
-            if layer.group >= 0:
-                uses[layer.group].index_add_(0, layer.parameter_rows, torch.ones(layer.num_folds, dtype=torch.int64))
-        for layer in folded:
-            if layer.group >= 0 and bool((uses[layer.group] > 1).any()):
-                layer.accumulate = True
-        self._zeroed = {layer.group for layer in folded if layer.accumulate}
-
-
-def _circuit_of_nodes(plan: Plan) -> Tensor:
-    """The circuit of every folded inner node, layer by layer."""
-    return torch.tensor([g for layer in plan.layers for g, _ in layer.nodes], dtype=torch.int64)

@@ -19,8 +19,8 @@ from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.distributions.base import may_ask
 from lvd_lightning.circuits.engine.bad_flows import refuse_bad_flows
-from lvd_lightning.circuits.engine.kernels.cpu import updates as native_updates
-from lvd_lightning.circuits.engine.kernels.triton import updates as fused_updates
+from lvd_lightning.circuits.engine.kernels.cpu import updates as cpu_updates
+from lvd_lightning.circuits.engine.kernels.triton import updates as triton_updates
 from lvd_lightning.circuits.engine.layers import CACHE_SIZE
 from lvd_lightning.circuits.engine.sparse import SparseEdges
 
@@ -104,7 +104,7 @@ class _CircuitOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             self._check(group)
-        if any(circuit.lacks_statistics for circuit in self.circuits):
+        if any(circuit.engine.lacks_statistics for circuit in self.circuits):
             raise ValueError(
                 f"{type(self).__name__}: a circuit has inputs that need more than gradients (Gaussian, Binomial, "
                 "DiscretizedLogistic), and these came from inside `circuit.reference()`: call log_prob outside of it "
@@ -112,7 +112,7 @@ class _CircuitOptimizer(torch.optim.Optimizer):
             )
         self._reduce()
         for circuit in self.circuits:
-            refuse_bad_flows(circuit, type(self).__name__)
+            refuse_bad_flows(circuit.engine, list(circuit.tables), type(self).__name__)
         for circuit, group in zip(self.circuits, self.param_groups, strict=True):
             if any(table.grad is not None for table in group["params"]):
                 self._step_circuit(circuit, group)
@@ -125,14 +125,12 @@ class _CircuitOptimizer(torch.optim.Optimizer):
         The next backward pass writes its gradients to the memory of these: clone those that you want to keep.
         """
         for circuit in self.circuits:
-            circuit.lacks_statistics, circuit.bad_example = False, None
-            for statistics in circuit.statistics.values():
-                statistics.zero_()
+            circuit.engine.forget()
             for number, table in enumerate(circuit.tables):
                 if table.grad is None:
                     continue
                 if set_to_none:
-                    circuit.gradient_pool[number] = table.grad
+                    circuit.engine.gradient_pool[number] = table.grad
                     table.grad = None
                 else:
                     table.grad.zero_()
@@ -159,7 +157,7 @@ class _CircuitOptimizer(torch.optim.Optimizer):
                 if table.grad is None:
                     table.grad = torch.zeros_like(table)
                 sums.append(table.grad)
-                statistics = circuit.statistics_of(number)
+                statistics = circuit.engine.statistics_of(number, table)
                 if statistics is not None:
                     sums.append(statistics)
         for kind in dict.fromkeys(tensor.dtype for tensor in sums):  # in the same order on every rank
@@ -214,12 +212,12 @@ class CircuitEM(_CircuitOptimizer):
         for number, table in enumerate(circuit.tables):
             if table.grad is None:
                 continue
-            sums_PXT = circuit.statistics_of(number)
+            sums_PXT = circuit.engine.statistics_of(number, table)
             if sums_PXT is not None:
                 _move_inputs(_family(circuit, number), table, sums_PXT, pseudocount, step)
                 continue
-            floor, edges = _has_floor(circuit, number, pseudocount), circuit.edges(number)
-            mask = None if edges is not None else circuit.mask(number)
+            floor, edges = _has_floor(circuit, number, pseudocount), circuit.engine.edges(number)
+            mask = None if edges is not None else circuit.engine.mask(number)
             starts = None if edges is None else edges.start
             rest = {"pseudocount": pseudocount, "floor": floor, "starts": starts}
             if _update_in_kernels(table, table.grad, mask, step=step, **rest):
@@ -301,7 +299,7 @@ class Anemone(_CircuitOptimizer):
         for circuit, group in zip(self.circuits, state_dict["param_groups"], strict=True):
             for number, (table, index) in enumerate(zip(circuit.tables, group["params"], strict=True)):
                 saved = state_dict["state"].get(index)
-                if saved and circuit.statistics_of(number) is not None:
+                if saved and circuit.engine.statistics_of(number, table) is not None:
                     self.state[table]["flow"] = saved["flow"].to(table.device, torch.float64, copy=True)
 
     def _step_circuit(self, circuit: Circuit, group: dict[str, Any]) -> None:
@@ -315,13 +313,13 @@ class Anemone(_CircuitOptimizer):
             return
         # Without any flow no row is visited and nothing changes: an accelerator need not be asked.
         share_GH = root_GH / total.clamp_min(torch.finfo(total.dtype).tiny)
-        top_down = circuit.top_down(share_GH.to(circuit.dtype))
+        top_down = circuit.engine.top_down(circuit.probabilities(), share_GH.to(circuit.dtype))
         for number, table in enumerate(circuit.tables):
             if table.grad is None:
                 continue
             correction = 1 - momentum ** self.state[table]["step"]
             scale_PX1 = ((1 - group["lr"]) * total).to(table.dtype) * top_down[number][..., None]
-            if circuit.statistics_of(number) is not None:
+            if circuit.engine.statistics_of(number, table) is not None:
                 sums_PXT = self.state[table]["flow"] * (group["lr"] / correction)
                 _move_inputs(
                     _family(circuit, number), table, sums_PXT, scale_PX1.double() + group["pseudocount"], step=1.0
@@ -340,8 +338,9 @@ class Anemone(_CircuitOptimizer):
     ) -> None:
         """theta = (s F + (1 - s) N TD theta + a / |ch|) / (the sum of that): rows of theta sum to one."""
         step, pseudocount = group["lr"] / correction, group["pseudocount"]
-        flows, edges = self.state[table]["flow"], circuit.edges(number)
-        mask, floor = None if edges is not None else circuit.mask(number), _has_floor(circuit, number, pseudocount)
+        flows, edges = self.state[table]["flow"], circuit.engine.edges(number)
+        mask = None if edges is not None else circuit.engine.mask(number)
+        floor = _has_floor(circuit, number, pseudocount)
         statistics = {"flow_PXY": flows, "scale_PX1": scale_PX1, "starts": None if edges is None else edges.start}
         if _update_in_kernels(table, None, mask, step=step, pseudocount=pseudocount, floor=floor, **statistics):
             return
@@ -363,7 +362,7 @@ class Anemone(_CircuitOptimizer):
         """Update the moving average of the flows of one parameter tensor."""
         assert table.grad is not None
         state = self.state[table]
-        sums_PXT = circuit.statistics_of(number)
+        sums_PXT = circuit.engine.statistics_of(number, table)
         if not state:
             state["step"] = 0
             state["flow"] = torch.zeros_like(table if sums_PXT is None else sums_PXT)
@@ -383,9 +382,9 @@ class Anemone(_CircuitOptimizer):
 
     def _root_flow(self, circuit: Circuit) -> Tensor:
         """The averaged flow of every head, (G, H), bias-corrected."""
-        out_GH = torch.zeros(circuit.roots.shape, dtype=torch.float64, device=circuit.device)
+        out_GH = torch.zeros(circuit.engine.roots.shape, dtype=torch.float64, device=circuit.device)
         momentum = self.param_groups[self._group(circuit)]["momentum"]
-        for number, circuits, rows in circuit.root_places():
+        for number, circuits, rows in circuit.engine.root_places():
             state = self.state.get(circuit.tables[number])
             if state:
                 flow_FH = state["flow"][rows].sum(-1).double() / (1 - momentum ** state["step"])
@@ -399,7 +398,7 @@ class Anemone(_CircuitOptimizer):
 
 def _update_in_kernels(theta: Tensor, *tensors: Tensor | None, **settings: Any) -> bool:
     """An M-step in place by compiled kernels; False, with nothing done, where there are none."""
-    return any(module.update_table(theta, *tensors, **settings) for module in (native_updates, fused_updates))
+    return any(module.update_table(theta, *tensors, **settings) for module in (cpu_updates, triton_updates))
 
 
 def _chunks(table: Tensor) -> Iterator[slice]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lvd_lightning.circuits.checks import check_type, described
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import Distribution, Gaussian
-from lvd_lightning.circuits.engine.batch import head_index, prepare
+from lvd_lightning.circuits.engine.batch import head_index
 from lvd_lightning.circuits.engine.layers import InputLayer
 from lvd_lightning.circuits.queries import nothing_observed, unit_posteriors
 
@@ -77,11 +77,11 @@ def expectation(
     if x is None and observed is not None:
         raise ValueError("expectation: observed: says what of x is given, and there is no x")
     known, mask = nothing_observed(circuit, 1) if x is None else (x, observed)
-    batch = prepare(circuit, known, mask)
-    space = unit_posteriors(circuit, batch, head_index(circuit, head, batch.size))
+    batch = circuit.prepare(known, mask)
+    space = unit_posteriors(circuit, batch, head_index(circuit.engine, head, batch.size))
     tables = circuit.probabilities()
     out_VB = torch.zeros(circuit.num_circuits * circuit.num_variables, batch.size).to(space.inner)
-    for number, layer in enumerate(circuit._leaf_layers()):
+    for number, layer in enumerate(circuit.engine.leaf_layers()):
         seen_FB = None if batch.observed is None else batch.observed[number]
         reached_FKB = layer.gradient_of(space.inner, 0, layer.num_folds)
         mean_FK = _mean(f, layer, tables)
@@ -90,7 +90,7 @@ def expectation(
             given_FB = _at(f, layer, batch.values[number].to(circuit.dtype)) * reached_FKB.sum(1)
             found_FB = given_FB if seen_FB is None else torch.where(seen_FB, given_FB, found_FB)
         out_VB.index_add_(0, layer.columns, found_FB)
-    circuit.return_gradient_space(space)
+    circuit.engine.return_gradient_space(space)
     out_GBD = out_VB.view(circuit.num_circuits, circuit.num_variables, batch.size).transpose(1, 2)
     out = out_GBD if circuit.batched else out_GBD[0]
     return out if x is not None else out.select(-2, 0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lvd_lightning.circuits.checks import check_counts, check_type, described, is_whole
 from lvd_lightning.circuits.circuit import Circuit
-from lvd_lightning.circuits.engine.batch import expected_shape, head_index, prepare
+from lvd_lightning.circuits.engine.batch import expected_shape, head_index
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 
 __all__ = ["NOTHING_ADDED", "Flows", "check_flows"]
@@ -106,11 +106,13 @@ class Flows:
             raise ValueError("add: these flows have been summed over ranks; start new ones for more examples")
         check_counts("Flows.add", chunk_size=chunk_size)
         if not isinstance(x, Tensor) or x.ndim < 2:
-            raise ValueError(f"x: expected a tensor of shape {expected_shape(self.circuit)}, got {type(x).__name__}")
+            raise ValueError(
+                f"x: expected a tensor of shape {expected_shape(self.circuit.engine)}, got {type(x).__name__}"
+            )
         evidence = any(plan.distribution.is_evidence for plan in self.circuit.plan.inputs)
         axis = x.ndim - 3 if evidence else x.ndim - 2
         size = x.shape[axis]
-        head_GB = head_index(self.circuit, head, size)
+        head_GB = head_index(self.circuit.engine, head, size)
         weight_GB = self._weights(weight, head_GB)
         shape = x.shape[:-1] if evidence else x.shape
         if observed is not None and not (isinstance(observed, Tensor) and observed.shape == shape):
@@ -122,7 +124,7 @@ class Flows:
             chunks.append((x_part, None if observed is None else observed[..., part, :], part))
         if len(chunks) > 1:  # an error in a late one must not come after early ones have been added
             for x_part, observed_part, _ in chunks:
-                prepare(self.circuit, x_part, observed_part)
+                self.circuit.prepare(x_part, observed_part)
         for x_part, observed_part, part in chunks:
             self._add_chunk(x_part, observed_part, head_GB[:, part], weight_GB[:, part])
         self._added = True
@@ -157,7 +159,7 @@ class Flows:
         number, row = self._place[circuit, node if found.tied_to is None else found.tied_to]
         found_flow = self.tables[number]
         assert found_flow is not None
-        table = self.circuit.dense(number, found_flow)
+        table = self.circuit.engine.dense(number, found_flow)
         return table[row, : found.num_units, : sum(nodes[child].num_units for child in found.children)].clone()
 
     def units(self, node: int, circuit: int = 0) -> Tensor:
@@ -177,9 +179,9 @@ class Flows:
         """`units` of every node of every circuit, on the CPU."""
         plan, inner_E1 = self.circuit.plan, self.inner_E[:, None]
         values_V = self.inner_E.new_zeros(plan.num_value_rows)
-        for leaf in self.circuit._leaf_layers():
+        for leaf in self.circuit.engine.leaf_layers():
             values_V[leaf.start : leaf.stop] = leaf.gradient_of(inner_E1, 0, leaf.num_folds).reshape(-1)
-        for layer in self.circuit._inner_layers():
+        for layer in self.circuit.engine.inner_layers():
             pulled_FH = layer.pulled(inner_E1, 0, layer.num_folds)
             values_V[layer.outer_start : layer.outer_start + pulled_FH.numel()] = pulled_FH.reshape(-1)
         values, inner = values_V.cpu().numpy(), self.inner_E.cpu().numpy()
@@ -222,23 +224,23 @@ class Flows:
 
     def _add_chunk(self, x: Tensor, observed: Tensor | None, head_GB: Tensor, weight_GB: Tensor) -> None:
         circuit = self.circuit
-        batch, tables = prepare(circuit, x, observed), circuit.probabilities()
-        lease = circuit.lease(batch.size, keep=True)
-        circuit.run_forward(batch, tables, lease.space)
-        possible_GB = lease.space.values[circuit.roots].gather(1, head_GB[:, None])[:, 0] > -torch.inf
-        gradient = circuit.gradient_space(batch.size)
+        batch, tables = circuit.prepare(x, observed), circuit.probabilities()
+        lease = circuit.engine.lease(batch.size, keep=True)
+        circuit.engine.run_forward(batch, tables, lease.space)
+        possible_GB = lease.space.values[circuit.engine.roots].gather(1, head_GB[:, None])[:, 0] > -torch.inf
+        gradient = circuit.engine.gradient_space(batch.size)
         share_GB = (weight_GB * possible_GB).to(circuit.dtype)
-        circuit.head_rows(gradient.inner).zero_().scatter_(1, head_GB[:, None], share_GB[:, None])
+        circuit.engine.head_rows(gradient.inner).zero_().scatter_(1, head_GB[:, None], share_GB[:, None])
         grads = [
             None if found is None else torch.zeros_like(table) for found, table in zip(self.tables, tables, strict=True)
         ]
-        circuit.run_backward(lease.space, tables, gradient, grads)
+        circuit.engine.run_backward(lease.space, tables, gradient, grads)
         for found, grad, table in zip(self.tables, grads, tables, strict=True):
             if found is not None and grad is not None:
                 found.add_(grad.mul_(table))
         self.inner_E.add_(gradient.inner.sum(1, dtype=torch.float64))
         self.num_examples.add_(weight_GB.sum(1))
-        circuit.return_gradient_space(gradient)
+        circuit.engine.return_gradient_space(gradient)
 
     def _weights(self, weight: Tensor | None, head_GB: Tensor) -> Tensor:
         """Weights as float64 (G, B), checked."""

@@ -87,7 +87,7 @@ def grow(
     seeds = torch.randint(1 << 62, (circuit.num_circuits,), generator=generator).tolist()
     examples, flow = flows.num_examples.tolist(), flows.all_units()
     graphs = []
-    for g, graph in enumerate(circuit.opened()):
+    for g, graph in enumerate(circuit.engine.opened(circuit.probabilities())):
         if not wanted[g]:
             graphs.append(graph.closed())
             continue

@@ -52,7 +52,7 @@ def entropy(circuit: Circuit, head: int | Tensor = 0) -> Tensor:
     """
     check_type("entropy: circuit", circuit, Circuit)
     terms = [
-        _entropies(group, circuit.dense(number, table))
+        _entropies(group, circuit.engine.dense(number, table))
         for number, (group, table) in enumerate(zip(circuit.plan.groups, circuit.probabilities(), strict=True))
     ]
     return _sum_over_rows(circuit, head, terms)
@@ -99,13 +99,13 @@ def _all_dense(circuit: Circuit) -> Circuit:
 
 def _sum_over_rows(circuit: Circuit, head: int | Tensor, terms_PK: list[Tensor]) -> Tensor:
     """The sum over all units of TD(n) times their terms, by circuit."""
-    share_GH = torch.zeros_like(circuit.roots, dtype=circuit.dtype)
+    share_GH = torch.zeros_like(circuit.engine.roots, dtype=circuit.dtype)
     per_circuit = head.view(-1, 1) if isinstance(head, Tensor) and circuit.batched else head
-    index_G1 = head_index(circuit, per_circuit, 1)
-    lacking = circuit.roots.gather(1, index_G1)[:, 0] == LOG_ZERO
+    index_G1 = head_index(circuit.engine, per_circuit, 1)
+    lacking = circuit.engine.roots.gather(1, index_G1)[:, 0] == LOG_ZERO
     if bool(lacking.any()):
         raise ValueError(f"head: circuits {lacking.nonzero()[:, 0].tolist()[:8]} of the batch lack the one asked for")
-    reached = circuit.top_down(share_GH.scatter_(1, index_G1, 1.0))
+    reached = circuit.engine.top_down(circuit.probabilities(), share_GH.scatter_(1, index_G1, 1.0))
     out_G = share_GH.new_zeros(circuit.num_circuits)
     for group, term_PK, reached_PK in zip(circuit.plan.groups, terms_PK, reached, strict=True):
         owner = torch.tensor([g for g, _ in group.owners], device=out_G.device)

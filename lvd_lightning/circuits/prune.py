@@ -64,7 +64,7 @@ def prune(circuit: Circuit, flows: Flows, threshold: float = 1e-4) -> CircuitGra
     check_number("threshold", threshold, 0, 1, meaning=", flow per example")
     if flows.is_empty and not circuit.batched:
         raise ValueError(NOTHING_ADDED)
-    opened = circuit.opened()
+    opened = circuit.engine.opened(circuit.probabilities())
     for number, group in enumerate(circuit.plan.groups):
         if group.kind == "sum":
             weight_PNM, live_PNM = _surviving_edges(circuit, flows, number, threshold)
@@ -79,9 +79,9 @@ def _surviving_edges(circuit: Circuit, flows: Flows, number: int, threshold: flo
     """Renormalised weights of one parameter table and which edges stay, both (P, N, M)."""
     flow = flows.tables[number]
     assert flow is not None
-    flow_PNM = circuit.dense(number, flow)
-    table = circuit.dense(number, circuit.probabilities()[number].detach())
-    mask = circuit.mask(number)
+    flow_PNM = circuit.engine.dense(number, flow)
+    table = circuit.engine.dense(number, circuit.probabilities()[number].detach())
+    mask = circuit.engine.mask(number)
     live_PNM = torch.ones_like(table, dtype=torch.bool) if mask is None else mask
     owners = torch.tensor([g for g, _ in circuit.plan.groups[number].owners], device=table.device)
     examples_P11 = flows.num_examples[owners][:, None, None]

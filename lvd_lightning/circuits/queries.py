@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lvd_lightning.circuits.checks import check_generator, described, is_whole
-from lvd_lightning.circuits.engine.batch import head_index, prepare
+from lvd_lightning.circuits.engine.batch import head_index
 from lvd_lightning.circuits.engine.kronecker import KroneckerLayer
 from lvd_lightning.circuits.engine.layers import BITS_PER_NAT, InputLayer, Layer
 from lvd_lightning.circuits.engine.plan import LOG_ZERO
@@ -51,17 +51,17 @@ def sample(
         x, observed = nothing_observed(circuit, int(n))
     elif observed is None and not circuit.plan.inputs[0].distribution.is_evidence:
         raise ValueError("sample: x needs `observed`, which says what of it is given (False: to be sampled)")
-    batch = prepare(circuit, x, observed)
-    index_GB = head_index(circuit, head, batch.size)
+    batch = circuit.prepare(x, observed)
+    index_GB = head_index(circuit.engine, head, batch.size)
     out = _output(circuit, x)
     if batch.size == 0:
         return out
     tables = circuit.probabilities()
-    lease = circuit.lease(batch.size, keep=False)
-    circuit.run_forward(batch, tables, lease.space)
+    lease = circuit.engine.lease(batch.size, keep=False)
+    circuit.engine.run_forward(batch, tables, lease.space)
     _check_possible(circuit, lease.space.values, index_GB)
     active = _descend(circuit, lease.space.values, tables, index_GB, generator, stochastic=True)
-    for number, layer in enumerate(circuit._leaf_layers()):
+    for number, layer in enumerate(circuit.engine.leaf_layers()):
         for a, b in _fold_chunks(layer.num_folds, batch.size * max(layer.distribution.size, layer.num_units)):
             reached_FB, unit_FB = _chosen(layer.gradient_of(active, a, b))
             if layer.group < 0:
@@ -78,22 +78,22 @@ def mpe(
     circuit: Circuit, x: Tensor, *, observed: Tensor | None = None, head: int | Tensor = 0
 ) -> tuple[Tensor, Tensor]:
     """Max-product decoding; see `Circuit.mpe`."""
-    batch = prepare(circuit, x, observed)
-    index_GB = head_index(circuit, head, batch.size)
+    batch = circuit.prepare(x, observed)
+    index_GB = head_index(circuit.engine, head, batch.size)
     out = _output(circuit, x)
     tables = circuit.probabilities()
     values = torch.empty(circuit.plan.num_value_rows, batch.size, dtype=circuit.dtype, device=circuit.device)
     initialise_constants(values)
-    circuit.run_inputs(batch, tables, values)
-    for number, layer in enumerate(circuit._leaf_layers()):
+    circuit.engine.run_inputs(batch, tables, values)
+    for number, layer in enumerate(circuit.engine.leaf_layers()):
         if batch.observed is not None:
             layer.forward_modes(values, tables[layer.group] if layer.group >= 0 else None, batch.observed[number])
-    for inner in circuit._inner_layers():
+    for inner in circuit.engine.inner_layers():
         _maximise(inner, values, tables)
     _check_possible(circuit, values, index_GB)
-    log_GB = values[circuit.roots].gather(1, index_GB[:, None])[:, 0] / BITS_PER_NAT
+    log_GB = values[circuit.engine.roots].gather(1, index_GB[:, None])[:, 0] / BITS_PER_NAT
     active = _descend(circuit, values, tables, index_GB, None, stochastic=False)
-    for number, layer in enumerate(circuit._leaf_layers()):
+    for number, layer in enumerate(circuit.engine.leaf_layers()):
         reached_FB, unit_FB = _chosen(layer.gradient_of(active, 0, layer.num_folds))
         found_FB = unit_FB
         if layer.group >= 0:
@@ -109,13 +109,13 @@ def posterior(
 ) -> Tensor:
     """p(latent of `node` = k, node reached | x); see `Circuit.posterior`."""
     keys = [(g, _latent_node(circuit, g, node)) for g in range(circuit.num_circuits)]
-    batch = prepare(circuit, x, observed)
-    lease, space = _reach(circuit, batch, head_index(circuit, head, batch.size))
+    batch = circuit.prepare(x, observed)
+    lease, space = _reach(circuit, batch, head_index(circuit.engine, head, batch.size))
     found_KB = [_reached_units(circuit, key, lease.space, space) for key in keys]
     out_GBK = space.inner.new_zeros(circuit.num_circuits, batch.size, max(map(len, found_KB)))
     for out_BK, found in zip(out_GBK, found_KB, strict=True):
         out_BK[:, : len(found)] = found.T
-    circuit.return_gradient_space(space)
+    circuit.engine.return_gradient_space(space)
     return out_GBK if circuit.batched else out_GBK[0]
 
 
@@ -127,12 +127,12 @@ def unit_posteriors(circuit: Circuit, batch: Batch, index_GB: Tensor) -> Gradien
 def _reach(circuit: Circuit, batch: Batch, index_GB: Tensor) -> tuple[Lease[Workspace], GradientSpace]:
     """A forward pass, and a backward pass from the given heads."""
     tables = circuit.probabilities()
-    lease = circuit.lease(batch.size, keep=True)
-    circuit.run_forward(batch, tables, lease.space)
+    lease = circuit.engine.lease(batch.size, keep=True)
+    circuit.engine.run_forward(batch, tables, lease.space)
     _check_possible(circuit, lease.space.values, index_GB)
-    space = circuit.gradient_space(batch.size)
-    circuit.head_rows(space.inner).zero_().scatter_(1, index_GB[:, None], 1.0)
-    circuit.run_backward(lease.space, tables, space, [None] * len(tables))
+    space = circuit.engine.gradient_space(batch.size)
+    circuit.engine.head_rows(space.inner).zero_().scatter_(1, index_GB[:, None], 1.0)
+    circuit.engine.run_backward(lease.space, tables, space, [None] * len(tables))
     return lease, space
 
 
@@ -141,7 +141,7 @@ def _reached_units(circuit: Circuit, key: tuple[int, int], space: Workspace, gra
     if key in circuit.plan.inner:
         return gradient.inner[torch.from_numpy(circuit.plan.inner[key]).to(circuit.device)]
     number, fold, first = circuit.plan.implicit[key]
-    layer = circuit._inner_layers()[number]
+    layer = circuit.engine.inner_layers()[number]
     assert isinstance(layer, KroneckerLayer)
     found_KB = layer.unit_posteriors(space, gradient, circuit.probabilities()[layer.group], fold)
     return found_KB[first : first + circuit.structures[key[0]].nodes[key[1]].num_units]
@@ -206,9 +206,9 @@ def _write(
 
 
 def _check_possible(circuit: Circuit, values: Tensor, index_GB: Tensor) -> None:
-    log_GB = values[circuit.roots].gather(1, index_GB[:, None])
+    log_GB = values[circuit.engine.roots].gather(1, index_GB[:, None])
     if not bool((log_GB > -torch.inf).all()):
-        lacking_GB = circuit.roots.gather(1, index_GB) == LOG_ZERO
+        lacking_GB = circuit.engine.roots.gather(1, index_GB) == LOG_ZERO
         if bool(lacking_GB.any()):
             g, b = (int(found) for found in lacking_GB.nonzero()[0])
             num_heads = circuit.structures[g].num_heads
@@ -229,8 +229,8 @@ def _descend(
 ) -> Tensor:
     """Choose, from the heads down, one inner unit of every reached sum; returns an E matrix of zeros and ones."""
     active = values.new_zeros(circuit.plan.num_edge_rows, values.shape[1])
-    circuit.head_rows(active).scatter_(1, index_GB[:, None], 1.0)
-    for layer in reversed(circuit._inner_layers()):
+    circuit.engine.head_rows(active).scatter_(1, index_GB[:, None], 1.0)
+    for layer in reversed(circuit.engine.inner_layers()):
         for a, b in _fold_chunks(layer.num_folds, layer.inner_units * values.shape[1]):
             outer_FHB = layer.pulled(active, a, b)
             if not layer.is_sum:

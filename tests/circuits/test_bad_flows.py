@@ -113,7 +113,7 @@ def test_sums_for_em_that_overflow() -> None:
     """Their gradients are finite: the square of a value is not."""
     circuit, x = model("gaussian")
     backward(circuit, x)
-    (statistics,) = circuit.statistics.values()
+    (statistics,) = circuit.engine.statistics.values()
     statistics[2, 1, 2] = torch.inf
     with pytest.raises(ValueError, match=r"first of unit 1 of node \d+;"):
         pc.Anemone(circuit).step()

@@ -115,17 +115,17 @@ def test_counting_leaves_the_circuit_alone(case: Any) -> None:
     fresh = pc.Flows(circuit)
     fresh.add(case.x)
     assert all(table.grad is None for table in circuit.tables)
-    assert not circuit.statistics
+    assert not circuit.engine.statistics
     (-circuit.log_prob(case.x, head=0)).sum().backward()
     before = copy.deepcopy([[table.detach(), table.grad] for table in circuit.tables])
-    statistics = copy.deepcopy(circuit.statistics)
+    statistics = copy.deepcopy(circuit.engine.statistics)
     loss = -circuit.log_prob(case.x, head=0).sum()
     pc.Flows(circuit).add(case.x)
     for table, (value, grad) in zip(circuit.tables, before, strict=True):
         assert torch.equal(table, value)
         assert torch.equal(table.grad, grad)
-    assert statistics.keys() == circuit.statistics.keys()
-    assert all(torch.equal(circuit.statistics[number], found) for number, found in statistics.items())
+    assert statistics.keys() == circuit.engine.statistics.keys()
+    assert all(torch.equal(circuit.engine.statistics[number], found) for number, found in statistics.items())
     loss.backward()  # nor does it spoil a pass that is under way
     torch.testing.assert_close(circuit.tables[0].grad, 2 * before[0][1])
 

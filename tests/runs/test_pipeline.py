@@ -397,7 +397,7 @@ class TestFaultsAreNotSaved:
     def test_what_a_gpu_tells_late(self, trainer: Trainer, tmp_path: Path) -> None:
         module = LightningModule()
         module.circuit = pc.Circuit(pc.hclt([-1, 0], 2, pc.Categorical(3)))
-        module.circuit.checks.add(0, [torch.tensor(True)])
+        module.circuit.engine.checks.add(0, [torch.tensor(True)])
         with pytest.raises(ValueError, match=r"^epoch 1 is not saved: x: Categorical.* outside its support"):
             self.save(trainer, module, tmp_path)
         assert not list(tmp_path.iterdir())

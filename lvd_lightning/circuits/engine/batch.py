@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from lvd_lightning.circuits.checks import described, is_whole
-from lvd_lightning.circuits.engine.kernels import triton as fused_gpu
+from lvd_lightning.circuits.engine.kernels import triton as triton_kernels
 from lvd_lightning.circuits.engine.late_checks import is_late
 
 if TYPE_CHECKING:
-    from lvd_lightning.circuits.circuit import Circuit
+    from lvd_lightning.circuits.engine.engine import Engine
     from lvd_lightning.circuits.engine.layers import InputLayer
 
 __all__ = ["Batch", "expected_shape", "head_index", "prepare", "wanted_heads"]
@@ -39,30 +39,29 @@ class Batch:
         return Batch(values, observed, columns[0].shape[1])
 
 
-def prepare(circuit: Circuit, x: Tensor, observed: Tensor | None, late: bool = False, checked: bool = True) -> Batch:
+def prepare(engine: Engine, x: Tensor, observed: Tensor | None, late: bool = False, checked: bool = True) -> Batch:
     """Check `x` and `observed` and hand every input layer its rows.
 
     With `late` the values of `x` are checked without waiting for a GPU; unless `checked`, shapes alone are.
     """
-    circuit.checks.ask()
-    circuit.check_tables()
-    late = late and checked and is_late(circuit.device)
-    shape = (x.shape[:-1] if circuit._is_evidence else x.shape) if isinstance(x, Tensor) else None
-    if shape is None or len(shape) not in ((2, 3) if circuit.batched else (2,)):
-        raise ValueError(f"x: expected a tensor of shape {expected_shape(circuit)}, got {_describe(x)}")
-    if shape[-1] != circuit.num_variables or (len(shape) == 3 and shape[0] != circuit.num_circuits):
-        raise ValueError(f"x: expected shape {expected_shape(circuit)}, got {tuple(x.shape)}")
+    engine.checks.ask()
+    late = late and checked and is_late(engine.device)
+    shape = (x.shape[:-1] if engine.is_evidence else x.shape) if isinstance(x, Tensor) else None
+    if shape is None or len(shape) not in ((2, 3) if engine.batched else (2,)):
+        raise ValueError(f"x: expected a tensor of shape {expected_shape(engine)}, got {_describe(x)}")
+    if shape[-1] != engine.num_variables or (len(shape) == 3 and shape[0] != engine.num_circuits):
+        raise ValueError(f"x: expected shape {expected_shape(engine)}, got {tuple(x.shape)}")
     if observed is not None and not (
         isinstance(observed, Tensor) and observed.dtype == torch.bool and observed.shape == shape
     ):
         raise ValueError(f"observed: expected a bool tensor of shape {tuple(shape)}, got {described(observed)}")
-    if x.device != circuit.device:
-        raise ValueError(f"x: is on {x.device}, the circuit is on {circuit.device}; move one of them")
+    if x.device != engine.device:
+        raise ValueError(f"x: is on {x.device}, the circuit is on {engine.device}; move one of them")
     shared = len(shape) == 2
     values, masks, outside = [], [], []
     columns = _variables_first(x.detach(), shared)
     mask_columns = None if observed is None else _variables_first(observed, shared)
-    for layer in circuit._leaf_layers():
+    for layer in engine.leaf_layers():
         found = layer.select(columns, shared)
         if mask_columns is not None:
             mask = layer.select(mask_columns, shared)
@@ -78,63 +77,63 @@ def prepare(circuit: Circuit, x: Tensor, observed: Tensor | None, late: bool = F
             found = found.clamp_(0, layer.distribution.size - 1)
         values.append(found)
     if late:
-        circuit.checks.add(0, outside)
+        engine.checks.add(0, outside)
     return Batch(values, None if observed is None else masks, shape[-2])
 
 
-def head_index(circuit: Circuit, head: int | Tensor, size: int, late: bool = False, checked: bool = True) -> Tensor:
+def head_index(engine: Engine, head: int | Tensor, size: int, late: bool = False, checked: bool = True) -> Tensor:
     """Heads as an int64 tensor (G, B), checked; with `late`, those on a GPU without waiting for it.
 
     Unless `checked`, the shape alone is.
     """
     if isinstance(head, Tensor):
-        expected = (circuit.num_circuits, size) if circuit.batched else (size,)
+        expected = (engine.num_circuits, size) if engine.batched else (size,)
         if head.shape != expected or head.is_floating_point() or head.dtype == torch.bool:
             raise ValueError(f"head: expected an int or an integer tensor of shape {expected}, got {described(head)}")
-        index = head.to(circuit.device, torch.int64).view(circuit.num_circuits, size)
+        index = head.to(engine.device, torch.int64).view(engine.num_circuits, size)
     else:
         if not is_whole(head):
             raise ValueError(f"head: expected an int or an integer tensor, got {described(head)}")
-        return torch.full((circuit.num_circuits, size), _check_head(circuit, int(head)), device=circuit.device)
+        return torch.full((engine.num_circuits, size), _check_head(engine, int(head)), device=engine.device)
     if not checked:
         return index
     if late and is_late(head.device):
-        circuit.checks.add(len(circuit.plan.inputs), [((index < 0) | (index >= circuit.num_heads)).any()])
-        return index.clamp(0, circuit.num_heads - 1)
+        engine.checks.add(len(engine.plan.inputs), [((index < 0) | (index >= engine.num_heads)).any()])
+        return index.clamp(0, engine.num_heads - 1)
     if head.numel():
         for bound in head.aminmax():  # not of `index`: a head that is on the CPU is looked at there
-            _check_head(circuit, int(bound))
+            _check_head(engine, int(bound))
     return index
 
 
 def wanted_heads(
-    circuit: Circuit, wanted: Tensor | None, head_GB: Tensor | None, shape: tuple[int, ...]
+    engine: Engine, wanted: Tensor | None, head_GB: Tensor | None, shape: tuple[int, ...]
 ) -> Tensor | None:
     """Which heads matter for which examples, bool (G, H, B); None: all of them."""
-    expected = shape if circuit.batched else shape[1:]
+    expected = shape if engine.batched else shape[1:]
     if wanted is not None and not (
         isinstance(wanted, Tensor) and wanted.dtype == torch.bool and wanted.shape == expected
     ):
         raise ValueError(f"wanted: expected a bool tensor of shape {expected}, got {described(wanted)}")
-    if not circuit.is_linear or fused_gpu.applies(circuit.device, circuit.dtype):
+    if not engine.is_linear or triton_kernels.applies(engine.device, engine.dtype):
         return None
     if head_GB is None:
         return None if wanted is None else wanted.view(shape).transpose(1, 2)
-    out_GHB = head_GB.new_zeros(len(head_GB), circuit.num_heads, head_GB.shape[1], dtype=torch.bool)
+    out_GHB = head_GB.new_zeros(len(head_GB), engine.num_heads, head_GB.shape[1], dtype=torch.bool)
     return out_GHB.scatter_(1, head_GB[:, None], True if wanted is None else wanted.view(shape)[:, None])
 
 
-def expected_shape(circuit: Circuit) -> str:
+def expected_shape(engine: Engine) -> str:
     """The shape of `x`, for messages."""
-    shape = f"(batch, {circuit.num_variables}"
-    if circuit._is_evidence:
-        shape += f", {circuit.plan.inputs[0].num_units}"
-    return f"{shape})" + (f" or ({circuit.num_circuits}, {shape[1:]})" if circuit.batched else "")
+    shape = f"(batch, {engine.num_variables}"
+    if engine.is_evidence:
+        shape += f", {engine.plan.inputs[0].num_units}"
+    return f"{shape})" + (f" or ({engine.num_circuits}, {shape[1:]})" if engine.batched else "")
 
 
-def _check_head(circuit: Circuit, head: int) -> int:
-    if not 0 <= head < circuit.num_heads:
-        raise ValueError(f"head: expected 0..{circuit.num_heads - 1}, got {head}")
+def _check_head(engine: Engine, head: int) -> int:
+    if not 0 <= head < engine.num_heads:
+        raise ValueError(f"head: expected 0..{engine.num_heads - 1}, got {head}")
     return head
 
 

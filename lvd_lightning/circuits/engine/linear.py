@@ -17,15 +17,15 @@ from lvd_lightning.circuits.engine.layers import BITS_PER_NAT, TINY
 from lvd_lightning.circuits.engine.plan import LOG_ZERO
 
 if TYPE_CHECKING:
-    from lvd_lightning.circuits.circuit import Circuit
     from lvd_lightning.circuits.engine.batch import Batch
+    from lvd_lightning.circuits.engine.engine import Engine
     from lvd_lightning.circuits.engine.workspace import LinearWorkspace
 
 __all__ = ["inexact", "run_linear"]
 
 
 def run_linear(
-    circuit: Circuit, batch: Batch, tables: Sequence[Tensor], space: LinearWorkspace | FusedWorkspace
+    engine: Engine, batch: Batch, tables: Sequence[Tensor], space: LinearWorkspace | FusedWorkspace
 ) -> tuple[Tensor, Tensor]:
     """log p of all heads in nats, (G, H, B), by linear values; see `inexact` for where it holds.
 
@@ -33,18 +33,18 @@ def run_linear(
     """
     if isinstance(space, FusedWorkspace):
         return space.forward(batch, tables)
-    for number, leaf in enumerate(circuit._leaf_layers()):
+    for number, leaf in enumerate(engine.leaf_layers()):
         observed = None if batch.observed is None else batch.observed[number]
         leaf.forward_linear(space.values, tables[leaf.group], batch.values[number], observed)
-    for layer in circuit._inner_layers():
+    for layer in engine.inner_layers():
         layer.forward_linear(space, tables[layer.group])
-    log_GB = space.peaks.new_zeros(circuit.num_circuits, space.peaks.shape[1])
-    log_GB.index_add_(0, circuit.circuit_of_node, space.peaks.log2())
-    return (space.values[circuit.roots].log2() + log_GB[:, None]) / BITS_PER_NAT, log_GB
+    log_GB = space.peaks.new_zeros(engine.num_circuits, space.peaks.shape[1])
+    log_GB.index_add_(0, engine.circuit_of_node, space.peaks.log2())
+    return (space.values[engine.roots].log2() + log_GB[:, None]) / BITS_PER_NAT, log_GB
 
 
 def inexact(
-    circuit: Circuit,
+    engine: Engine,
     batch: Batch,
     tables: Sequence[Tensor],
     space: LinearWorkspace | FusedWorkspace,
@@ -56,27 +56,27 @@ def inexact(
     Values that are certainly below `threshold_GB` (linear, like those of the heads) may be as they are. A backward
     pass may follow all the same, with gradients of 0 for these pairs and for heads that are not wanted.
     """
-    if space.is_large(TINY[circuit.dtype]):
+    if space.is_large(TINY[engine.dtype]):
         return None
-    matters_GHB = (circuit.roots != LOG_ZERO)[..., None]
+    matters_GHB = (engine.roots != LOG_ZERO)[..., None]
     if wanted_GHB is not None:
         matters_GHB = matters_GHB & wanted_GHB
-    peaks_NB, inputs_LB = space.peaks_of_nodes(), largest_inputs(circuit, batch, tables)
-    error_G1B = circuit.error_bound().error(peaks_NB, space.largest(), inputs_LB)[:, None]
-    heads_GHB = space.heads(circuit.roots)
+    peaks_NB, inputs_LB = space.peaks_of_nodes(), largest_inputs(engine, batch, tables)
+    error_G1B = engine.error_bound().error(peaks_NB, space.largest(), inputs_LB)[:, None]
+    heads_GHB = space.heads(engine.roots)
     bad_GHB = matters_GHB & ~(error_G1B <= TOLERANCE * heads_GHB)
     if threshold_GB is not None:
         bad_GHB &= ~(heads_GHB + error_G1B < threshold_GB[:, None])
     bad_GB = bad_GHB.any(1)
-    if space.keep and not float(peaks_NB.amin()) >= TINY[circuit.dtype]:
+    if space.keep and not float(peaks_NB.amin()) >= TINY[engine.dtype]:
         space.make_finite()
     return bad_GB if bool(bad_GB.any()) else None
 
 
-def largest_inputs(circuit: Circuit, batch: Batch, tables: Sequence[Tensor]) -> Tensor:
+def largest_inputs(engine: Engine, batch: Batch, tables: Sequence[Tensor]) -> Tensor:
     """The largest likelihood among the units of every input node, (L, B)."""
     found = []
-    for number, leaf in enumerate(circuit._leaf_layers()):
+    for number, leaf in enumerate(engine.leaf_layers()):
         table_FC = tables[leaf.group].amax(1)[leaf.parameter_rows]
         largest_FB = table_FC.gather(1, batch.values[number])
         observed = None if batch.observed is None else batch.observed[number]

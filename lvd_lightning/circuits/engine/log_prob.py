@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lvd_lightning.circuits.engine import layers
-from lvd_lightning.circuits.engine.kernels import triton as fused_gpu
+from lvd_lightning.circuits.engine.kernels import triton as triton_kernels
 from lvd_lightning.circuits.engine.kernels.cpu import passes
 from lvd_lightning.circuits.engine.kernels.cpu.passes import FusedWorkspace
 from lvd_lightning.circuits.engine.layers import InputLayer
@@ -25,8 +25,8 @@ from lvd_lightning.circuits.engine.linear import inexact, run_linear
 from lvd_lightning.circuits.engine.workspace import LinearWorkspace, Workspace, few_sizes
 
 if TYPE_CHECKING:
-    from lvd_lightning.circuits.circuit import Circuit
     from lvd_lightning.circuits.engine.batch import Batch
+    from lvd_lightning.circuits.engine.engine import Engine
 
 __all__ = ["Lease", "LogProb"]
 
@@ -34,27 +34,27 @@ AnySpace = TypeVar("AnySpace", Workspace, LinearWorkspace, FusedWorkspace)
 
 
 class Lease(Generic[AnySpace]):
-    """A workspace from the circuit's pool; it goes back when nothing refers to the lease any more."""
+    """A workspace from the engine's pool; it goes back when nothing refers to the lease any more."""
 
     space: AnySpace
 
-    def __init__(self, circuit: Circuit, kind: type[AnySpace], size: int, keep: bool) -> None:
-        self.pool, self.key = circuit.pool, circuit._pool_key(kind.__name__ + ("keep" if keep else ""), size)
+    def __init__(self, engine: Engine, kind: type[AnySpace], size: int, keep: bool) -> None:
+        self.pool, self.key = engine.pool, engine.pool_key(kind.__name__ + ("keep" if keep else ""), size)
         found = self.pool.take(self.key)
-        self.space = found if isinstance(found, kind) else _new_space(circuit, kind, size, keep)
+        self.space = found if isinstance(found, kind) else _new_space(engine, kind, size, keep)
 
     def __del__(self) -> None:
         if hasattr(self, "space"):
             self.pool.give(self.key, self.space)
 
 
-def _new_space(circuit: Circuit, kind: type[AnySpace], size: int, keep: bool) -> AnySpace:
+def _new_space(engine: Engine, kind: type[AnySpace], size: int, keep: bool) -> AnySpace:
     make: Any = kind  # their constructors differ
     if kind is FusedWorkspace:
-        space: Any = FusedWorkspace(circuit, size, keep)
+        space: Any = FusedWorkspace(engine, size, keep)
     else:
-        rows, edges = circuit.plan.num_value_rows, circuit.plan.num_edge_rows
-        space = make(circuit._inner_layers(), rows, edges, size, keep, circuit._like())
+        rows, edges = engine.plan.num_value_rows, engine.plan.num_edge_rows
+        space = make(engine.inner_layers(), rows, edges, size, keep, engine.like())
     return space
 
 
@@ -67,7 +67,7 @@ class LogProb(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        circuit: Circuit,
+        engine: Engine,
         batch: Batch,
         keep: bool,
         wanted: Tensor | None,
@@ -78,10 +78,10 @@ class LogProb(torch.autograd.Function):
         if batch.size == 0:
             ctx.lease = None
             ctx.shapes = (None if evidence is None else evidence.shape, [table.shape for table in tables])
-            return tables[0].new_empty(*circuit.roots.shape, 0)
-        log_GHB, lease, again = _evaluate(circuit, batch, tables, keep, wanted, margin)
+            return tables[0].new_empty(*engine.roots.shape, 0)
+        log_GHB, lease, again = _evaluate(engine, batch, tables, keep, wanted, margin)
         if keep:
-            ctx.lease, ctx.again, ctx.circuit, ctx.batch = lease, again, circuit, batch
+            ctx.lease, ctx.again, ctx.engine, ctx.batch = lease, again, engine, batch
             ctx.evidence_shape = None if evidence is None else evidence.shape
             ctx.save_for_backward(*tables)
         return log_GHB
@@ -100,18 +100,18 @@ class LogProb(torch.autograd.Function):
             evidence_grad = grad_GHB.new_zeros(evidence_shape) if for_evidence else None
             grads = [grad_GHB.new_zeros(shape) if need else None for shape, need in zip(shapes, for_tables)]
             return (None, None, None, None, None, evidence_grad, *grads)
-        circuit, batch, tables, again = ctx.circuit, ctx.batch, ctx.saved_tensors, ctx.again
+        engine, batch, tables, again = ctx.engine, ctx.batch, ctx.saved_tensors, ctx.again
         grads = [
-            _gradient_buffer(circuit, number, table) if need else None
+            _gradient_buffer(engine, number, table) if need else None
             for number, (table, need) in enumerate(zip(tables, for_tables))
         ]
         if again is not None:
             again_GHS, grad_GHB = again.split(grad_GHB)
         evidence_shape = ctx.evidence_shape if for_evidence else None
-        evidence_grad = _backward(circuit, batch, ctx.lease.space, tables, grads, grad_GHB, evidence_shape)
+        evidence_grad = _backward(engine, batch, ctx.lease.space, tables, grads, grad_GHB, evidence_shape)
         if again is not None:
             more = [None if grad is None else torch.zeros_like(grad) for grad in grads]
-            _backward(circuit, again.batch, again.lease.space, tables, more, again_GHS, None)
+            _backward(engine, again.batch, again.lease.space, tables, more, again_GHS, None)
             for grad, added in zip(grads, more):
                 if grad is not None and added is not None:
                     grad.add_(added)
@@ -141,7 +141,7 @@ class _Again:
 
 
 def _evaluate(
-    circuit: Circuit,
+    engine: Engine,
     batch: Batch,
     tables: Sequence[Tensor],
     keep: bool,
@@ -149,43 +149,43 @@ def _evaluate(
     margin: float | None,
 ) -> tuple[Tensor, object, _Again | None]:
     """log p of all heads (G, H, B), the lease whose workspace a backward pass needs, and what it needs besides."""
-    if circuit.is_linear and not fused_gpu.applies(circuit.device, circuit.dtype):
-        kind = FusedWorkspace if passes.applies(circuit, tables) else LinearWorkspace
-        linear: Lease[Any] = Lease(circuit, kind, batch.size, keep)
-        log_GHB, scale_GB = run_linear(circuit, batch, tables, linear.space)
+    if engine.is_linear and not triton_kernels.applies(engine.device, engine.dtype):
+        kind = FusedWorkspace if passes.applies(engine, tables) else LinearWorkspace
+        linear: Lease[Any] = Lease(engine, kind, batch.size, keep)
+        log_GHB, scale_GB = run_linear(engine, batch, tables, linear.space)
         threshold_GB = None
         if margin is not None:
             best_B = log_GHB.amax((0, 1)) * layers.BITS_PER_NAT
             threshold_GB = (best_B - margin * layers.BITS_PER_NAT - scale_GB).exp2()
-        bad_GB = inexact(circuit, batch, tables, linear.space, wanted, threshold_GB)
+        bad_GB = inexact(engine, batch, tables, linear.space, wanted, threshold_GB)
         if bad_GB is None:
             return log_GHB, linear, None
         if 2 * int(bad_GB.sum(1).max()) < batch.size:
-            return log_GHB, linear, _compute_again(circuit, batch, tables, bad_GB, log_GHB, keep)
-    lease = circuit.lease(batch.size, keep)
-    circuit.run_forward(batch, tables, lease.space)
-    return lease.space.values[circuit.roots] / layers.BITS_PER_NAT, lease, None
+            return log_GHB, linear, _compute_again(engine, batch, tables, bad_GB, log_GHB, keep)
+    lease = engine.lease(batch.size, keep)
+    engine.run_forward(batch, tables, lease.space)
+    return lease.space.values[engine.roots] / layers.BITS_PER_NAT, lease, None
 
 
 def _compute_again(
-    circuit: Circuit, batch: Batch, tables: Sequence[Tensor], bad_GB: Tensor, log_GHB: Tensor, keep: bool
+    engine: Engine, batch: Batch, tables: Sequence[Tensor], bad_GB: Tensor, log_GHB: Tensor, keep: bool
 ) -> _Again:
     """Compute log p of the heads for some pairs of a circuit and an example by the general pass, into `log_GHB`."""
     count_G = bad_GB.sum(1)
     size = min(few_sizes(int(count_G.max())), batch.size)
     index_GS = bad_GB.byte().argsort(dim=1, descending=True, stable=True)[:, :size]
-    few = batch.take([index_GS[leaf.circuits] for leaf in circuit._leaf_layers()])
-    lease = circuit.lease(size, keep)
-    circuit.run_forward(few, tables, lease.space)
+    few = batch.take([index_GS[leaf.circuits] for leaf in engine.leaf_layers()])
+    lease = engine.lease(size, keep)
+    engine.run_forward(few, tables, lease.space)
     g, place = (torch.arange(size, device=bad_GB.device) < count_G[:, None]).nonzero(as_tuple=True)
     column = index_GS[g, place]
-    log_GSH = lease.space.values[circuit.roots].transpose(1, 2)
+    log_GSH = lease.space.values[engine.roots].transpose(1, 2)
     log_GHB.transpose(1, 2)[g, column] = log_GSH[g, place] / layers.BITS_PER_NAT
     return _Again(few, lease, g, column, place)
 
 
 def _backward(
-    circuit: Circuit,
+    engine: Engine,
     batch: Batch,
     space: Any,
     tables: Sequence[Tensor],
@@ -197,15 +197,15 @@ def _backward(
     if isinstance(space, FusedWorkspace):
         space.backward(batch, tables, grads, grad_GHB)
         return None
-    gradient = circuit.gradient_space(batch.size)
-    circuit.head_rows(gradient.inner).copy_(grad_GHB)
-    circuit.run_backward(space, tables, gradient, grads)
+    gradient = engine.gradient_space(batch.size)
+    engine.head_rows(gradient.inner).copy_(grad_GHB)
+    engine.run_backward(space, tables, gradient, grads)
     evidence_grad = None
-    kernels = fused_gpu.passes_for(circuit.device, circuit.dtype)
-    for number, layer in enumerate(circuit._leaf_layers()):
+    kernels = triton_kernels.passes_for(engine.device, engine.dtype)
+    for number, layer in enumerate(engine.leaf_layers()):
         if layer.group < 0:
             if evidence_shape is not None:
-                evidence_grad = _evidence_gradient(circuit, layer, gradient.inner, batch, evidence_shape)
+                evidence_grad = _evidence_gradient(engine, layer, gradient.inner, batch, evidence_shape)
             continue
         found = grads[layer.group]
         if found is not None:
@@ -215,21 +215,21 @@ def _backward(
                     layer, gradient.inner, tables[layer.group], batch.values[number], observed, found
                 )
                 continue
-            statistics = circuit.statistics_of(layer.group)
+            statistics = engine.statistics_of(layer.group, tables[layer.group])
             layer.backward(gradient.inner, tables[layer.group], batch.values[number], observed, found, statistics)
-    circuit.return_gradient_space(gradient)
+    engine.return_gradient_space(gradient)
     return evidence_grad
 
 
-def _gradient_buffer(circuit: Circuit, number: int, table: Tensor) -> Tensor:
-    found = circuit.gradient_pool.pop(number, None)
+def _gradient_buffer(engine: Engine, number: int, table: Tensor) -> Tensor:
+    found = engine.gradient_pool.pop(number, None)
     if found is None or (found.shape, found.dtype, found.device) != (table.shape, table.dtype, table.device):
         found = torch.empty_like(table)
-    return found.zero_() if number in circuit._zeroed else found
+    return found.zero_() if number in engine.accumulated else found
 
 
 def _evidence_gradient(
-    circuit: Circuit, layer: InputLayer, inner_grad: Tensor, batch: Batch, shape: torch.Size
+    engine: Engine, layer: InputLayer, inner_grad: Tensor, batch: Batch, shape: torch.Size
 ) -> Tensor:
     """Gradient for the evidence: several folds may look at one variable."""
     grad_FKB = layer.gradient_of(inner_grad, 0, layer.num_folds)
@@ -237,9 +237,9 @@ def _evidence_gradient(
         grad_FKB = grad_FKB.masked_fill(~batch.observed[0][:, None, :], 0.0)
     shared = len(shape) == 3
     index = layer.variables if shared else layer.columns
-    rows = circuit.num_variables * (1 if shared else circuit.num_circuits)
+    rows = engine.num_variables * (1 if shared else engine.num_circuits)
     out_VBK = grad_FKB.new_zeros(rows, shape[-3], shape[-1])
     out_VBK.index_add_(0, index, grad_FKB.transpose(1, 2))
     if shared:
         return out_VBK.transpose(0, 1)
-    return out_VBK.view(circuit.num_circuits, circuit.num_variables, *out_VBK.shape[1:]).transpose(1, 2)
+    return out_VBK.view(engine.num_circuits, engine.num_variables, *out_VBK.shape[1:]).transpose(1, 2)

@@ -13,7 +13,7 @@ from lvd_lightning.circuits.graph import CircuitGraph
 __all__ = [
     "check_probabilities",
     "check_type_of_numbers",
-    "check_types",
+    "common_type",
     "from_logits",
     "root_rows",
     "stack",
@@ -26,8 +26,12 @@ TOLERANCE = 0.01
 CHANGED_TOLERANCE = 1e-3
 
 
-def check_types(graphs: Sequence[CircuitGraph]) -> None:
-    """Raise a ValueError unless the parameters of all nodes are of one type, float32 or float64."""
+def common_type(graphs: Sequence[CircuitGraph]) -> torch.dtype:
+    """The type of the parameters of all nodes, float32 or float64.
+
+    Raises:
+        ValueError: they are of several types, or of another one.
+    """
     found: dict[torch.dtype, tuple[int, int]] = {}
     for g, graph in enumerate(graphs):
         for index, node in enumerate(graph.nodes):
@@ -40,6 +44,7 @@ def check_types(graphs: Sequence[CircuitGraph]) -> None:
             f"Circuit: expected parameters of one type, float32 or float64, got {places}; convert weights and params "
             "with .to(...), or give the dtype to the function that makes the structure"
         )
+    return next(iter(found), torch.get_default_dtype())
 
 
 def check_type_of_numbers(dtype: torch.dtype) -> None:

@@ -75,7 +75,7 @@ def test_dense_batches_are_not_padded() -> None:
     graphs = [pc.hclt(torch.tensor(parents), 6, pc.Categorical(3)) for parents in ([-1, 0, 0], [-1, 0, 1])]
     circuit = pc.Circuit(graphs)
     assert sorted(group.shape for group in circuit.plan.groups) == [(1, 6), (6, 3), (6, 6)]
-    assert all(circuit.mask(number) is None for number in range(3))
+    assert all(circuit.engine.mask(number) is None for number in range(3))
 
 
 def test_soft_evidence_keeps_its_states() -> None:

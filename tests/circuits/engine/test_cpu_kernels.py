@@ -15,8 +15,7 @@ import pytest
 import torch
 
 import lvd_lightning.circuits as pc
-from lvd_lightning.circuits.engine.batch import prepare
-from lvd_lightning.circuits.engine.kernels import cpu as native
+from lvd_lightning.circuits.engine.kernels import cpu as cpu_kernels
 from lvd_lightning.circuits.engine.kernels.cpu import compiler as building
 from lvd_lightning.circuits.engine.kernels.cpu import passes
 from lvd_lightning.circuits.engine.linear import inexact
@@ -37,15 +36,15 @@ def fresh_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache directory, and a process that has not loaded any kernels."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("LVD_LIGHTNING_NATIVE", "1")
-    monkeypatch.setattr(native, "_load", native._load.__wrapped__)
-    monkeypatch.setattr(native, "_reported", set())
+    monkeypatch.setattr(cpu_kernels, "_load", cpu_kernels._load.__wrapped__)
+    monkeypatch.setattr(cpu_kernels, "_reported", set())
     return tmp_path / "lvd_lightning"
 
 
 def evaluate(circuit: pc.Circuit, x: torch.Tensor, observed: torch.Tensor | None) -> list[torch.Tensor]:
     """Log-likelihoods under all heads and the gradient of a weighted sum of them."""
     circuit.zero_grad()
-    circuit.gradient_pool = {n: torch.full_like(table, torch.nan) for n, table in enumerate(circuit.tables)}
+    circuit.engine.gradient_pool = {n: torch.full_like(table, torch.nan) for n, table in enumerate(circuit.tables)}
     log_p = circuit.log_prob(x, observed=observed)
     weight = torch.linspace(0.5, 2.0, log_p.numel(), dtype=log_p.dtype).view_as(log_p)
     (weight * log_p.where(log_p > -torch.inf, 0.0)).sum().backward()
@@ -54,11 +53,11 @@ def evaluate(circuit: pc.Circuit, x: torch.Tensor, observed: torch.Tensor | None
 
 def compare(circuit: pc.Circuit, x: torch.Tensor, observed: torch.Tensor | None, switch: Any) -> None:
     switch(True)
-    assert passes.applies(circuit, circuit.probabilities())
+    assert passes.applies(circuit.engine, circuit.probabilities())
     first = evaluate(circuit, x, observed)
-    assert any(isinstance(space, passes.FusedWorkspace) for _, space in circuit.pool.free)
+    assert any(isinstance(space, passes.FusedWorkspace) for _, space in circuit.engine.pool.free)
     switch(False)
-    assert not passes.applies(circuit, circuit.probabilities())
+    assert not passes.applies(circuit.engine, circuit.probabilities())
     second = evaluate(circuit, x, observed)
     rtol, atol = TOLERANCE[circuit.dtype]
     for a, b in zip(first, second, strict=True):
@@ -69,7 +68,7 @@ def compare(circuit: pc.Circuit, x: torch.Tensor, observed: torch.Tensor | None,
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("masked", [True, False])
 def test_passes_agree(discrete: Any, switch: Any, dtype: torch.dtype, masked: bool) -> None:
-    if not discrete.circuit.is_linear:
+    if not discrete.circuit.engine.is_linear:
         pytest.skip("only the general pass takes this circuit")
     circuit = discrete.circuit.to(dtype)
     compare(circuit, discrete.x, discrete.observed if masked else None, switch)
@@ -103,7 +102,7 @@ def ragged_tree(leaf: pc.Distribution) -> pc.CircuitGraph:
 def test_ragged_trees(switch: Any) -> None:
     circuit = pc.Circuit(ragged_tree(pc.Categorical(4)))
     switch(True)
-    assert not all(passes.FusedWorkspace(circuit, 1, keep=True).is_read)
+    assert not all(passes.FusedWorkspace(circuit.engine, 1, keep=True).is_read)
     compare(circuit, torch.randint(4, (50, 7)), None, switch)
 
 
@@ -132,8 +131,8 @@ def test_numbers_that_are_too_small_take_the_general_pass(switch: Any) -> None:
     expected = pc.Circuit(graph).log_prob(x)
     switch(True)
     circuit = pc.Circuit(graph).float()
-    space = passes.FusedWorkspace(circuit, 1, keep=False)
-    batch, tables = prepare(circuit, x, None), circuit.probabilities()
+    space = passes.FusedWorkspace(circuit.engine, 1, keep=False)
+    batch, tables = circuit.prepare(x, None), circuit.probabilities()
     space.forward(batch, tables)
     assert inexact(circuit, batch, tables, space) is not None
     torch.testing.assert_close(circuit.log_prob(x).double(), expected, rtol=1e-4, atol=0)
@@ -215,18 +214,18 @@ def test_other_tensors_are_left_to_pytorch(build_case: Callable[..., Any], switc
     case = build_case("chain", "categorical", 1)
     switch(True)
     tables = [table.detach() for table in case.circuit.tables]
-    assert native.suits(tables)
-    assert not native.suits([tables[0].transpose(1, 2)])
-    assert not native.suits([torch.empty(2, device="meta")])
-    assert native.library(torch.bfloat16) is None
+    assert cpu_kernels.suits(tables)
+    assert not cpu_kernels.suits([tables[0].transpose(1, 2)])
+    assert not cpu_kernels.suits([torch.empty(2, device="meta")])
+    assert cpu_kernels.library(torch.bfloat16) is None
     gaussian = build_case("chain", "gaussian", 1)
-    assert not passes.applies(gaussian.circuit, gaussian.circuit.probabilities())
+    assert not passes.applies(gaussian.circuit.engine, gaussian.circuit.probabilities())
 
 
 def test_switched_off(switch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_load", lambda real: pytest.fail("looked for the kernels"))
+    monkeypatch.setattr(cpu_kernels, "_load", lambda real: pytest.fail("looked for the kernels"))
     switch(False)
-    assert native.library(torch.float32) is None
+    assert cpu_kernels.library(torch.float32) is None
 
 
 def failing_compiler(folder: Path) -> str:
@@ -259,9 +258,9 @@ def test_without_a_compiler_pytorch_does_it(
     else:
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
-    with caplog.at_level(logging.DEBUG, native.__name__):
-        assert native.library(torch.float64) is None
-        assert native.library(torch.float32) is None
+    with caplog.at_level(logging.DEBUG, cpu_kernels.__name__):
+        assert cpu_kernels.library(torch.float64) is None
+        assert cpu_kernels.library(torch.float32) is None
         found = evaluate(case.circuit, case.x, None)[0]
     (record,) = caplog.records  # however often kernels are asked for
     assert record.levelname == ("INFO" if fault == "none" else "WARNING")
@@ -274,7 +273,7 @@ def test_without_a_compiler_pytorch_does_it(
     }[fault]
     assert re.search(f"without compiled kernels, .*slower.*{reason}", record.getMessage(), re.DOTALL)
     assert ("LVD_LIGHTNING_NATIVE=0" in record.getMessage()) == (fault != "none")
-    assert not any(isinstance(space, passes.FusedWorkspace) for _, space in case.circuit.pool.free)
+    assert not any(isinstance(space, passes.FusedWorkspace) for _, space in case.circuit.engine.pool.free)
     torch.testing.assert_close(found.exp().sum(), torch.tensor(1.0))
 
 
@@ -325,8 +324,9 @@ def test_the_key_covers_what_the_result_depends_on(monkeypatch: pytest.MonkeyPat
 def test_two_processes_at_once(fresh_build: Path) -> None:
     """Both compile, into one cache, and both get kernels that run."""
     program = (
-        "import torch, lvd_lightning.circuits as pc; from lvd_lightning.circuits.engine.kernels import cpu as native\n"
-        "assert native.library(torch.float32) is not None\n"
+        "import torch, lvd_lightning.circuits as pc\n"
+        "from lvd_lightning.circuits.engine.kernels import cpu as cpu_kernels\n"
+        "assert cpu_kernels.library(torch.float32) is not None\n"
         "circuit = pc.Circuit(pc.hclt(torch.tensor([-1, 0]), 2, pc.Categorical(3)))\n"
         "print(circuit.log_prob(torch.cartesian_prod(torch.arange(3), torch.arange(3))).exp().sum().item())"
     )

@@ -13,7 +13,6 @@ from torch import Tensor
 
 import lvd_lightning.circuits as pc
 from lvd_lightning.circuits.engine import grids, layers
-from lvd_lightning.circuits.engine.batch import prepare
 from lvd_lightning.circuits.engine.kronecker import KroneckerLayer
 
 Compile = Callable[..., pc.Circuit]
@@ -45,7 +44,7 @@ def _compiler(monkeypatch: pytest.MonkeyPatch, least: int) -> Compile:
             patch.setattr(grids, "LEAST_UNITS", least)
             patch.setattr(grids, "LEAST_LINEAR", least)
             circuit = pc.Circuit(graphs, **settings)
-        assert any(isinstance(layer, KroneckerLayer) for layer in circuit.layers) == (least == 1)
+        assert any(isinstance(layer, KroneckerLayer) for layer in circuit.engine.layers) == (least == 1)
         return circuit
 
     return make
@@ -186,7 +185,7 @@ def test_layers_pad_products_and_heads(implicit: Compile) -> None:
     """What the comparisons above rest on: some nodes have fewer products, or units, than their layer has room for."""
     circuit = implicit(batch(pc.Categorical(VALUES)))
     found = set()
-    for layer, plan in zip(circuit.layers, circuit.plan.layers, strict=True):
+    for layer, plan in zip(circuit.engine.layers, circuit.plan.layers, strict=True):
         if isinstance(layer, KroneckerLayer):
             nodes = [circuit.structures[g].nodes[index] for g, index in plan.nodes]
             found |= {"products" for node in nodes if len(node.children) < layer.num_products}
@@ -264,10 +263,10 @@ def test_sums_that_underflow(dtype: torch.dtype, depth: int, stored: Compile, im
     one, other = implicit(graph), stored(graph)
     x = torch.randint(VALUES, (50, 60), generator=seeded(0))
     x[:25].clamp_max_(VALUES - 2)
-    lease = one.lease(len(x), keep=True)
+    lease = one.engine.lease(len(x), keep=True)
     with torch.no_grad():
-        one.run_forward(prepare(one, x, None), list(one.tables), lease.space)
-    assert any(isinstance(one.layers[entry.layer], KroneckerLayer) for entry in lease.space.underflow)
+        one.engine.run_forward(one.prepare(x, None), list(one.tables), lease.space)
+    assert any(isinstance(one.engine.layers[entry.layer], KroneckerLayer) for entry in lease.space.underflow)
     exact = 3e-4 if dtype == torch.float32 else 1e-9
     torch.testing.assert_close(one.log_prob(x), other.log_prob(x), rtol=exact, atol=exact)
     for a, b, node in zip(gradients(one, x), gradients(other, x), _owners(graph), strict=True):
@@ -382,7 +381,7 @@ def test_logits(stored: Compile, implicit: Compile) -> None:
 def test_pieces_cover_everything_once(implicit: Compile) -> None:
     """All folds and examples, in scratch memory that is made for them, on whatever device."""
     circuit = implicit(rat(pc.Categorical(VALUES)))
-    for layer in circuit.layers:
+    for layer in circuit.engine.layers:
         if isinstance(layer, KroneckerLayer):
             for device, batch in itertools.product((torch.device("cpu"), torch.device("cuda")), (1, 7, 100_000)):
                 seen = torch.zeros(layer.num_folds, batch, dtype=torch.int64)
@@ -417,8 +416,8 @@ def test_rows_grow_with_the_units_not_their_square() -> None:
 def test_trees_over_tables_keep_linear_values_as_long_as_these_are_faster() -> None:
     leaf = pc.Categorical(3)
     small, large = (pc.Circuit(rat(leaf, 1, 1, units=units)) for units in (8, 16))
-    assert (small.is_linear, bool(small.plan.implicit)) == (True, False)
-    assert (large.is_linear, bool(large.plan.implicit)) == (False, True)
+    assert (small.engine.is_linear, bool(small.plan.implicit)) == (True, False)
+    assert (large.engine.is_linear, bool(large.plan.implicit)) == (False, True)
     assert pc.Circuit(rat(pc.Gaussian(), 1, 1, units=8)).plan.implicit
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import lvd_lightning.circuits as pc
-from lvd_lightning.circuits.engine import batch as engine
+from lvd_lightning.circuits.engine import batch as batches
 from lvd_lightning.circuits.engine.late_checks import LateCheck
 
 
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check values behind the computation on the CPU, too."""
-    monkeypatch.setattr(engine, "is_late", lambda device: True)
+    monkeypatch.setattr(batches, "is_late", lambda device: True)
 
 
 @pytest.mark.usefixtures("late")

@@ -7,7 +7,6 @@ import torch
 from helpers.cases import few_structures
 
 import lvd_lightning.circuits as pc
-from lvd_lightning.circuits.engine.batch import prepare
 from lvd_lightning.circuits.engine.kernels.cpu import passes
 from lvd_lightning.circuits.engine.linear import inexact, run_linear
 from lvd_lightning.circuits.engine.log_prob import Lease
@@ -22,10 +21,10 @@ def gradients(circuit: pc.Circuit, x: torch.Tensor, observed: torch.Tensor) -> l
 
 
 def test_both_passes_agree(case: Any) -> None:
-    if not case.circuit.is_linear:
+    if not case.circuit.engine.is_linear:
         pytest.skip("only the general pass takes this circuit")
     linear = gradients(case.circuit, case.x, case.observed)
-    case.circuit.is_linear = False
+    case.circuit.engine.is_linear = False
     general = gradients(case.circuit, case.x, case.observed)
     for first, second in zip(linear, general, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-12)
@@ -44,10 +43,10 @@ def test_numbers_that_are_too_small_are_found(rare: float, is_enough: bool) -> N
     circuit = pc.Circuit(graph)
     x = torch.tensor([[0, 1, 1, 0]])
     with torch.no_grad():
-        space = Lease(circuit, LinearWorkspace, 1, keep=True).space
-        batch, tables = prepare(circuit, x, None), circuit.probabilities()
-        run_linear(circuit, batch, tables, space)
-        assert (inexact(circuit, batch, tables, space) is None) is is_enough
+        space = Lease(circuit.engine, LinearWorkspace, 1, keep=True).space
+        batch, tables = circuit.prepare(x, None), circuit.probabilities()
+        run_linear(circuit.engine, batch, tables, space)
+        assert (inexact(circuit.engine, batch, tables, space) is None) is is_enough
         expected = pc.Circuit(graph).double().log_prob(x)
         torch.testing.assert_close(circuit.log_prob(x).double(), expected, rtol=1e-4, atol=0)
 
@@ -81,9 +80,9 @@ def any_pass(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def general_passes(circuit: pc.Circuit, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the batches that the general pass is given, as they come."""
     sizes: list[int] = []
-    run_forward = circuit.run_forward
+    run_forward = circuit.engine.run_forward
     monkeypatch.setattr(
-        circuit, "run_forward", lambda batch, *rest: (sizes.append(batch.size), run_forward(batch, *rest))
+        circuit.engine, "run_forward", lambda batch, *rest: (sizes.append(batch.size), run_forward(batch, *rest))
     )
     return sizes
 
@@ -197,11 +196,11 @@ def test_wanted_has_the_shape_of_the_result() -> None:
 def test_only_trees_over_tables_are_linear() -> None:
     tree = torch.tensor([-1, 0, 0])
     star = torch.tensor([-1] + [0] * 40)
-    assert pc.Circuit(pc.hclt(tree, 2, pc.Bernoulli())).is_linear
-    assert not pc.Circuit(pc.hclt(tree, 2, pc.Gaussian())).is_linear
-    assert not pc.Circuit(pc.hclt(tree, 2, pc.SoftEvidence(2))).is_linear
-    assert not pc.Circuit(pc.hclt(star, 2, pc.Bernoulli())).is_linear  # a product of 41 factors
+    assert pc.Circuit(pc.hclt(tree, 2, pc.Bernoulli())).engine.is_linear
+    assert not pc.Circuit(pc.hclt(tree, 2, pc.Gaussian())).engine.is_linear
+    assert not pc.Circuit(pc.hclt(tree, 2, pc.SoftEvidence(2))).engine.is_linear
+    assert not pc.Circuit(pc.hclt(star, 2, pc.Bernoulli())).engine.is_linear  # a product of 41 factors
     mixture = pc.CircuitGraph()
     leaves = [mixture.add_input(0, pc.Categorical(3), 2) for _ in range(2)]
     mixture.add_sum(leaves, 1)
-    assert not pc.Circuit(mixture).is_linear
+    assert not pc.Circuit(mixture).engine.is_linear

@@ -51,8 +51,8 @@ def by_node(circuit: pc.Circuit, values: list[Tensor]) -> dict[tuple[int, int], 
     """Numbers shaped like the parameters, by node; 0 where there is no edge."""
     out = {}
     for number, (group, found) in enumerate(zip(circuit.plan.groups, values, strict=True)):
-        mask = circuit.mask(number)
-        dense = circuit.dense(number, found) if mask is None else circuit.dense(number, found) * mask
+        mask = circuit.engine.mask(number)
+        dense = circuit.engine.dense(number, found) if mask is None else circuit.engine.dense(number, found) * mask
         for row, owner in enumerate(group.owners):
             node = circuit.structures[owner[0]].nodes[owner[1]]
             out[owner] = dense[row, : node.num_units]
@@ -170,8 +170,11 @@ class TestCircuit:
 
     def test_top_down_probabilities(self, pair: Any, backend: str) -> None:
         dense, sparse, _ = pair
-        share = torch.full(dense.roots.shape, 0.5)
-        found = [dict(zip(_owners(circuit), _rows(circuit.top_down(share)), strict=True)) for circuit in pair[:2]]
+        share = torch.full(dense.engine.roots.shape, 0.5)
+        found = []
+        for circuit in pair[:2]:
+            rows = _rows(circuit.engine.top_down(circuit.probabilities(), share))
+            found.append(dict(zip(_owners(circuit), rows, strict=True)))
         for key, one in found[0].items():
             width = min(len(one), len(found[1][key]))
             torch.testing.assert_close(one[:width], found[1][key][:width])

@@ -21,15 +21,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lvd_lightning.circuits as pc
-from lvd_lightning.circuits.engine import batch as engine
-from lvd_lightning.circuits.engine.kernels import triton as fused_gpu
+from lvd_lightning.circuits.engine import batch as batches
+from lvd_lightning.circuits.engine.kernels import triton as triton_kernels
 from lvd_lightning.circuits.engine.kernels.triton import check
 from lvd_lightning.circuits.engine.kronecker import KroneckerLayer
 from lvd_lightning.circuits.engine.layers import Layer
 from lvd_lightning.circuits.engine.workspace import Workspace
 
-interpreted = pytest.mark.skipif(not fused_gpu.interprets(), reason="runs in a process of its own, see the docstring")
-compiled = pytest.mark.skipif(fused_gpu.interprets(), reason="Triton interprets kernels in this process")
+interpreted = pytest.mark.skipif(
+    not triton_kernels.interprets(), reason="runs in a process of its own, see the docstring"
+)
+compiled = pytest.mark.skipif(triton_kernels.interprets(), reason="Triton interprets kernels in this process")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -44,7 +46,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check values behind the computation, as on a GPU."""
-    monkeypatch.setattr(engine, "is_late", lambda device: True)
+    monkeypatch.setattr(batches, "is_late", lambda device: True)
 
 
 @compiled
@@ -61,7 +63,7 @@ def test_in_the_interpreter() -> None:
 def evaluate(circuit: pc.Circuit, x: Tensor, observed: Tensor | None = None) -> list[Tensor]:
     """Log-likelihoods under all heads and, with them, flows: parameters times the gradient of a weighted sum."""
     circuit.zero_grad()
-    circuit.gradient_pool = {n: torch.full_like(table, torch.nan) for n, table in enumerate(circuit.tables)}
+    circuit.engine.gradient_pool = {n: torch.full_like(table, torch.nan) for n, table in enumerate(circuit.tables)}
     log_p = circuit.log_prob(x, observed=observed)
     weight = torch.linspace(0.5, 2.0, log_p.numel(), dtype=log_p.dtype, device=log_p.device).view_as(log_p)
     (weight * log_p.where(log_p > -torch.inf, 0.0)).sum().backward()
@@ -71,9 +73,9 @@ def evaluate(circuit: pc.Circuit, x: Tensor, observed: Tensor | None = None) -> 
 def compare(circuit: pc.Circuit, x: Tensor, observed: Tensor | None = None, tolerance: float = 2e-5) -> pc.Circuit:
     """The kernels, in float32, against PyTorch in float64; returns the circuit in float32."""
     single = copy.deepcopy(circuit).float()
-    with fused_gpu.switched(True):
+    with triton_kernels.switched(True):
         found = evaluate(single, x, observed)
-    with fused_gpu.switched(False):
+    with triton_kernels.switched(False):
         expected = evaluate(copy.deepcopy(single).double(), x, observed)
     for a, b in zip(found, expected, strict=True):
         size = float(1 + b[b.isfinite()].abs().max())
@@ -111,7 +113,7 @@ def test_live_edges_alone(build_case: Callable[..., Any], rule: Any, monkeypatch
     compare(circuit, case.x[:4], case.observed[:4])
     single, optimizer = circuit.float(), rule(circuit)
     monkeypatch.setattr("lvd_lightning.circuits.em.may_ask", lambda tensor: False)
-    with fused_gpu.switched(True), NoHostReads():
+    with triton_kernels.switched(True), NoHostReads():
         (-single.log_prob(case.x[:4].float(), head=0).sum()).backward()
         optimizer.step()
 
@@ -122,7 +124,7 @@ def test_kronecker_products_that_are_not_stored() -> None:
     circuit = pc.Circuit(
         pc.rat_spn(8, depth=2, num_repetitions=2, num_sums=5, num_leaves=5, leaf=pc.Categorical(3), product="kronecker")
     )
-    kinds = {type(layer) for layer in circuit.layers}
+    kinds = {type(layer) for layer in circuit.engine.layers}
     assert kinds == {Layer, KroneckerLayer}
     compare(circuit, torch.randint(3, (3, 8)), torch.rand(3, 8) < 0.8)
 
@@ -159,7 +161,7 @@ def test_sums_that_underflow(tied: bool) -> None:
     """They are computed in log space: in the same launch, with the same gradients."""
     circuit, x = contradictory(tied)
     single = compare(circuit, x, tolerance=1e-4)
-    spaces = [space for _, space in single.pool.free if isinstance(space, Workspace) and space.keep]
+    spaces = [space for _, space in single.engine.pool.free if isinstance(space, Workspace) and space.keep]
     assert any(bool((space.sums < 0).any()) for space in spaces)
 
 
@@ -184,7 +186,7 @@ def test_examples_without_support() -> None:
     circuit = pc.Circuit(graph).float()
     x = torch.tensor([[0, 1, 0], [0, 0, 0], [2, 3, 2]])
     compare(circuit, x)
-    with fused_gpu.switched(True):
+    with triton_kernels.switched(True):
         log_p = circuit.log_prob(x, head=0)
         log_p.sum().backward()
     assert log_p[0] == -torch.inf
@@ -210,7 +212,7 @@ def test_steps_of_em(build_case: Callable[..., Any], structure: str, rule: str) 
         circuit = copy.deepcopy(case.circuit).float()
         optimizer = rules[rule](circuit)
         for _ in range(2):
-            with fused_gpu.switched(on):
+            with triton_kernels.switched(on):
                 optimizer.zero_grad()
                 (-circuit.log_prob(x, head=0).sum()).backward()
                 optimizer.step()
@@ -222,14 +224,14 @@ def test_steps_of_em(build_case: Callable[..., Any], structure: str, rule: str) 
 
 @interpreted
 def test_updates_forget_and_keep_a_floor() -> None:
-    """The kernels of M-steps, number by number; see `native.updates.update_table`."""
+    """The kernels of M-steps, number by number; see `cpu.updates.update_table`."""
     from lvd_lightning.circuits.engine.kernels.triton.updates import update_table
 
     settings = {"step": 0.5, "floor": True}
     theta = torch.tensor([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]])
     theta[0, 0, 0] = 1e-31
     grad = torch.tensor([[[0.0, -2.0, 0.0], [0.0, 0.0, -3.0]]])
-    with fused_gpu.switched(True):
+    with triton_kernels.switched(True):
         theta, grad = theta.float(), grad.float()
         assert update_table(theta, grad, None, pseudocount=0.0, **settings)
         flow = torch.tensor([[[1e-31, 2.0, 0.0]]]).float()
@@ -253,7 +255,7 @@ def test_flows_and_posteriors(build_case: Callable[..., Any]) -> None:
     circuit, x = copy.deepcopy(case.circuit).float(), case.x[:5]
     results = []
     for on in (True, False):
-        with fused_gpu.switched(on):
+        with triton_kernels.switched(on):
             flows = pc.Flows(circuit)
             flows.add(x)
             results.append([flows.inner_E, *flows.tables[1:], circuit.posterior(x, 1)])
@@ -270,7 +272,7 @@ def test_precisions_differ_as_they_should() -> None:
     error = {}
     for precision in ("ieee", "tf32", "bf16"):
         circuit.matmul_precision = precision
-        with torch.no_grad(), fused_gpu.switched(True):
+        with torch.no_grad(), triton_kernels.switched(True):
             error[precision] = float((circuit.log_prob(x, head=0) - exact).abs().max())
     assert error["ieee"] < 2e-6 < error["tf32"] < 2e-3
     assert 2 * error["tf32"] < error["bf16"] < 2e-2
@@ -300,7 +302,7 @@ def test_launches_are_bounded_by_levels(monkeypatch: pytest.MonkeyPatch) -> None
     for tree in ([-1, 0], [-1, *[0] * 9], [-1, 0, 1]):
         circuit = pc.Circuit(pc.hclt(torch.tensor(tree), 2, pc.Categorical(3))).float()
         launches.clear()
-        with fused_gpu.switched(True):
+        with triton_kernels.switched(True):
             circuit.log_prob(torch.zeros(1, len(tree)).long(), head=0).sum().backward()
         found.append((len(launches), circuit.plan.num_levels))
     assert found == [(16, 3), (16, 3), (24, 4)]
@@ -351,7 +353,7 @@ def test_no_number_is_read_in_a_step(
     # What looks at the device to go on as on a GPU.
     monkeypatch.setattr("lvd_lightning.circuits.em.may_ask", lambda tensor: False)
     monkeypatch.setattr("lvd_lightning.circuits.distributions.tables.may_ask", lambda tensor: False)
-    with fused_gpu.switched(True):
+    with triton_kernels.switched(True):
         train(circuit, x, optimizer, head, observed)  # makes what is made once
         with NoHostReads():
             train(circuit, x, optimizer, head, observed)
@@ -368,13 +370,13 @@ def test_a_failing_check_warns_once(monkeypatch: pytest.MonkeyPatch, caplog: pyt
 
     monkeypatch.setattr(check, "compare", fail)
     monkeypatch.setattr("lvd_lightning.circuits.engine.kernels.triton.passes.forward", fail)
-    fused_gpu._is_usable.cache_clear()
+    triton_kernels._is_usable.cache_clear()
     circuit = pc.Circuit(pc.hclt(torch.tensor([-1, 0]), 3, pc.Categorical(4))).float()
     x = torch.randint(4, (5, 2))
     with caplog.at_level(logging.WARNING):
         found = evaluate(circuit, x)
         evaluate(circuit, x)
-    fused_gpu._is_usable.cache_clear()
+    triton_kernels._is_usable.cache_clear()
     assert [record.getMessage().count("no such instruction") for record in caplog.records] == [1]
     torch.testing.assert_close(found[0].double(), copy.deepcopy(circuit).double().log_prob(x), rtol=1e-5, atol=1e-5)
 
@@ -397,15 +399,15 @@ def test_the_check_passes_and_notices_wrong_numbers(monkeypatch: pytest.MonkeyPa
 
 @interpreted
 def test_switched_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fused_gpu.applies(torch.device("cpu"), torch.float32)
-    assert not fused_gpu.applies(torch.device("cpu"), torch.float64)
+    assert triton_kernels.applies(torch.device("cpu"), torch.float32)
+    assert not triton_kernels.applies(torch.device("cpu"), torch.float64)
     monkeypatch.setenv("LVD_LIGHTNING_TRITON", "0")
-    assert not fused_gpu.applies(torch.device("cpu"), torch.float32)
+    assert not triton_kernels.applies(torch.device("cpu"), torch.float32)
 
 
 @compiled
 def test_the_cpu_has_kernels_of_its_own() -> None:
-    assert not fused_gpu.applies(torch.device("cpu"), torch.float32)
+    assert not triton_kernels.applies(torch.device("cpu"), torch.float32)
 
 
 def test_precision_is_checked() -> None:
@@ -488,7 +490,7 @@ def test_kernels_compile_for_a_gpu(name: str, constants: dict[str, Any], capabil
 @pytest.mark.parametrize(("structure", "leaf", "heads"), STEPS)
 def test_a_gpu_agrees_with_float64(build_case: Callable[..., Any], structure: str, leaf: str, heads: int) -> None:
     case = build_case(structure, leaf, heads)
-    assert fused_gpu.applies(torch.device("cuda", torch.cuda.current_device()), torch.float32)
+    assert triton_kernels.applies(torch.device("cuda", torch.cuda.current_device()), torch.float32)
     compare(case.circuit.cuda(), case.x.cuda(), case.observed.cuda(), tolerance=1e-3)
 
 

@@ -123,7 +123,7 @@ def test_many_rectangles_fold_into_few_layers() -> None:
     graph = build((32, 32, 3), delta=4, num_units=2)
     circuit = pc.Circuit(graph)
     assert sum(node.kind == "sum" for node in graph.nodes) == 36 * 36 - 64
-    assert len(circuit.layers) <= 2 * 14 + 2
+    assert len(circuit.engine.layers) <= 2 * 14 + 2
     assert circuit.log_prob(torch.randint(0, 3, (2, 3072))).isfinite().all()
 
 

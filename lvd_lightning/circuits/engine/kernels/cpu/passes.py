@@ -27,8 +27,8 @@ from lvd_lightning.circuits.engine.layers import BITS_PER_NAT
 from lvd_lightning.circuits.engine.plan import LOG_ZERO, LayerPlan
 
 if TYPE_CHECKING:
-    from lvd_lightning.circuits.circuit import Circuit
     from lvd_lightning.circuits.engine.batch import Batch
+    from lvd_lightning.circuits.engine.engine import Engine
     from lvd_lightning.circuits.engine.layers import InputLayer, Layer
 
 __all__ = ["FusedWorkspace", "LayerIndex", "applies"]
@@ -38,9 +38,9 @@ Index = NDArray[Any]
 WIDTH, LARGEST_STRIP, BLOCKS_AT_ONCE = 64, 32, 4
 
 
-def applies(circuit: Circuit, tables: Sequence[Tensor]) -> bool:
-    """Whether the kernels can run this circuit with these parameters."""
-    return circuit.is_linear and suits(tables) and library(circuit.dtype) is not None
+def applies(engine: Engine, tables: Sequence[Tensor]) -> bool:
+    """Whether the kernels can run these layers with these parameters."""
+    return engine.is_linear and suits(tables) and library(engine.dtype) is not None
 
 
 class _Leaf(ctypes.Structure):
@@ -106,22 +106,22 @@ class LayerIndex:
 class FusedWorkspace:
     """Buffers of one forward pass and, with `keep`, of a backward pass after it; see `Space` in kernels.c."""
 
-    def __init__(self, circuit: Circuit, size: int, keep: bool) -> None:
-        self.layers, self.leaves = circuit._inner_layers(), circuit._leaf_layers()
-        self.index = circuit.layer_index()
+    def __init__(self, engine: Engine, size: int, keep: bool) -> None:
+        self.layers, self.leaves = engine.inner_layers(), engine.leaf_layers()
+        self.index = engine.layer_index()
         self.size, self.keep = size, keep
         self.least = 0.0  # of all peaks and sums, multiplied
         self.blocks = -(-size // WIDTH)
-        self.circuit_of_node = circuit.circuit_of_node
-        like = circuit._like()
+        self.circuit_of_node = engine.circuit_of_node
+        like = engine.like()
         found = library(like.dtype)
         assert found is not None
         self.library = found
-        first_sum = circuit.plan.layers[0].outer_start
-        num_sums = circuit.plan.num_value_rows - first_sum
+        first_sum = engine.plan.layers[0].outer_start
+        num_sums = engine.plan.num_value_rows - first_sum
         num_edges = sum(layer.num_folds * layer.inner_units for layer in self.layers)
         num_nodes = len(self.circuit_of_node)
-        self.head_rows_GH = circuit.roots
+        self.head_rows_GH = engine.roots
         self.sums_JVC = like.new_empty(self.blocks, num_sums, WIDTH)
         self.scaled_JVC = like.new_zeros(self.blocks, num_sums if keep else 0, WIDTH)  # unread rows stay 0
         self.inner_JEC = like.new_empty(self.blocks, num_edges if keep else 0, WIDTH)
@@ -141,7 +141,7 @@ class FusedWorkspace:
         self.leaf_structs = (_Leaf * len(self.leaves))()
         self.layer_structs = (_Layer * len(self.layers))()
         counts = (first_sum, num_sums, num_edges, num_nodes, len(self.leaves), len(self.layers), self.scratch_size)
-        self.space = _Space(size, self.blocks, *counts, *circuit.roots.shape)
+        self.space = _Space(size, self.blocks, *counts, *engine.roots.shape)
         self._bind()
 
     def _bind(self) -> None:

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.engine.kernels import triton as fused_gpu
+from lvd_lightning.circuits.engine.kernels import triton as triton_kernels
 
 __all__ = ["compare"]
 
@@ -23,11 +23,11 @@ def compare(device: torch.device) -> None:
         RuntimeError: they differ.
         Exception: whatever Triton raises where it cannot compile or start the kernels.
     """
-    cases = list(itertools.product(SIZES, fused_gpu.PRECISIONS))
-    if fused_gpu.interprets():  # it is slow
-        cases = [(SIZES[-1], fused_gpu.PRECISIONS[0])]
+    cases = list(itertools.product(SIZES, triton_kernels.PRECISIONS))
+    if triton_kernels.interprets():  # it is slow
+        cases = [(SIZES[-1], triton_kernels.PRECISIONS[0])]
     for (num_latents, size), precision in cases:
-        with fused_gpu.switched(True), torch.autocast(device.type, enabled=False):
+        with triton_kernels.switched(True), torch.autocast(device.type, enabled=False):
             found = _results(device, num_latents, size, precision, torch.float32)
             expected = _results(device, num_latents, size, precision, torch.float64)
         tolerance = {"bf16": 0.1, "tf32": 1e-2}.get(precision, 1e-3)

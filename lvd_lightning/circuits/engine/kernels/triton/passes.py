@@ -19,8 +19,8 @@ from lvd_lightning.circuits.engine.kernels.triton import interprets, layer_kerne
 from lvd_lightning.circuits.engine.kronecker import KroneckerLayer
 
 if TYPE_CHECKING:
-    from lvd_lightning.circuits.circuit import Circuit
     from lvd_lightning.circuits.engine.batch import Batch
+    from lvd_lightning.circuits.engine.engine import Engine
     from lvd_lightning.circuits.engine.layers import InputLayer, Layer
     from lvd_lightning.circuits.engine.workspace import GradientSpace, Workspace
 
@@ -47,14 +47,14 @@ TILES = Tiles()
 MOVED = 32
 
 
-def forward(circuit: Circuit, batch: Batch, tables: Sequence[Tensor], space: Workspace) -> None:
+def forward(engine: Engine, batch: Batch, tables: Sequence[Tensor], space: Workspace) -> None:
     """Fill a workspace with the values of all rows."""
     with on(space.values.device):
-        _forward(circuit, batch, tables, space)
+        _forward(engine, batch, tables, space)
 
 
-def _forward(circuit: Circuit, batch: Batch, tables: Sequence[Tensor], space: Workspace) -> None:
-    for number, leaf in enumerate(circuit._leaf_layers()):
+def _forward(engine: Engine, batch: Batch, tables: Sequence[Tensor], space: Workspace) -> None:
+    for number, leaf in enumerate(engine.leaf_layers()):
         observed_FB = None if batch.observed is None else batch.observed[number]
         if has_kernel(leaf):
             _look_up(leaf, space.values, tables[leaf.group], batch.values[number], observed_FB)
@@ -62,26 +62,26 @@ def _forward(circuit: Circuit, batch: Batch, tables: Sequence[Tensor], space: Wo
             table = tables[leaf.group] if leaf.group >= 0 else None
             leaf(space.values, table, batch.values[number], observed_FB)
     space.underflow.clear()
-    for layer in circuit._inner_layers():
+    for layer in engine.inner_layers():
         if not _has_kernels(layer):
             layer(space, tables[layer.group], careful=True)
         elif layer.is_sum:
-            _forward_sums(layer, space, tables[layer.group], circuit.matmul_precision)
+            _forward_sums(layer, space, tables[layer.group], engine.matmul_precision)
         else:
             _multiply(layer, space.values, layer.outer_rows(space.values, 0, layer.num_folds), None)
 
 
 def backward(
-    circuit: Circuit,
+    engine: Engine,
     space: Workspace,
     tables: Sequence[Tensor],
     gradient: GradientSpace,
     grads: Sequence[Tensor | None],
 ) -> None:
     """From the gradient of the heads in `gradient` to that of all inner units and weights."""
-    precision = circuit.matmul_precision
+    precision = engine.matmul_precision
     with on(space.values.device):
-        for layer in reversed(circuit._inner_layers()):
+        for layer in reversed(engine.inner_layers()):
             if not _has_kernels(layer):
                 layer.backward(space, gradient, tables[layer.group], grads[layer.group])
             elif layer.is_sum:

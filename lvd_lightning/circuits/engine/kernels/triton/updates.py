@@ -30,7 +30,7 @@ def update_table(
     forgotten: float = -1.0,
     starts: Tensor | None = None,
 ) -> bool:
-    """An M-step in place, if the kernels can do it: arguments and result are those of `native.updates.update_table`.
+    """An M-step in place, if the kernels can do it: arguments and result are those of `cpu.updates.update_table`.
 
     Rows of unequal length have none here.
     """
