@@ -72,8 +72,8 @@ class LateCheck:
             self.flags.zero_()
             found = "; ".join(name for name, is_bad in zip(self.names, bad, strict=True) if is_bad)
             raise ValueError(
-                f"{found} (in an earlier batch: on a GPU values are checked behind the computation, which took the "
-                "nearest valid value; results since then are of no use)"
+                f"{found} (in an earlier batch: a GPU is asked behind the computation, where a value outside its "
+                "support counts as the nearest valid one, so that results since then are of no use)"
             )
 
     def __deepcopy__(self, memo: dict[int, object]) -> LateCheck:
