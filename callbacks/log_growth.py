@@ -63,4 +63,4 @@ class LogGrowth(PictureCallback):
             first = heads[-1] + 1
         context = student.context
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "clusters"))
-        patches_picture(path, z_NP, heads, context.data, int(context.shared["patch_size"]), generator)
+        patches_picture(path, z_NP, heads, context.data, generator)

@@ -12,9 +12,9 @@ import numpy as np
 from torch import Tensor
 from typing_extensions import override
 
-from datamodules.base import ImageDataModule
 from datamodules.files import require, resolve
 from datamodules.images import ImageRows, Pixels, encode_images
+from datamodules.rgb import RGBDataModule
 from datamodules.splits import SPLITS, Rows, Split, check_fractions, divide
 
 __all__ = ["Arrays", "MappedImages"]
@@ -65,7 +65,7 @@ class MappedImages:
         return MappedImages, self._settings
 
 
-class Arrays(ImageDataModule):
+class Arrays(RGBDataModule):
     """Images that are numpy arrays of bytes, (N, S, S, 3) or (N, 3, S, S), with S = `image_size`.
 
     Give either one file, which is divided by a fixed permutation (an archive with arrays named train, val and test is
@@ -80,7 +80,7 @@ class Arrays(ImageDataModule):
         key: the array to take from .npz archives that hold several.
         val_fraction: how much of the one file is for validation.
         test_fraction: how much of the one file is for the test.
-        **common: the settings of every `ImageDataModule`.
+        **common: the settings of every `RGBDataModule`.
     """
 
     def __init__(

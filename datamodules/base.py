@@ -1,9 +1,9 @@
-"""The frame of every image data module: splits in memory, colour and region applied once, loaders of global batches."""
+"""The frame of every image data module: splits in memory, patches, unit and protocol, loaders of global batches."""
 
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from datamodules.identity import identity_of_images
-from datamodules.images import ImageRows, IndexedImages, Pixels, encode_images
+from datamodules.images import ImageRows, IndexedImages
 from datamodules.sampler import GlobalBatchSampler
 from datamodules.splits import SPLITS, Rows, Split, subset
-from lvd_lightning.color import COLORS, REGIONS, is_lossy
+from lvd_lightning.parts import ImagePatches
+from lvd_lightning.units import BitsPerDimension, Unit
 
 __all__ = ["ImageDataModule"]
 
@@ -25,18 +26,18 @@ T = TypeVar("T")
 
 
 class ImageDataModule(LightningDataModule):
-    """Images as bytes, colour-encoded and cropped, in the splits train, val and test.
+    """Images of whole numbers in the splits train, val and test.
 
-    Loaders yield (x, index): uint8 images (b, 3, H, W) and their int64 numbers (b,) in the split. Which examples a
-    split holds never depends on `seed`; the order of training is a function of (seed, epoch) alone. Trainers run with
-    `use_distributed_sampler=False`: the loaders divide every batch over the ranks themselves.
+    Loaders yield (x, index): images (b, C, H, W), of the smallest type that holds their values, and their int64 numbers
+    (b,) in the split. Which examples a split holds never depends on `seed`; the order of training is a function of
+    (seed, epoch) alone. Trainers run with `use_distributed_sampler=False`: the loaders divide every batch over the
+    ranks themselves.
 
-    A subclass says where images come from in `load`.
+    A subclass says where images come from in `load` and what they are in `image_shape`; one whose pixels are no bytes
+    says so in `num_categories`.
 
     Args:
-        image_size: the side of the images, in pixels.
-        color: `rgb`, `ycocg_r` (reversible) or `ycbcr_lossy` (only to reproduce published figures).
-        region: `whole`, or `quadrant` for the top-left quarter.
+        patch_size: the side of a patch, the part of an image that has a latent variable; it divides the images' sides.
         batch_size: examples per training step, all ranks together.
         num_workers: processes that read batches; 0 reads in the main process.
         seed: the seed of the training order.
@@ -49,10 +50,8 @@ class ImageDataModule(LightningDataModule):
 
     def __init__(
         self,
-        image_size: int = 32,
-        color: str = "ycocg_r",
-        region: str = "whole",
         *,
+        patch_size: int = 4,
         batch_size: int = 256,
         num_workers: int = 0,
         seed: int = 0,
@@ -60,12 +59,8 @@ class ImageDataModule(LightningDataModule):
         max_examples: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value, choices in (("color", color, COLORS), ("region", region, REGIONS)):
-            if value not in choices:
-                raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
-        if image_size < 1 or (region == "quadrant" and image_size % 2):
-            raise ValueError(f"image_size: got {image_size}, expected a positive number, even for a quadrant")
         for name, number, least in (
+            ("patch_size", patch_size, 1),
             ("batch_size", batch_size, 1),
             ("val_batch_size", val_batch_size, 1),
             ("max_examples", max_examples, 1),
@@ -74,9 +69,7 @@ class ImageDataModule(LightningDataModule):
         ):
             if number is not None and number < least:
                 raise ValueError(f"{name}: got {number}, expected at least {least}")
-        self.image_size = image_size
-        self.color = color
-        self.region = region
+        self.patch_size = patch_size
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -86,13 +79,14 @@ class ImageDataModule(LightningDataModule):
         self._images: dict[Split, Tensor | ImageRows] = {}
         self._identity: dict[Split, str] = {}
 
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape (C, H, W) of what is modelled."""
+
     @abstractmethod
     def load(self) -> Mapping[Split, Tensor | ImageRows]:
-        """Read every split, encoded with `encode` and limited with `limit`, as uint8 (N, 3, H, W)."""
-
-    def encode(self, pixels: Pixels) -> Tensor:
-        """Crop and colour-encode raw RGB bytes (N, 3, image_size, image_size)."""
-        return encode_images(pixels, self.color, self.region)
+        """Read every split, limited with `limit`, as integers (N, C, H, W)."""
 
     def limit(self, count: int) -> Rows:
         """Which rows of a split of `count` examples to keep under `max_examples`."""
@@ -108,6 +102,7 @@ class ImageDataModule(LightningDataModule):
         """
         if self._images:
             return
+        self.parts.shape  # noqa: B018 - a patch size that does not fit is said before anything is read
         images = dict(self.load())
         self._check_counts({split: len(images[split]) for split in SPLITS})
         for split in SPLITS:
@@ -130,18 +125,51 @@ class ImageDataModule(LightningDataModule):
             )
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """The shape (3, H, W) of what is modelled."""
-        side = self.image_size // 2 if self.region == "quadrant" else self.image_size
-        return 3, side, side
+    def num_categories(self) -> int | tuple[int, ...]:
+        """How many values a pixel has, 0..n-1: one number, or one for each channel."""
+        return 256
 
     @property
-    def lossy(self) -> bool:
-        """Whether the colour encoding merges colours, so that figures have to say so."""
-        return is_lossy(self.color)
+    def parts(self) -> ImagePatches:
+        """The patches that have a latent variable each.
+
+        Raises:
+            ValueError: patches of `patch_size` do not tile the images.
+        """
+        return ImagePatches(self.image_shape, self.patch_size, self.num_categories)
+
+    @property
+    def num_dims(self) -> int:
+        """Dimensions of an image: every channel of every pixel."""
+        return math.prod(self.image_shape)
+
+    @property
+    def unit(self) -> Unit:
+        """Bits per dimension."""
+        numbers = self.parts.num_categories
+        return BitsPerDimension(uniform=sum(math.log2(number) for number in numbers) / len(numbers))
+
+    @property
+    def protocol(self) -> str:
+        """What stands in brackets beside every figure; empty: whole images, without loss."""
+        return ""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The protocol for scripts."""
+        return {}
+
+    def to_rgb(self, images: Tensor) -> Tensor:
+        """What a person sees: uint8 (..., 3, H, W) of images (..., C, H, W), or of real-valued means of them.
+
+        Each channel's values are spread over 0..255; one channel is grey.
+        """
+        highest = torch.tensor(self.parts.num_categories, device=images.device)[:, None, None] - 1
+        levels = (images.double() * 255 / highest).round().clamp(0, 255).to(torch.uint8)
+        return levels.expand(*levels.shape[:-3], 3, *levels.shape[-2:])
 
     def images(self, split: Split) -> Tensor | ImageRows:
-        """All images of a split, encoded, with shape (N, 3, H, W); large sets give an object indexed like a tensor."""
+        """All images of a split, encoded, with shape (N, C, H, W); large sets give an object indexed like a tensor."""
         if split not in SPLITS:
             raise ValueError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
         if not self._images:
@@ -165,7 +193,7 @@ class ImageDataModule(LightningDataModule):
         return len(self.images(split))
 
     def batch(self, split: Split, indices: Tensor) -> Tensor:
-        """Read images by their int64 numbers (n,), as uint8 (n, 3, H, W) on the CPU."""
+        """Read images by their int64 numbers (n,), as integers (n, C, H, W) on the CPU."""
         return self.images(split)[indices.cpu()]
 
     @override

@@ -7,9 +7,9 @@ import numpy as np
 from torch import Tensor
 from typing_extensions import override
 
-from datamodules.base import ImageDataModule
 from datamodules.files import require, resolve
 from datamodules.pickles import read_pixels
+from datamodules.rgb import RGBDataModule
 from datamodules.splits import Split, carve
 
 __all__ = ["CIFAR10"]
@@ -19,7 +19,7 @@ TRAIN_FILES = [f"data_batch_{number}" for number in range(1, 6)]
 TEST_FILE = "test_batch"
 
 
-class CIFAR10(ImageDataModule):
+class CIFAR10(RGBDataModule):
     """The 60,000 images of CIFAR-10, 32 x 32.
 
     The official test set is the test split; the validation split is carved out of the 50,000 training images.
@@ -27,7 +27,7 @@ class CIFAR10(ImageDataModule):
     Args:
         path: the folder `cifar-10-batches-py`, or the one that holds it.
         num_val: training images that become the validation split.
-        **common: the settings of every `ImageDataModule`.
+        **common: the settings of every `RGBDataModule`.
 
     References:
         Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from datamodules.base import ImageDataModule
 from datamodules.files import require, resolve
 from datamodules.images import ImageRows
 from datamodules.pickles import read_pixels
+from datamodules.rgb import RGBDataModule
 from datamodules.splits import Split, carve
 
 __all__ = ["DownsampledImageNet"]
@@ -20,7 +20,7 @@ TRAIN_FILES = [f"train_data_batch_{number}" for number in range(1, 11)]
 TEST_FILE = "val_data"
 
 
-class DownsampledImageNet(ImageDataModule):
+class DownsampledImageNet(RGBDataModule):
     """The 1,281,167 training and 50,000 validation images of ImageNet at 32 x 32 or 64 x 64 (`image_size`).
 
     The official validation set is the test split; the validation split is carved out of the training set, an equal
@@ -31,7 +31,7 @@ class DownsampledImageNet(ImageDataModule):
         path: the folder with the ten files `train_data_batch_*` and `val_data`; they may also lie in its folders
             `Imagenet32_train` and `Imagenet32_val` (or `Imagenet64_...`).
         num_val: training images that become the validation split.
-        **common: the settings of every `ImageDataModule`.
+        **common: the settings of every `RGBDataModule`.
 
     References:
         Chrabaszcz, Loshchilov and Hutter, A Downsampled Variant of ImageNet, 2017, arXiv 1707.08819.

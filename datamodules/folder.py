@@ -17,11 +17,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from datamodules.archives import check_members, open_archive
-from datamodules.base import ImageDataModule
 from datamodules.files import resolve
 from datamodules.identity import digest, identity_of_files
 from datamodules.image_names import EXTENSIONS, ImageNames, names_in_archive, names_in_folder
 from datamodules.images import Pixels
+from datamodules.rgb import RGBDataModule
 from datamodules.splits import SPLITS, Split, check_fractions, position_of_name, split_of_name
 
 __all__ = ["Folder", "decode_image"]
@@ -35,7 +35,7 @@ DECODE_ERRORS = (
 )
 
 
-class Folder(ImageDataModule):
+class Folder(RGBDataModule):
     """The images in a folder, its folders, or a .zip archive.
 
     Every image is cropped to its central square, resized to `image_size` and kept in memory as bytes. Which split it
@@ -51,7 +51,7 @@ class Folder(ImageDataModule):
         path: the folder or the .zip archive.
         val_fraction: about how much of the images is for validation.
         test_fraction: about how much of the images is for the test.
-        **common: the settings of every `ImageDataModule`.
+        **common: the settings of every `RGBDataModule`.
     """
 
     def __init__(self, path: str, val_fraction: float = 0.1, test_fraction: float = 0.1, **common: Any) -> None:

@@ -40,7 +40,7 @@ def encode_images(pixels: Pixels, color: str, region: str) -> Tensor:
 
 
 class Part(Protocol):
-    """Stored images: a tensor, or anything that gives a uint8 tensor (n, 3, H, W) for a tensor of rows (n,)."""
+    """Stored images: a tensor, or anything that gives a tensor (n, C, H, W) for a tensor of rows (n,)."""
 
     def __len__(self) -> int: ...
 
@@ -48,7 +48,7 @@ class Part(Protocol):
 
 
 class ImageRows:
-    """Chosen rows of images in several parts, indexed like a uint8 tensor (N, 3, H, W).
+    """Chosen rows of images in several parts, indexed like one tensor (N, C, H, W).
 
     Args:
         parts: the stored images, numbered through all parts.
@@ -59,14 +59,15 @@ class ImageRows:
         self._parts = parts
         self._ends = torch.tensor([len(part) for part in parts]).cumsum(0)
         self._rows = torch.arange(int(self._ends[-1])) if rows is None else torch.from_numpy(rows)
-        self._image_shape = parts[0][torch.zeros(1, dtype=torch.int64)].shape[1:]
+        first = parts[0][torch.zeros(1, dtype=torch.int64)]
+        self._image_shape, self.dtype = first.shape[1:], first.dtype
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape (N, 3, H, W)."""
+        """The shape (N, C, H, W)."""
         return (len(self), *self._image_shape)
 
     def __getitem__(self, index: int | slice | Tensor) -> Tensor:
@@ -74,7 +75,7 @@ class ImageRows:
         rows = self._rows[index]
         flat = rows.reshape(-1)
         part_of = torch.searchsorted(self._ends, flat, right=True)
-        images = torch.empty(len(flat), *self._image_shape, dtype=torch.uint8)
+        images = torch.empty(len(flat), *self._image_shape, dtype=self.dtype)
         for number in part_of.unique().tolist():
             here = (part_of == number).nonzero()[:, 0]
             part = self._parts[number]

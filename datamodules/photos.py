@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
-from datamodules.base import ImageDataModule
 from datamodules.images import Pixels
+from datamodules.rgb import RGBDataModule
 from datamodules.splits import SPLITS, Split, subset
 
 __all__ = ["Photos"]
@@ -21,7 +21,7 @@ BANDS: tuple[Split, ...] = ("train", "val", "train", "test", "train")
 HELD_OUT_WIDTH = 0.15
 
 
-class Photos(ImageDataModule):
+class Photos(RGBDataModule):
     """Crops of scikit-learn's two sample photographs (427 x 640, a temple and a flower).
 
     Each photograph is cut into five vertical bands, train, val, train, test, train, and every band is reduced on its
@@ -34,7 +34,7 @@ class Photos(ImageDataModule):
         num_val: the number of validation crops.
         num_test: the number of test crops.
         flip: whether the mirror image of every training crop is a training example as well (twice `num_train`).
-        **common: the settings of every `ImageDataModule`.
+        **common: the settings of every `RGBDataModule`.
     """
 
     def __init__(

@@ -81,7 +81,7 @@ def run(command: str, experiment: "Experiment", stage: str | None = None, change
     if command == "fit":
         pipeline.run(only=stage, changed=changed)
     else:
-        pipeline.print_bpd("val" if command == "validate" else "test")
+        pipeline.print_likelihood("val" if command == "validate" else "test")
     ranks.close()
 
 

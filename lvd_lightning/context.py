@@ -3,41 +3,57 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from lvd_lightning.parts import Parts
 from lvd_lightning.seeds import derive_seed
+from lvd_lightning.units import Unit
 
-__all__ = ["DONE_MARKER", "Artefacts", "ImageData", "StageContext", "missing_need"]
+__all__ = ["DONE_MARKER", "Artefacts", "Data", "StageContext", "VisibleData", "missing_need"]
 
 DONE_MARKER = "done.json"
 
 
-class ImageData(Protocol):
-    """What stages read of a datamodule; the library itself imports none."""
+class Data(Protocol):
+    """What stages read of a datamodule; the library itself imports none.
+
+    parts: how an example falls into the parts that have a latent variable each.
+    unit: in which the likelihood of an example is told.
+    protocol: what stands in brackets beside every figure; empty if there is nothing to say.
+    facts: the same for scripts.
+    num_dims: dimensions of an example. Data that people can look at also have `to_rgb` (see `VisibleData`).
+    """
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(3, H, W) of the images after the region was cut out."""
-
+    def parts(self) -> Parts: ...
     @property
-    def color(self) -> str: ...
-
+    def unit(self) -> Unit: ...
     @property
-    def region(self) -> str: ...
-
+    def protocol(self) -> str: ...
     @property
-    def lossy(self) -> bool: ...
+    def facts(self) -> Mapping[str, Any]: ...
+    @property
+    def num_dims(self) -> int: ...
 
     def num_examples(self, split: str) -> int: ...
 
-    def images(self, split: str) -> Any:
-        """The whole split, array-like uint8 [N, 3, H, W], colour-encoded."""
-
     def batch(self, split: str, indices: Tensor) -> Tensor:
-        """Images uint8 [n, 3, H, W] of a split ("train", "val", "test") at int64 `indices` [n]."""
+        """Examples (n, ...) of a split ("train", "val", "test") at int64 `indices` [n]."""
+
+
+@runtime_checkable
+class VisibleData(Data, Protocol):
+    """Data that are pictures."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+
+    def to_rgb(self, images: Tensor) -> Tensor:
+        """What a person sees: uint8 (..., 3, H, W) of images (..., C, H, W), or of real-valued means of them."""
 
 
 class Artefacts(Protocol):
@@ -55,7 +71,7 @@ class StageContext:
     seed: the seed of the run; derive every generator from it by `generator`, never use the global one for anything
         that has to be the same after an interruption.
     data: the stage's datamodule, set up.
-    shared: the config's shared values (patch_size, color, region, ...).
+    shared: the config's shared values.
     earlier: the names of the stages before this one, in order, with the kinds of artefact that each leaves.
     device: the device of this process, for stages that compute outside a Trainer.
     """

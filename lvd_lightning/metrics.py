@@ -1,35 +1,52 @@
 """Metrics of density models, for torchmetrics."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-__all__ = ["BitsPerDim", "LVDGap"]
+from lvd_lightning.units import BitsPerDimension, Unit
+
+__all__ = ["BitsPerDim", "LVDGap", "MeanLikelihood"]
 
 
-class BitsPerDim(Metric):
-    """Mean of -log2 p(x) / num_dims over examples, summed over ranks.
+class MeanLikelihood(Metric):
+    """The likelihood of a model in the data's unit, over examples of all ranks.
 
     Args:
-        num_dims: dimensions of an example: every channel of every pixel of the image.
+        unit: what is told.
+        num_dims: dimensions of an example, such as every channel of every pixel of an image.
+
+    Raises:
+        ValueError: no dimension.
+
+    Example:
+        >>> from lvd_lightning.units import BitsPerDimension
+        >>> metric = MeanLikelihood(BitsPerDimension(), num_dims=2)
+        >>> metric.update(torch.tensor([-2.0, -2.0]))  # nats
+        >>> round(float(metric.compute()), 4)
+        1.4427
     """
 
     is_differentiable = True
-    higher_is_better = False
     full_state_update = False
     nats: Tensor
     weight: Tensor
 
-    def __init__(self, num_dims: int, **kwargs: Any) -> None:
+    def __init__(self, unit: Unit, num_dims: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if num_dims < 1:
             raise ValueError(f"num_dims: expected at least 1, got {num_dims}")
+        self.unit = unit
         self.num_dims = num_dims
         self.add_state("nats", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("weight", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @property
+    def higher_is_better(self) -> bool:  # type: ignore[override]
+        """As the unit says."""
+        return not self.unit.lower_is_better
 
     def update(self, log_prob: Tensor, weight: Tensor | float = 1.0) -> None:
         """Add log-likelihoods in nats, shape (B,), of `weight` examples each (a number, or shape (B,))."""
@@ -39,8 +56,19 @@ class BitsPerDim(Metric):
         self.weight += weight_B.sum()
 
     def compute(self) -> Tensor:
-        """Bits per dimension; NaN without examples."""
-        return -self.nats / (self.weight * self.num_dims * math.log(2.0))
+        """The mean in the unit; NaN without examples."""
+        return self.unit.from_nats(self.nats, self.num_dims, self.weight)
+
+
+class BitsPerDim(MeanLikelihood):
+    """Mean of -log2 p(x) / num_dims over examples, summed over ranks.
+
+    Args:
+        num_dims: dimensions of an example: every channel of every pixel of the image.
+    """
+
+    def __init__(self, num_dims: int, **kwargs: Any) -> None:
+        super().__init__(BitsPerDimension(), num_dims, **kwargs)
 
 
 class LVDGap(Metric):
@@ -52,7 +80,8 @@ class LVDGap(Metric):
     and the student may exceed its teacher.
 
     Args:
-        num_dims: dimensions of an example: every channel of every pixel of the image.
+        unit: in which the means are told, beside nats.
+        num_dims: dimensions of an example, such as every channel of every pixel of an image.
     """
 
     is_differentiable = False
@@ -64,10 +93,11 @@ class LVDGap(Metric):
     count: Tensor
     teacher_count: Tensor
 
-    def __init__(self, num_dims: int, **kwargs: Any) -> None:
+    def __init__(self, unit: Unit, num_dims: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if num_dims < 1:
             raise ValueError(f"num_dims: expected at least 1, got {num_dims}")
+        self.unit = unit
         self.num_dims = num_dims
         for name in self.STATES:
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -82,7 +112,7 @@ class LVDGap(Metric):
             self.teacher_count += len(teacher_elbo)
 
     def compute(self) -> dict[str, dict[str, float]]:
-        """{"teacher_elbo" | "lvd_objective" | "log_prob": {"nats": per example, "bpd": bits per dimension}}.
+        """{"teacher_elbo" | "lvd_objective" | "log_prob": {"nats": per example, and the unit's name: in the unit}}.
 
         "teacher_elbo" is absent unless it was given for all examples; NaN without examples.
         """
@@ -90,4 +120,5 @@ class LVDGap(Metric):
         if self.teacher_count == self.count:
             names.insert(0, "teacher_elbo")
         means = {name: float(getattr(self, name) / self.count) for name in names}
-        return {name: {"nats": nats, "bpd": -nats / (self.num_dims * math.log(2.0))} for name, nats in means.items()}
+        unit = self.unit
+        return {name: {"nats": nats, unit.name: unit.from_nats(nats, self.num_dims)} for name, nats in means.items()}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lvd_lightning.metrics import BitsPerDim, LVDGap
+from lvd_lightning.units import BitsPerDimension
 
 
 def test_bits_per_dimension() -> None:
@@ -52,7 +53,7 @@ def test_no_dimensions_are_refused() -> None:
 
 
 def test_lvd_gap_has_means_in_nats_and_bits() -> None:
-    metric = LVDGap(2)
+    metric = LVDGap(BitsPerDimension(), 2)
     bits = math.log(2)
     metric.update(torch.tensor([-4.0, -8.0]) * bits, torch.tensor([-6.0, -10.0]) * bits, torch.tensor([-5.0, -9.0]))
     found = metric.compute()
@@ -63,4 +64,4 @@ def test_lvd_gap_has_means_in_nats_and_bits() -> None:
     metric.update(torch.tensor([0.0]), torch.tensor([0.0]))  # an example of which the teacher has no bound
     assert list(metric.compute()) == ["lvd_objective", "log_prob"]
     with pytest.raises(ValueError, match="num_dims"):
-        LVDGap(0)
+        LVDGap(BitsPerDimension(), 0)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from lvd_lightning import circuits as pc
-from lvd_lightning.color import patchify
-from lvd_lightning.context import ImageData
+from lvd_lightning.context import Data
 from lvd_lightning.growing.agreement import rank_and_size
 from lvd_lightning.models.evidence import CircuitGroups
 
@@ -25,7 +24,7 @@ CHUNK_IMAGES = 1024
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some patches: `flat` int64 (n,), their numbers image * P + position; `x` uint8 (n, D); `circuit`, `head` (n,)."""
+    """Some patches: `flat` int64 (n,), their numbers image * P + position; `x` (n, D); `circuit`, `head` (n,)."""
 
     flat: Tensor
     x: Tensor
@@ -38,12 +37,10 @@ class Examples:
     """The patches of one split.
 
     data: where images are read from; split: which ones.
-    patch_size: side of a patch.
     circuit_NP, head_NP: integers (N, P), on the CPU.
     """
 
-    data: ImageData
-    patch_size: int
+    data: Data
     circuit_NP: Tensor
     head_NP: Tensor
     split: str = "train"
@@ -77,7 +74,7 @@ class Examples:
             if not len(at):
                 continue
             rows, place = (at // positions).unique(return_inverse=True)
-            patches_BPD = patchify(self.data.batch(self.split, low + rows), self.patch_size)
+            patches_BPD = self.data.parts.split(self.data.batch(self.split, low + rows))
             x = patches_BPD[place, at % positions]
             yield Chunk(low * positions + at, x.to(device), circuit[at].to(device), head[at].to(device))
 

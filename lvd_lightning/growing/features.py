@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lvd_lightning.context import StageContext
 from lvd_lightning.latents import load_latents_info
-from lvd_lightning.latents.features import FeatureStore, PatchVectors, PixelPatches
+from lvd_lightning.latents.features import FeatureStore, PartValues, PatchVectors
 from lvd_lightning.latents.transform import AffineMap
 
 __all__ = ["PatchFeatures"]
@@ -36,25 +36,25 @@ class PatchFeatures:
 
     @classmethod
     def of(cls, context: StageContext) -> PatchFeatures:
-        """Those that were clustered; the pixels of patches if there was no teacher, or its features were removed."""
+        """Those that were clustered; the values of parts if there was no teacher, or its features were removed."""
         folder = context.artefact("latents")
-        pixels = PixelPatches(context.data, "train", int(context.shared["patch_size"]))
-        plain = AffineMap(torch.zeros(1, pixels.shape[2]), None)
+        values = PartValues(context.data, "train")
+        plain = AffineMap(torch.zeros(1, values.shape[2]), None)
         if folder is None or not (folder / "map.safetensors").is_file():
-            return cls(pixels, plain)
+            return cls(values, plain)
         tensors = load_file(folder / "map.safetensors")
         fitted = AffineMap(tensors["mean"], tensors.get("matrix"))
-        if load_latents_info(folder).get("source") == "pixels":
-            return cls(pixels, fitted)
+        if load_latents_info(folder).get("source") != "teacher":
+            return cls(values, fitted)
         try:
             return cls(FeatureStore(folder / "features_train.npy"), fitted)
         except FileNotFoundError:
             warnings.warn(
                 f"{folder}: the teacher's features were removed (keep_features: false), so heads are told apart by the "
-                "pixels of their patches",
+                "values of their patches",
                 stacklevel=2,
             )
-            return cls(pixels, plain)
+            return cls(values, plain)
 
     @property
     def num_positions(self) -> int:

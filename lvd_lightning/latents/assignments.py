@@ -115,15 +115,11 @@ def write_assignments(folder: Path, z_NP: Mapping[str, Tensor], num_states: int)
 
 def _read(context: StageContext, folder: Path, splits: tuple[str, ...]) -> tuple[dict[str, Tensor], int]:
     z_NP = {split: load_assignments(folder, split) for split in splits}
-    _, height, width = context.data.image_shape
-    side = int(context.shared["patch_size"])
-    if side < 1 or height % side or width % side:
-        raise ValueError(f"patch_size: {side} does not tile images of {height} x {width}; choose a divisor of both")
     for split, found in z_NP.items():
-        expected = (context.data.num_examples(split), (height // side) * (width // side))
+        expected = (context.data.num_examples(split), context.data.parts.num_parts)
         if tuple(found.shape) != expected:
             raise ValueError(
-                f"{folder}: holds latents of {tuple(found.shape)} images and patches for {split}, the data have "
-                f"{expected} with patch_size {side}: run stage {folder.name} again"
+                f"{folder}: holds latents of {tuple(found.shape)} examples and parts for {split}, the data have "
+                f"{expected}: run stage {folder.name} again"
             )
     return z_NP, int(load_latents_info(folder)["num_clusters"])

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from lvd_lightning.latents.context import ancestor_mask, context_tree, linear_cka
-from lvd_lightning.latents.features import FeatureStore, PatchVectors, PixelPatches, write_features
+from lvd_lightning.latents.features import FeatureStore, PartValues, PatchVectors, write_features
 from lvd_lightning.latents.files import key_of, stored_key, write_json
 from lvd_lightning.latents.processes import Processes
 from lvd_lightning.latents.sampling import sample_distinct
 from lvd_lightning.latents.settings import SPLITS, LatentsContext, LatentsSettings, float64_device
+from lvd_lightning.parts import describe_parts
 
 __all__ = ["Encoding", "encode_splits", "remove_features"]
 
@@ -27,7 +28,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Encoding(NamedTuple):
     """A vector for every patch of every split.
 
-    vectors: by split; key: says what they were computed from; source: "teacher" or "pixels";
+    vectors: by split; key: says what they were computed from; source: "teacher", or "values" of the parts themselves;
     parents: of the tree over patches whose ancestors a patch was encoded with, -1 at the root, or None.
     positional: whether the vectors tell positions; codebook: of a teacher whose codes are wanted, with shape (K, E).
     """
@@ -41,14 +42,13 @@ class Encoding(NamedTuple):
 
 
 def encode_splits(context: LatentsContext, settings: LatentsSettings, processes: Processes) -> Encoding:
-    """The features of the experiment's teacher, or the pixels if it has none; all ranks have to call."""
+    """The features of the experiment's teacher, or the values of parts if it has none; all ranks have to call."""
     teacher_dir = context.artefact("features")
     data_keys = [data_key(context.data, split) for split in SPLITS]
     if teacher_dir is None:
         _codebook(None, settings)
-        patch_size = int(context.shared["patch_size"])
-        pixels: dict[str, PatchVectors] = {s: PixelPatches(context.data, s, patch_size) for s in SPLITS}
-        return Encoding(pixels, key_of("pixels", patch_size, *data_keys), "pixels", None)
+        values: dict[str, PatchVectors] = {split: PartValues(context.data, split) for split in SPLITS}
+        return Encoding(values, key_of("values", *data_keys), "values", None)
     # Imported here: without a teacher nobody waits for the library of transformers.
     from lvd_lightning.teachers import load_teacher
     from lvd_lightning.teachers.io import ARGUMENTS_FILE, WEIGHTS_FILE
@@ -156,8 +156,8 @@ def data_key(data: Any, split: str) -> str:
     """Says which images features belong to: what the datamodule says of them, and the pixels of a few."""
     count = data.num_examples(split)
     few = torch.linspace(0, count - 1, min(count, 16)).long()
-    pixels = data.batch(split, few).numpy().tobytes() if count else b""
-    return key_of(split, count, list(data.image_shape), data.color, data.region, hashlib.sha256(pixels).hexdigest())
+    values = data.batch(split, few).numpy().tobytes() if count else b""
+    return key_of(split, count, describe_parts(data.parts), data.protocol, hashlib.sha256(values).hexdigest())
 
 
 def _remove(path: Path) -> None:

@@ -4,6 +4,7 @@ Shapes: N images, P patches, E features, m rows.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvd_lightning.color import patchify
 from lvd_lightning.latents.files import write_json
 from lvd_lightning.latents.processes import Processes
 
-__all__ = ["FeatureStore", "PatchVectors", "PixelPatches", "write_features"]
+__all__ = ["FeatureStore", "PartValues", "PatchVectors", "write_features"]
 
 _DTYPE = np.dtype("<f2")
 
@@ -35,19 +35,15 @@ class PatchVectors(Protocol):
         """The vectors of single patches, float32 with shape (m, E); indices int64 with shape (m,)."""
 
 
-class PixelPatches:
-    """The pixels of each patch as its vector: what is clustered without a teacher.
+class PartValues:
+    """The values of each part's variables as its vector, such as pixels: what is clustered without a teacher.
 
     data: a datamodule, set up; split: "train", "val" or "test".
     """
 
-    def __init__(self, data: Any, split: str, patch_size: int) -> None:
-        channels, height, width = data.image_shape
-        if patch_size < 1 or height % patch_size or width % patch_size:
-            raise ValueError(f"images are {height} x {width}, expected multiples of patch_size {patch_size}")
-        num_patches = (height // patch_size) * (width // patch_size)
-        self.shape = (data.num_examples(split), num_patches, channels * patch_size**2)
-        self._data, self._split, self._patch_size = data, split, patch_size
+    def __init__(self, data: Any, split: str) -> None:
+        self.shape = (data.num_examples(split), data.parts.num_parts, math.prod(data.parts.shape))
+        self._data, self._split = data, split
 
     def read(self, start: int, stop: int) -> Tensor:
         return self._patches(torch.arange(start, min(stop, self.shape[0])))
@@ -60,7 +56,8 @@ class PixelPatches:
         return vectors_mE
 
     def _patches(self, images: Tensor) -> Tensor:
-        return patchify(self._data.batch(self._split, images), self._patch_size).float()
+        found: Tensor = self._data.parts.split(self._data.batch(self._split, images)).float()
+        return found
 
 
 class FeatureStore:

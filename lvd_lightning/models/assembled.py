@@ -1,6 +1,6 @@
-"""The whole-image circuit: a prior over the latents of patches, and a conditional circuit for every latent value.
+"""The circuit over whole examples: a prior over the latents of parts, and a conditional circuit per latent value.
 
-Shapes: B images, P patches (positions), D variables of a patch, K latent values, G circuits of the conditional.
+Shapes: B examples, P parts (positions), D variables of a part, K latent values, G circuits of the conditional.
 """
 
 from __future__ import annotations
@@ -9,20 +9,21 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lvd_lightning import circuits as pc
-from lvd_lightning.color import patchify, unpatchify
 from lvd_lightning.files import write_atomically
 from lvd_lightning.models.routing import route_in_passes
+from lvd_lightning.parts import ImagePatches, Parts, describe_parts, parts_from, variable_type
 
 __all__ = ["AssembledCircuit"]
 
 #: Numbers that the values of one pass through the conditional may take: what bounds the memory of evaluation.
 MAX_NUMBERS = {"cpu": 1 << 25, "cuda": 1 << 30}
-#: Nats below the best latent value of a patch at which evidence stops to matter: it may come out lower than it is.
+#: Nats below the best latent value of a part at which evidence stops to matter: it may come out lower than it is.
 #: A likelihood is never overstated by that, and understated by a share of e^-120 as long as the prior allows the best.
 MARGIN = 120.0
 #: Posteriors of latent values that `expected` leaves out.
@@ -30,33 +31,29 @@ RARE = 1e-5
 
 
 class AssembledCircuit(nn.Module):
-    r"""p(x) = sum_z p(z) prod_i p(x_i | z_i) over the patches x_i of an image.
+    r"""p(x) = sum_z p(z) prod_i p(x_i | z_i) over the parts x_i of an example.
 
     Args:
         prior: circuit over P variables with soft evidence of K states.
-        conditional: batch of circuits (`pc.Circuit([...])`) with K heads altogether over the D variables of a patch,
+        conditional: batch of circuits (`pc.Circuit([...])`) with K heads altogether over the D variables of a part,
             tied over positions; or with P x K heads, position by position. Heads are counted through: circuit 0 first.
-        patch_size: side of a patch, in pixels.
-        image_shape: (3, height, width).
+        parts: how an example falls into parts.
 
     Raises:
-        ValueError: prior, conditional and geometry do not belong together.
+        ValueError: prior, conditional and parts do not belong together.
     """
 
-    def __init__(
-        self, prior: pc.Circuit, conditional: pc.Circuit, patch_size: int, image_shape: tuple[int, int, int]
-    ) -> None:
+    def __init__(self, prior: pc.Circuit, conditional: pc.Circuit, parts: Parts) -> None:
         super().__init__()
         evidence = prior.plan.inputs[0].distribution
         if prior.batched or not isinstance(evidence, pc.SoftEvidence):
             raise ValueError(f"prior: expected a single circuit over SoftEvidence, got {prior} over {evidence}")
         self.prior = prior
         self.conditional = conditional
-        self.patch_size = patch_size
-        self.image_shape = image_shape
+        self.parts = parts
         self.num_positions = prior.num_variables
         self.num_states = evidence.num_states
-        self._check_geometry()
+        self._check_parts()
         self.tied = self._is_tied()
         heads_G = torch.tensor([structure.num_heads for structure in conditional.structures])
         first_G = heads_G.cumsum(0) - heads_G
@@ -74,24 +71,24 @@ class AssembledCircuit(nn.Module):
 
     @property
     def num_dims(self) -> int:
-        """Dimensions of an image: what bits per dimension divide by."""
-        return math.prod(self.image_shape)
+        """Dimensions of an example: every variable of every part."""
+        return self.num_positions * math.prod(self.parts.shape)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Same as `log_prob`."""
-        return self.log_prob(images)
+        return self.log_prob(x)
 
-    def log_prob(self, images: Tensor) -> Tensor:
-        """log p(x) in nats, shape (B,); images: uint8 (B, 3, H, W), colour-encoded as in training."""
-        return self.log_prob_and_objective(images, None)[0]
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) in nats, shape (B,); x: examples (B, ...) as the datamodule gives them."""
+        return self.log_prob_and_objective(x, None)[0]
 
-    def lvd_objective(self, images: Tensor, z: Tensor) -> Tensor:
+    def lvd_objective(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x, z) = log p(z) + sum_i log p(x_i | z_i) in nats, shape (B,); z: int64 (B, P)."""
-        return self.log_prob_and_objective(images, z)[1]
+        return self.log_prob_and_objective(x, z)[1]
 
-    def log_prob_and_objective(self, images: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
+    def log_prob_and_objective(self, x: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
         """log p(x) and log p(x, z) in nats, both (B,), at the cost of one; without z twice log p(x)."""
-        evidence_BPK = self.evidence(images, margin=MARGIN)
+        evidence_BPK = self.evidence(x, margin=MARGIN)
         log_B = self.prior.log_prob(evidence_BPK)[:, 0]
         doubtful_B = log_B == -torch.inf
         if z is not None:
@@ -99,7 +96,7 @@ class AssembledCircuit(nn.Module):
             doubtful_B |= (given_BP <= evidence_BPK.amax(2) - MARGIN).any(1)
         again = doubtful_B.nonzero()[:, 0]
         if len(again):
-            evidence_BPK[again] = self.evidence(images[again])
+            evidence_BPK[again] = self.evidence(x[again])
             log_B = log_B.index_copy(0, again, self.prior.log_prob(evidence_BPK[again])[:, 0])
         if z is None:
             return log_B, log_B
@@ -110,24 +107,23 @@ class AssembledCircuit(nn.Module):
         certain = torch.full((*z.shape, self.num_states), -torch.inf, dtype=self.prior.dtype, device=z.device)
         return self.prior.log_prob(certain.scatter_(2, z[..., None], 0.0))[:, 0]
 
-    def patches(self, images: Tensor) -> Tensor:
-        """(B, P, D), the variables of the conditional circuits."""
-        if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape or images.dtype != torch.uint8:
-            raise ValueError(
-                f"images: expected uint8 (batch, {', '.join(map(str, self.image_shape))}), got {images.dtype} "
-                f"{tuple(images.shape)}"
-            )
-        return patchify(images, self.patch_size)
+    def split(self, x: Tensor) -> Tensor:
+        """Examples (B, ...) to (B, P, D), the variables of the conditional circuits.
+
+        Raises:
+            ValueError: examples of another shape.
+        """
+        return self.parts.split(x)
 
     @torch.no_grad()
-    def evidence(self, images: Tensor, observed: Tensor | None = None, margin: float | None = None) -> Tensor:
+    def evidence(self, x: Tensor, observed: Tensor | None = None, margin: float | None = None) -> Tensor:
         """log p(x_i | z_i = k) in nats, shape (B, P, K), in bounded memory (without gradients).
 
-        observed: bool, broadcast to the images; False marginalises a pixel's channel.
-        margin: in nats. What is certainly as far below the patch's best may come out lower than it is, never higher,
+        observed: bool, broadcast to x; False marginalises a variable.
+        margin: in nats. What is certainly as far below the part's best may come out lower than it is, never higher,
             which takes less time where heads are shared by all positions; None for exact numbers.
         """
-        rows, masks = self.patches(images), None if observed is None else self._mask_patches(images, observed)
+        rows, masks = self.split(x), None if observed is None else self._split_mask(x, observed)
         if self.tied:
             rows, masks = rows.flatten(0, 1), None if masks is None else masks.flatten(0, 1)
         out = torch.empty(
@@ -137,10 +133,10 @@ class AssembledCircuit(nn.Module):
         for low in range(0, len(rows), step):
             at = slice(low, low + step)
             out[at] = self._evidence_rows(rows[at], None if masks is None else masks[at], margin)
-        return out.view(len(images), self.num_positions, self.num_states)
+        return out.view(len(x), self.num_positions, self.num_states)
 
     def circuit_index(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Which circuit of the conditional, and which of its heads, models each patch: z (B, P) to two of (B P,)."""
+        """Which circuit of the conditional, and which of its heads, models each part: z (B, P) to two of (B P,)."""
         if not self.tied:
             z = z + self.num_states * torch.arange(self.num_positions, device=z.device)
         flat = z.reshape(-1)
@@ -148,24 +144,24 @@ class AssembledCircuit(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """`n` exact samples, uint8 (n, 3, H, W), colour-encoded; generator: on the circuit's device."""
+        """`n` exact samples (n, ...), as the datamodule gives examples; generator: on the circuit's device."""
         z = self.prior.sample(n, generator=generator)
-        blank = torch.zeros((n, *self.image_shape), dtype=torch.uint8, device=z.device)
+        blank = torch.zeros((n, *self.parts.example_shape), dtype=variable_type(self.parts), device=z.device)
         return self._complete(blank, torch.zeros_like(blank, dtype=torch.bool), z, generator)
 
     @torch.no_grad()
-    def inpaint(self, images: Tensor, observed: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Exact samples of what is not `observed` (bool, broadcast to the images) given what is; uint8 (B, 3, H, W)."""
-        z = self.prior.sample(x=self.evidence(images, observed), generator=generator)
-        return self._complete(images, observed, z, generator)
+    def inpaint(self, x: Tensor, observed: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Exact samples of what is not `observed` (bool, broadcast to x) given what is; of the shape and type of x."""
+        z = self.prior.sample(x=self.evidence(x, observed), generator=generator)
+        return self._complete(x, observed, z, generator)
 
-    def expected(self, images: Tensor, observed: Tensor) -> Tensor:
-        """E[x | what is `observed`] of every pixel's channel, colour-encoded, (B, 3, H, W); exact but for latent values
-        with posteriors below `RARE`.
+    def expected(self, x: Tensor, observed: Tensor) -> Tensor:
+        """E[x | what is `observed`] of every variable, (B, ...); exact but for latent values with posteriors below
+        `RARE`.
 
-        observed: bool, broadcast to the images; what is observed stays as it is.
+        observed: bool, broadcast to x; what is observed stays as it is.
         """
-        evidence_BPK = self.evidence(images, observed).requires_grad_()
+        evidence_BPK = self.evidence(x, observed).requires_grad_()
         with torch.enable_grad():
             log_B = self.prior.log_prob(evidence_BPK)[:, 0]
         (posterior_BPK,) = torch.autograd.grad(log_B.sum(), evidence_BPK)
@@ -174,9 +170,9 @@ class AssembledCircuit(nn.Module):
         item_N = image * self.num_positions + position
         flat_N = state if self.tied else position * self.num_states + state
         circuit_N, head_N = self.circuit_of[flat_N], self.head_of[flat_N]
-        patches_ND = self.patches(images).flatten(0, 1)
-        mask_ND = self._mask_patches(images, observed).flatten(0, 1)
-        out_ND = torch.zeros(patches_ND.shape, dtype=self.conditional.dtype, device=patches_ND.device)
+        x_ND = self.split(x).flatten(0, 1)
+        mask_ND = self._split_mask(x, observed).flatten(0, 1)
+        out_ND = torch.zeros(x_ND.shape, dtype=self.conditional.dtype, device=x_ND.device)
         total_N = torch.zeros(len(out_ND), dtype=weight_N.dtype, device=out_ND.device).index_add_(0, item_N, weight_N)
         slots = max(1, self._chunk_size() // 8)
         for index_GS, filled_GS in route_in_passes(circuit_N, self.conditional.num_circuits, slots):
@@ -184,22 +180,20 @@ class AssembledCircuit(nn.Module):
             mean_GSD = pc.expectation(
                 self.conditional,
                 lambda values, variables: values,
-                x=patches_ND[item_GS].long(),
+                x=_as_values(x_ND[item_GS]),
                 observed=mask_ND[item_GS] & filled_GS[..., None],
                 head=torch.where(filled_GS, head_N[index_GS], 0),
             )
             share_GS1 = torch.where(filled_GS, weight_N[index_GS] / total_N[item_GS], 0.0)[..., None]
             out_ND.index_add_(0, item_GS.flatten(), (share_GS1 * mean_GSD).flatten(0, 1))
-        out_ND = torch.where(mask_ND, patches_ND.to(out_ND.dtype), out_ND)
-        _, height, width = self.image_shape
-        return unpatchify(out_ND.view(len(images), self.num_positions, -1), self.patch_size, height, width)
+        out_ND = torch.where(mask_ND, x_ND.to(out_ND.dtype), out_ND)
+        return self.parts.join(out_ND.view(len(x), self.num_positions, -1))
 
     def save(self, folder: Path) -> None:
-        """Write prior, conditional and geometry into `folder`; the geometry last, as the sign of completeness."""
+        """Write prior, conditional and parts into `folder`; the parts last, as the sign of completeness."""
         pc.save(self.prior, folder / "prior")
         pc.save(self.conditional, folder / "conditional")
-        geometry = {"patch_size": self.patch_size, "image_shape": list(self.image_shape)}
-        write_atomically(folder / "assembled.json", json.dumps(geometry))
+        write_atomically(folder / "assembled.json", json.dumps({"parts": describe_parts(self.parts)}))
 
     @classmethod
     def load(cls, folder: Path) -> AssembledCircuit:
@@ -212,27 +206,23 @@ class AssembledCircuit(nn.Module):
         if not path.is_file():
             raise ValueError(f"{folder}: holds no assembled circuit ({path.name} is missing); run its stage first")
         try:
-            geometry = json.loads(path.read_text())
             prior, conditional = pc.load(folder / "prior"), pc.load(folder / "conditional")
-            return cls(prior, conditional, int(geometry["patch_size"]), tuple(geometry["image_shape"]))
+            return cls(prior, conditional, _parts_in(json.loads(path.read_text())))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder}: holds no complete assembled circuit ({error}); run its stage again") from error
 
-    def _check_geometry(self) -> None:
-        channels, height, width = self.image_shape
-        side = self.patch_size
-        if side < 1 or height % side or width % side:
-            raise ValueError(f"patch_size: {side} does not tile images of {height} x {width}; choose a divisor of both")
-        if self.num_positions != height * width // side**2:
+    def _check_parts(self) -> None:
+        size = math.prod(self.parts.shape)
+        if self.num_positions != self.parts.num_parts:
             raise ValueError(
-                f"prior: has {self.num_positions} variables, expected one for each of the {height * width // side**2} "
-                f"patches of {side} x {side} in images of {height} x {width}"
+                f"prior: has {self.num_positions} variables, expected one for each of the {self.parts.num_parts} parts "
+                f"of shape {tuple(self.parts.shape)}"
             )
-        if not self.conditional.batched or self.conditional.num_variables != channels * side**2:
+        if not self.conditional.batched or self.conditional.num_variables != size:
             kind = "a batch of circuits" if self.conditional.batched else "a single circuit"
             raise ValueError(
                 f"conditional: is {kind} over {self.conditional.num_variables} variables, expected a batch of circuits "
-                f"(`pc.Circuit([...])`) over the {channels * side**2} of a patch"
+                f"(`pc.Circuit([...])`) over the {size} of a part"
             )
 
     def _is_tied(self) -> bool:
@@ -249,46 +239,57 @@ class AssembledCircuit(nn.Module):
             raise ValueError(f"conditional: a circuit has heads of two positions; every {self.num_states} are one's")
         return False
 
-    def _mask_patches(self, images: Tensor, observed: Tensor) -> Tensor:
-        """The mask as patches, bool (B, P, D)."""
-        fits = all(size in (1, wanted) for size, wanted in zip(observed.shape[::-1], images.shape[::-1]))
-        if observed.dtype != torch.bool or observed.ndim > 4 or not fits:
+    def _split_mask(self, x: Tensor, observed: Tensor) -> Tensor:
+        """The mask of the parts, bool (B, P, D)."""
+        fits = all(size in (1, wanted) for size, wanted in zip(observed.shape[::-1], x.shape[::-1]))
+        if observed.dtype != torch.bool or observed.ndim > x.ndim or not fits:
             raise ValueError(
-                f"observed: expected bool of a shape that broadcasts to {tuple(images.shape)}, got {observed.dtype} "
+                f"observed: expected bool of a shape that broadcasts to {tuple(x.shape)}, got {observed.dtype} "
                 f"{tuple(observed.shape)}"
             )
-        return patchify(observed.expand(images.shape), self.patch_size)
+        return self.parts.split(observed.expand(x.shape))
 
-    def _complete(self, images: Tensor, observed: Tensor, z: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Draw unobserved pixels of every patch from the conditional of its latent value."""
-        patches_ND = self.patches(images).flatten(0, 1)
-        mask_ND = self._mask_patches(images, observed).flatten(0, 1)
+    def _complete(self, x: Tensor, observed: Tensor, z: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Draw unobserved variables of every part from the conditional of its latent value."""
+        x_ND = self.split(x).flatten(0, 1)
+        mask_ND = self._split_mask(x, observed).flatten(0, 1)
         circuit_N, head_N = self.circuit_index(z)
-        out_ND = patches_ND.clone()
+        out_ND = x_ND.clone()
         slots = max(1, self._chunk_size() // 4)  # drawing takes more memory than a likelihood
         for index_GS, filled_GS in route_in_passes(circuit_N, self.conditional.num_circuits, slots):
             drawn_GSD = self.conditional.sample(
-                x=patches_ND[index_GS].long(),
+                x=_as_values(x_ND[index_GS]),
                 observed=mask_ND[index_GS],
                 head=torch.where(filled_GS, head_N[index_GS], 0),
                 generator=generator,
             )
-            out_ND[index_GS[filled_GS]] = drawn_GSD[filled_GS].to(torch.uint8)
-        _, height, width = self.image_shape
-        return unpatchify(out_ND.view(len(images), self.num_positions, -1), self.patch_size, height, width)
+            out_ND[index_GS[filled_GS]] = drawn_GSD[filled_GS].to(out_ND.dtype)
+        return self.parts.join(out_ND.view(len(x), self.num_positions, -1))
 
     def _chunk_size(self) -> int:
         """How many examples every circuit of the conditional may be given at once."""
         limit = MAX_NUMBERS["cpu" if self.conditional.device.type == "cpu" else "cuda"]
         return max(1, limit // self.conditional.plan.num_value_rows)
 
-    def _evidence_rows(self, patches: Tensor, mask: Tensor | None, margin: float | None) -> Tensor:
-        """Evidence of patches (N, D), tied, shape (N, K); or of the patches of images (B, P, D), shape (B, P, K)."""
+    def _evidence_rows(self, x: Tensor, mask: Tensor | None, margin: float | None) -> Tensor:
+        """Evidence of parts (N, D), tied, shape (N, K); or of the parts of examples (B, P, D), shape (B, P, K)."""
         if self.tied:
-            log_GNH = self.conditional.log_prob(patches, observed=mask, margin=margin)
+            log_GNH = self.conditional.log_prob(x, observed=mask, margin=margin)
             return log_GNH[self.circuit_of, :, self.head_of].T
-        chosen_GBD = patches.transpose(0, 1)[self.position_of]
+        chosen_GBD = x.transpose(0, 1)[self.position_of]
         mask_GBD = None if mask is None else mask.transpose(0, 1)[self.position_of]
         log_GBH = self.conditional.log_prob(chosen_GBD, observed=mask_GBD)
         found_TB = log_GBH[self.circuit_of, :, self.head_of]
         return found_TB.view(self.num_positions, self.num_states, -1).permute(2, 0, 1)
+
+
+def _as_values(x: Tensor) -> Tensor:
+    """Whole numbers of any type as int64, which draws come in; others as they are."""
+    return x if x.is_floating_point() else x.long()
+
+
+def _parts_in(saved: dict[str, Any]) -> Parts:
+    """The parts of a saved circuit; until 0.1 files had the geometry of images of bytes."""
+    if "parts" in saved:
+        return parts_from(saved["parts"])
+    return ImagePatches(saved["image_shape"], int(saved["patch_size"]))

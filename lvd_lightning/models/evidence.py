@@ -171,7 +171,7 @@ class Candidates:
         """The candidates of patches, int64 (B, P, M), and log p(x_i | z_i) of these alone, (B, P, M)."""
         states_BPM = self.table[z_BP]
         batch, positions, kept = states_BPM.shape
-        patches_ND = assembled.patches(images).flatten(0, 1)
+        patches_ND = assembled.split(images).flatten(0, 1)
         item = torch.arange(batch * positions, device=images.device).repeat_interleave(kept)
         circuit, head = assembled.circuit_index(states_BPM.permute(0, 2, 1).reshape(batch * kept, positions))
         circuit, head = (found.view(batch, kept, positions).transpose(1, 2).reshape(-1) for found in (circuit, head))

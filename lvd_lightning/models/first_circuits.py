@@ -5,17 +5,14 @@ Shapes: N images, P patches, D variables of a patch, M patches read, G circuits,
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lvd_lightning import circuits as pc
 from lvd_lightning.circuits.structures import chow_liu_trees
-from lvd_lightning.color import patchify
-from lvd_lightning.context import StageContext
+from lvd_lightning.context import Data, StageContext
 from lvd_lightning.models.routing import route
-from lvd_lightning.models.structures import ImageStructure
+from lvd_lightning.models.structures import PartStructure, num_outcomes
 
 __all__ = ["first_circuits"]
 
@@ -26,7 +23,7 @@ def first_circuits(
     head: Tensor,
     num_circuits: int,
     *,
-    structure: ImageStructure,
+    structure: PartStructure,
     num_latents: int,
     from_data: bool,
     max_examples: int,
@@ -39,22 +36,28 @@ def first_circuits(
         head: int (N, P), which of its heads. A circuit has as many heads as its patches have.
         structure: of all circuits; random ones (RAT-SPNs) are drawn for each.
         num_latents: states of every hidden variable of an HCLT, units of every region of other structures.
-        from_data: whether first parameters come from these patches, see `ImageStructure`, or are random.
+        from_data: whether first parameters come from these patches, see `PartStructure`, or are random.
         max_examples: patches per circuit.
     """
     sets, heads = _examples(context, circuit, head, num_circuits, max_examples)
     heads_G = torch.zeros(num_circuits, dtype=torch.int64)
     heads_G.scatter_reduce_(0, circuit.reshape(-1), head.reshape(-1).long(), "amax")
-    trees = chow_liu_trees(sets, 256, max_examples=None) if structure.needs_tree else [None] * num_circuits
-    side, generator = int(context.shared["patch_size"]), context.generator("parameters")
-    shape, counts = (context.data.image_shape[0], side, side), (heads_G + 1).tolist()
+    parts = context.data.parts
+    trees = (
+        chow_liu_trees(sets, num_outcomes(parts.leaf), max_examples=None)
+        if structure.needs_tree
+        else [None] * num_circuits
+    )
+    generator, counts = context.generator("parameters"), (heads_G + 1).tolist()
     if not from_data:
         return [
-            structure.graph(shape, num_latents, count, parents=tree, generator=generator)
+            structure.graph(parts.shape, num_latents, count, leaf=parts.leaf, parents=tree, generator=generator)
             for tree, count in zip(trees, counts, strict=True)
         ]
     return [
-        structure.graph_from_data(x, shape, num_latents, count, head=head_n, parents=tree, generator=generator)
+        structure.graph_from_data(
+            x, parts.shape, num_latents, count, leaf=parts.leaf, head=head_n, parents=tree, generator=generator
+        )
         for x, head_n, tree, count in zip(sets, heads, trees, counts, strict=True)
     ]
 
@@ -62,12 +65,12 @@ def first_circuits(
 def _examples(
     context: StageContext, circuit: Tensor, head: Tensor, num_circuits: int, limit: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """At most `limit` random patches of every circuit, uint8 (n, D), and their heads (n,)."""
+    """At most `limit` random patches of every circuit, (n, D), and their heads (n,)."""
     positions = circuit.shape[1]
     routed = route(circuit.reshape(-1), num_circuits, slots=limit, generator=context.generator("examples"))
     filled_GS = routed.weight > 0
     wanted = routed.index[filled_GS].unique()
-    patches_MD = _read_patches(context.data, wanted, positions, int(context.shared["patch_size"]))
+    patches_MD = _read_parts(context.data, wanted, positions)
     place_GS = torch.searchsorted(wanted, routed.index)
     head_M = head.reshape(-1)[wanted].long()
     chosen = [place[filled] for place, filled in zip(place_GS, filled_GS, strict=True)]
@@ -76,13 +79,13 @@ def _examples(
     return sets, [head_M[found] if len(found) else torch.zeros(len(others), dtype=torch.int64) for found in chosen]
 
 
-def _read_patches(data: Any, flat: Tensor, positions: int, patch_size: int) -> Tensor:
-    """Patches at flat numbers image * P + position, ascending; uint8 (M, D). Reads every image once."""
+def _read_parts(data: Data, flat: Tensor, positions: int) -> Tensor:
+    """Parts at flat numbers example * P + position, ascending; (M, D). Reads every example once."""
     out = []
     images, place = (flat // positions).unique_consecutive(return_inverse=True)
     bounds = torch.searchsorted(place, torch.arange(0, len(images) + 1024, 1024))
     for number, chunk in enumerate(images.split(1024)):
         at = slice(int(bounds[number]), int(bounds[number + 1]))
-        patches_BPD = patchify(data.batch("train", chunk), patch_size)
+        patches_BPD = data.parts.split(data.batch("train", chunk))
         out.append(patches_BPD[place[at] - number * 1024, flat[at] % positions])
     return torch.cat(out)

@@ -1,12 +1,13 @@
-"""Which structure a circuit over images or patches has: what a config says, turned into graphs.
+"""Which structure a circuit over examples or parts has: what a config says, turned into graphs.
 
 Shapes: N examples, D variables, those of an image (C, H, W) one channel after another.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -17,7 +18,7 @@ from lvd_lightning import circuits as pc
 from lvd_lightning.checks import check_at_least
 from lvd_lightning.circuits.structures.regions import ProductKind
 
-__all__ = ["ImageStructure", "StructureName"]
+__all__ = ["Leaf", "PartStructure", "StructureName", "num_outcomes"]
 
 StructureName = Literal["hclt", "rat_spn", "poon_domingos"]
 #: The settings that a structure has.
@@ -26,12 +27,13 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "rat_spn": ("depth", "num_repetitions", "product"),
     "poon_domingos": ("delta", "product"),
 }
-CATEGORIES = 256
+#: One input distribution for all variables, or one for each.
+Leaf = pc.Distribution | Sequence[pc.Distribution]
 
 
 @dataclass(frozen=True)
-class ImageStructure:
-    """A kind of circuit over 8-bit images of any shape.
+class PartStructure:
+    """A kind of circuit over the variables of a part, or of a whole example, of any shape.
 
     name: "hclt", "rat_spn" or "poon_domingos".
     depth: of a RAT-SPN; None: down to single variables, whose inputs all repetitions share.
@@ -47,7 +49,7 @@ class ImageStructure:
     product: ProductKind = "hadamard"
 
     @classmethod
-    def of(cls, structure: str, settings: Mapping[str, Any] | None) -> ImageStructure:
+    def of(cls, structure: str, settings: Mapping[str, Any] | None) -> PartStructure:
         """From a config.
 
         Raises:
@@ -78,24 +80,29 @@ class ImageStructure:
 
     def graph(
         self,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         num_units: int,
         num_heads: int = 1,
         *,
+        leaf: Leaf,
         parents: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> pc.CircuitGraph:
-        """A graph over an image of shape (C, H, W) with random parameters; its random structure is drawn as well.
+        """A graph over variables of this shape with random parameters; its random structure is drawn as well.
 
+        shape: (C, H, W) of an image or patch, (1,) of a token.
         num_units: latent states of an HCLT, units of every region of the others.
+        leaf: of the variables.
         parents: the tree (D,), if it needs one.
+
+        Raises:
+            ValueError: a Poon-Domingos structure over anything but an image.
         """
-        leaf, (channels, height, width) = pc.Categorical(CATEGORIES), shape
         if self.name == "hclt":
             assert parents is not None
             return pc.hclt(parents, num_units, leaf, num_heads, generator=generator)
         if self.name == "rat_spn":
-            size = channels * height * width
+            size = math.prod(shape)
             return pc.rat_spn(
                 size,
                 depth=max(1, (size - 1).bit_length()) if self.depth is None else self.depth,
@@ -107,6 +114,9 @@ class ImageStructure:
                 product=self.product,
                 generator=generator,
             )
+        if len(shape) != 3:
+            raise ValueError(f"structure: poon_domingos cuts images of (C, H, W), but parts have the shape {shape}")
+        channels, height, width = shape
         return pc.poon_domingos(
             (height, width, channels),
             delta=_halves(max(height, width)) if self.delta is None else self.delta,
@@ -120,32 +130,34 @@ class ImageStructure:
     def graph_from_data(
         self,
         x: Tensor,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         num_units: int,
         num_heads: int = 1,
         *,
+        leaf: Leaf,
         head: Tensor | None = None,
         parents: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> pc.CircuitGraph:
-        """A graph whose first parameters are those of `hclt_from_data` or `regions_from_data`; x: uint8 (N, D).
+        """A graph whose first parameters are those of `hclt_from_data` or `regions_from_data`; x: (N, D).
 
         head: int (N,), the head of every example, if there are several.
         """
         if self.name == "hclt":
             assert parents is not None
-            leaf = pc.Categorical(CATEGORIES)
             return pc.hclt_from_data(x, parents, num_units, leaf, num_heads=num_heads, head=head, generator=generator)
-        graph = self.graph(shape, num_units, num_heads, generator=generator)
+        graph = self.graph(shape, num_units, num_heads, leaf=leaf, generator=generator)
         return pc.regions_from_data(graph, x, head=head, generator=generator)
 
-    def num_parameters(self, shape: tuple[int, int, int], *, generator: torch.Generator | None = None) -> Counter[int]:
+    def num_parameters(
+        self, shape: tuple[int, ...], *, leaf: Leaf, generator: torch.Generator | None = None
+    ) -> Counter[int]:
         """Free parameters as a polynomial in the number of units, for one head: coefficients by their powers.
 
         generator: in the state from which the structure will be drawn.
         """
-        tree = torch.arange(-1, shape[0] * shape[1] * shape[2] - 1)  # any tree has as many
-        graph = self.graph(shape, 2, parents=tree, generator=generator)
+        tree = torch.arange(-1, math.prod(shape) - 1)  # any tree has as many
+        graph = self.graph(shape, 2, leaf=leaf, parents=tree, generator=generator)
         power = [node.num_units.bit_length() - 1 for node in graph.nodes]  # of 1, 2 and 4 units
         out: Counter[int] = Counter()
         for index, node in enumerate(graph.nodes):
@@ -177,3 +189,10 @@ def _halves(side: int) -> list[int]:
     while steps[-1] > 1:
         steps.append(steps[-1] // 2)
     return steps
+
+
+def num_outcomes(leaf: Leaf) -> int | None:
+    """How many values the variables have, of those that have the most; None if one of them is continuous."""
+    leaves = [leaf] if isinstance(leaf, pc.Distribution) else leaf
+    numbers = [found.num_outcomes for found in leaves]
+    return None if None in numbers else max(number for number in numbers if number is not None)

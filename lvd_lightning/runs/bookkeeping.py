@@ -7,6 +7,7 @@ import shutil
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,28 @@ __all__ = [
     "EpochLines",
     "EpochSeed",
     "MetricsFile",
+    "Noted",
     "ProgressBar",
     "Stopwatch",
-    "protocol_note",
     "read_metrics",
 ]
 
 LAST_CHECKPOINT = "last.ckpt"
 
 
-def protocol_note(lossy: bool, region: str) -> str:
-    """What stands next to every figure that is not the bits per dimension of a whole RGB image; else empty."""
-    notes = [*(["lossy"] if lossy else []), *([] if region == "whole" else [region])]
-    return f" ({', '.join(notes)})" if notes else ""
+@dataclass(frozen=True)
+class Noted:
+    """What stands beside which figures: the data's protocol beside likelihoods.
+
+    unit: the name that likelihoods end with; protocol: see `Data`.
+    """
+
+    unit: str
+    protocol: str = ""
+
+    def beside(self, name: str) -> str:
+        """The protocol in brackets if the figure of this name is a likelihood and there is one; else empty."""
+        return f" ({self.protocol})" if self.protocol and name.endswith(self.unit) else ""
 
 
 class Stopwatch(Callback):
@@ -181,13 +191,13 @@ class EpochLines(Checkpoint):
     It is a Checkpoint callback because these run after the module's own `on_train_epoch_end`, whose metrics would
     otherwise be missing from the line.
 
-    note: see `protocol_note`.
+    noted: what stands beside likelihoods, see `Noted`.
     """
 
-    def __init__(self, stage: str, clock: Callable[[], float], note: str = "") -> None:
+    def __init__(self, stage: str, clock: Callable[[], float], noted: Noted) -> None:
         self.stage = stage
         self.clock = clock
-        self.note = note
+        self.noted = noted
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -199,23 +209,23 @@ class EpochLines(Checkpoint):
             for name, value in trainer.callback_metrics.items()
             if value.numel() == 1 and not name.endswith(("_step", "_epoch"))
         }
-        shown = [f"{name} {value:.4f}{self.note if name.endswith('bpd') else ''}" for name, value in metrics.items()]
+        shown = [f"{name} {value:.4f}{self.noted.beside(name)}" for name, value in metrics.items()]
         of = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
         text = f"{self.stage}: epoch {trainer.current_epoch + 1}{of}"
         print("  ".join([text, *shown, f"{self.clock():.1f} s"]), flush=True)
 
 
 class ProgressBar(RichProgressBar):
-    """The progress bar of a terminal, with the protocol's note next to every bpd."""
+    """The progress bar of a terminal, with the data's protocol beside every likelihood."""
 
-    def __init__(self, note: str = "") -> None:
+    def __init__(self, noted: Noted) -> None:
         super().__init__()
-        self.note = note
+        self.noted = noted
 
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
-        return {f"{name}{self.note}" if name.endswith("bpd") else name: value for name, value in metrics.items()}
+        return {f"{name}{self.noted.beside(name)}": value for name, value in metrics.items()}
 
 
 class MetricsFile(Logger):

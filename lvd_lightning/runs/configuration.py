@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lvd_lightning.runs.experiment import Experiment, PlannedStage
 from lvd_lightning.runs.objects import class_of, make, merge
 from lvd_lightning.runs.settings import ClassSettings, ExperimentSettings, StageSettings
-from lvd_lightning.runs.shared_values import READ_BY_STAGES
 from lvd_lightning.runs.trainer_settings import (
     DEVICES,
     HARMLESS,
@@ -81,7 +80,6 @@ def _planned(
     data = stage.data or experiment.data
     recorded: dict[str, Any] = {
         "seed": experiment.seed,
-        "shared": {key: experiment.shared[key] for key in READ_BY_STAGES if key in experiment.shared},
         "data": data.plain(without=("num_workers",)),
         "model": stage.model.plain(without=kind.harmless),
     }

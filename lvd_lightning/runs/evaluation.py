@@ -1,22 +1,20 @@
-"""What the trained circuits of a run reach on its images: bits per dimension, exact, over whole images."""
+"""What the trained circuits of a run reach on its data: likelihoods of whole examples, exact, in the data's unit."""
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lvd_lightning.context import ImageData
+from lvd_lightning.context import Data
 from lvd_lightning.latents import load_assignments
 from lvd_lightning.latents.assignments import assignments_folder
-from lvd_lightning.metrics import LVDGap
+from lvd_lightning.metrics import LVDGap, MeanLikelihood
 from lvd_lightning.ranks import Ranks
 from lvd_lightning.runs.run import Run
 from lvd_lightning.seeds import derive_seed
 from lvd_lightning.teachers import load_teacher
 
-__all__ = ["SPLITS", "circuit_bpd", "evaluate_run", "is_evaluated", "lvd_gap", "mean_bpds"]
+__all__ = ["SPLITS", "evaluate_run", "is_evaluated", "lvd_gap", "mean_likelihood"]
 
 SPLITS = ("train", "val", "test")
 # Figures beside those of the models.
@@ -27,26 +25,27 @@ MAX_TRAIN_IMAGES = 1_000
 _BATCH = 256
 
 
-def evaluate_run(run: Run, data: ImageData, ranks: Ranks) -> dict[str, Any]:
-    """Bits per dimension of a run's models on all splits; all ranks have to call.
+def evaluate_run(run: Run, data: Data, ranks: Ranks) -> dict[str, Any]:
+    """The likelihoods of a run's models on all splits, in the data's unit; all ranks have to call.
 
     Returns:
-        "circuits": {"train_bpd", "val_bpd", "test_bpd"} of "teacher_elbo", "lvd_objective" and the model of every stage
-        that left one, by its title ("distilled", "finetuned"), "gap": what `LVDGap` says of the test images for these
-        models, "num_train": the training images that were counted, "num_parameters" and "num_heads" (values of a
-        latent variable) of the last model. What a run has not is absent; empty if no stage left a model.
+        "circuits": {"train_<unit>", "val_<unit>", "test_<unit>"} of "teacher_elbo", "lvd_objective" and the model of
+        every stage that left one, by its title ("distilled", "finetuned"), "gap": what `LVDGap` says of the test
+        examples for these models, "num_train": the training examples that were counted, "num_parameters" and
+        "num_heads" (values of a latent variable) of the last model. What a run has not is absent; empty if no stage
+        left a model.
     """
     circuits: dict[str, dict[str, float]] = {}
     gaps: dict[str, Any] = {}
     described: dict[str, Any] = {}
-    assignments = assignments_folder(run)
+    assignments, unit = assignments_folder(run), data.unit.name
     for number, stage in enumerate(run.leaving("model")):
         name, circuit = stage.title, stage.model(ranks.device)
         # The bounds are those of the first model, which was trained on the latent values that they are about.
         teacher = _teacher_with_elbo(run, ranks) if number == 0 else None
         for split in SPLITS:
             if assignments is None:
-                circuits.setdefault(name, {})[f"{split}_bpd"] = circuit_bpd(circuit, data, split, ranks)
+                circuits.setdefault(name, {})[f"{split}_{unit}"] = mean_likelihood(circuit, data, split, ranks)
                 continue
             found = lvd_gap(circuit, teacher, data, split, load_assignments(assignments, split), ranks)
             titles = {"log_prob": name}
@@ -54,7 +53,7 @@ def evaluate_run(run: Run, data: ImageData, ranks: Ranks) -> dict[str, Any]:
                 titles = {**{bound: bound for bound in _BOUNDS}, "log_prob": name}
             for key, title in titles.items():
                 if key in found:
-                    circuits.setdefault(title, {})[f"{split}_bpd"] = found[key]["bpd"]
+                    circuits.setdefault(title, {})[f"{split}_{unit}"] = found[key][unit]
             if split == "test":
                 gaps[name] = found
         described = {"num_parameters": circuit.num_parameters, "num_heads": circuit.num_states}
@@ -73,13 +72,13 @@ def is_evaluated(run: Run) -> bool:
 
 @torch.inference_mode()
 def lvd_gap(
-    circuit: Any, teacher: Any | None, data: ImageData, split: str, z_NP: Tensor, ranks: Ranks
+    circuit: Any, teacher: Any | None, data: Data, split: str, z_NP: Tensor, ranks: Ranks
 ) -> dict[str, dict[str, float]]:
     """What `LVDGap` says of a circuit and its teacher on a split; all ranks have to call.
 
     teacher: something with `elbo(images)`, or None; z_NP: the latent values that the circuit was given.
     """
-    metric = LVDGap(math.prod(data.image_shape), sync_on_compute=False)
+    metric = LVDGap(data.unit, data.num_dims, sync_on_compute=False)
     for rows in ranks.share(_rows(data, split)).split(max(1, _BATCH // ranks.world_size)):
         images = data.batch(split, rows).to(ranks.device)
         log_B, joint_B = circuit.log_prob_and_objective(images, z_NP[rows].to(ranks.device))
@@ -91,26 +90,14 @@ def lvd_gap(
     return found
 
 
-def circuit_bpd(circuit: Any, data: ImageData, split: str, ranks: Ranks) -> float:
-    """Bits per dimension of a circuit on a split; all ranks have to call."""
-    device = ranks.device
-    return mean_bpds(lambda rows: [circuit.log_prob(data.batch(split, rows).to(device))], data, split, ranks)[0]
-
-
 @torch.inference_mode()
-def mean_bpds(log_probs: Callable[[Tensor], list[Tensor]], data: ImageData, split: str, ranks: Ranks) -> list[float]:
-    """The means of -log2 p(x) / (3 H W) over a split, each rank doing its share.
-
-    log_probs: rows of the split int64 [n] -> log-likelihoods in nats, each [n], of one or several models.
-    """
-    total: Tensor | None = None
+def mean_likelihood(circuit: Any, data: Data, split: str, ranks: Ranks) -> float:
+    """The likelihood of a split under a circuit, in the data's unit, each rank doing its share; all have to call."""
+    metric = MeanLikelihood(data.unit, data.num_dims, sync_on_compute=False)
     for rows in ranks.share(_rows(data, split)).split(max(1, _BATCH // ranks.world_size)):
-        part = torch.stack([found.double().sum().cpu() for found in log_probs(rows)] + [torch.tensor(float(len(rows)))])
-        total = part if total is None else total + part
-    if total is None:  # fewer images than ranks
-        total = torch.zeros(len(log_probs(_rows(data, split)[:1])) + 1, dtype=torch.float64)
-    *nats, count = ranks.sum(total).tolist()
-    return [-value / count / math.prod(data.image_shape) / math.log(2.0) for value in nats]
+        metric.update(circuit.log_prob(data.batch(split, rows).to(ranks.device)).cpu())
+    metric.nats, metric.weight = ranks.sum(metric.nats), ranks.sum(metric.weight)
+    return float(metric.compute())
 
 
 def _teacher_with_elbo(run: Run, ranks: Ranks) -> Any | None:
@@ -122,7 +109,7 @@ def _teacher_with_elbo(run: Run, ranks: Ranks) -> Any | None:
     return teacher.to(ranks.device) if hasattr(teacher, "elbo") else None
 
 
-def _rows(data: ImageData, split: str) -> Tensor:
+def _rows(data: Data, split: str) -> Tensor:
     count = data.num_examples(split)
     if split != "train" or count <= MAX_TRAIN_IMAGES:
         return torch.arange(count)

@@ -1,4 +1,4 @@
-"""Pictures of a run: samples, completed images, patches of clusters, bits per dimension over time."""
+"""Pictures of a run: samples, completed images, patches of clusters, likelihoods over time."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvd_lightning.color import decode_color, decode_mean, patchify
-from lvd_lightning.context import ImageData
+from lvd_lightning.context import Data, VisibleData
 from lvd_lightning.latents import load_assignments, load_latents_info
 from lvd_lightning.models.assembled import AssembledCircuit
-from lvd_lightning.runs.bookkeeping import protocol_note, read_metrics
+from lvd_lightning.runs.bookkeeping import Noted, read_metrics
 from lvd_lightning.runs.run import RunStage
+from lvd_lightning.units import Unit
 
 __all__ = [
     "cluster_picture",
@@ -44,21 +44,21 @@ def grid(images: Tensor, columns: int, gap: int = 1) -> Tensor:
     return canvas
 
 
-def sample_picture(path: Path, circuit: AssembledCircuit, data: ImageData, generator: torch.Generator) -> None:
+def sample_picture(path: Path, circuit: AssembledCircuit, data: VisibleData, generator: torch.Generator) -> None:
     """64 samples, eight in a row."""
-    drawn = decode_color(circuit.sample(64, generator=generator).cpu(), data.color)
+    drawn = data.to_rgb(circuit.sample(64, generator=generator).cpu())
     _save(path, grid(drawn, 8), data.image_shape[1])
 
 
-def inpainting_picture(path: Path, circuit: AssembledCircuit, data: ImageData, generator: torch.Generator) -> None:
+def inpainting_picture(path: Path, circuit: AssembledCircuit, data: VisibleData, generator: torch.Generator) -> None:
     """Test images in four rows: the original, the half that the circuit is given, a sample given that, and the mean."""
     count = min(12, data.num_examples("test"))
     device = circuit.prior.device
     original = data.batch("test", torch.linspace(0, data.num_examples("test") - 1, count).long())
     observed = half_masks(count, *data.image_shape[1:])
     completed = circuit.inpaint(original.to(device), observed.to(device), generator=generator).cpu()
-    mean = decode_mean(circuit.expected(original.to(device), observed.to(device)).cpu(), data.color)
-    original, completed = decode_color(original, data.color), decode_color(completed, data.color)
+    mean = data.to_rgb(circuit.expected(original.to(device), observed.to(device)).cpu())
+    original, completed = data.to_rgb(original), data.to_rgb(completed)
     mean = torch.where(observed, original, mean)
     masked = torch.where(observed, original, _GREY).to(torch.uint8)
     _save(path, grid(torch.cat([original, masked, completed, mean]), count), data.image_shape[1])
@@ -73,7 +73,7 @@ def half_masks(count: int, height: int, width: int) -> Tensor:
 
 
 def cluster_picture(
-    path: Path, latents: Path, data: ImageData, patch_size: int, generator: torch.Generator, examples: int = 16
+    path: Path, latents: Path, data: VisibleData, generator: torch.Generator, examples: int = 16
 ) -> None:
     """Training patches of 24 clusters, one cluster a row, from the most to the least used one.
 
@@ -85,15 +85,14 @@ def cluster_picture(
     uses = z_NP.flatten().bincount()
     by_use = uses.argsort(descending=True)[: int((uses > 0).sum())]
     chosen = by_use[torch.linspace(0, len(by_use) - 1, min(24, len(by_use))).long()]
-    patches_picture(path, z_NP, chosen.tolist(), data, patch_size, generator, examples, position or 0)
+    patches_picture(path, z_NP, chosen.tolist(), data, generator, examples, position or 0)
 
 
 def patches_picture(
     path: Path,
     z_NP: Tensor,
     clusters: Sequence[int],
-    data: ImageData,
-    patch_size: int,
+    data: VisibleData,
     generator: torch.Generator,
     examples: int = 16,
     first: int = 0,
@@ -106,18 +105,17 @@ def patches_picture(
     for cluster in clusters:
         members = (z_NP.flatten() == cluster).nonzero()[:, 0]
         members = members[torch.randperm(len(members), generator=generator)[:examples]]
-        rows.append(_patches(data, members, z_NP.shape[1], first, patch_size, examples))
-    _save(path, grid(torch.cat(rows), examples), patch_size)
+        rows.append(_patches(data, members, z_NP.shape[1], first, examples))
+    _save(path, grid(torch.cat(rows), examples), data.parts.shape[1])
 
 
-def growth_picture(path: Path, metrics: Path, data: ImageData) -> bool:
-    """Heads, parameters and validation bpd by epoch, from a metrics.csv with edits; whether there were any."""
-    series = growth_series(read_metrics(metrics))
+def growth_picture(path: Path, metrics: Path, data: Data) -> bool:
+    """Heads, parameters and validation likelihood by epoch, from a metrics.csv with edits; whether there were any."""
+    series = growth_series(read_metrics(metrics), data.unit)
     if not series:
         return False
     figure = _figure(figsize=(7, 7))
-    note = protocol_note(data.lossy, data.region)
-    titles = ("heads", "parameters", f"bits per dimension (validation){note}")
+    titles = ("heads", "parameters", _axis(data, " (validation)"))
     epochs, *curves = zip(*series)
     for number, (title, values) in enumerate(zip(titles, curves)):
         axes = figure.add_subplot(3, 1, number + 1, ylabel=title, xlabel="epoch" if number == 2 else "")
@@ -128,8 +126,8 @@ def growth_picture(path: Path, metrics: Path, data: ImageData) -> bool:
     return True
 
 
-def growth_series(rows: Sequence[Mapping[str, str]]) -> list[tuple[int, float, float, float]]:
-    """(epoch, heads, parameters, validation bpd) of every validated epoch, if circuits were edited in any.
+def growth_series(rows: Sequence[Mapping[str, str]], unit: Unit) -> list[tuple[int, float, float, float]]:
+    """(epoch, heads, parameters, validation likelihood) of every validated epoch, if circuits were edited in any.
 
     rows: of a metrics.csv; edits are rows with "<edit>/heads_before", "<edit>/heads_after" and so on.
     """
@@ -139,9 +137,9 @@ def growth_series(rows: Sequence[Mapping[str, str]]) -> list[tuple[int, float, f
         return []
     for row in rows:
         current = {name: _ending(row, f"/{name}_after") or value for name, value in current.items()}
-        if row.get("val/bpd"):
+        if row.get(f"val/{unit.name}"):
             numbers = [float(current[name]) for name in names]
-            series.append((int(float(row["epoch"])), numbers[0], numbers[1], float(row["val/bpd"])))
+            series.append((int(float(row["epoch"])), numbers[0], numbers[1], float(row[f"val/{unit.name}"])))
     return series
 
 
@@ -150,62 +148,67 @@ def _ending(row: Mapping[str, str], ending: str) -> str:
     return next((value for name, value in row.items() if name.endswith(ending) and value), "")
 
 
-def _patches(data: ImageData, members: Tensor, num_positions: int, first: int, patch_size: int, count: int) -> Tensor:
+def _patches(data: VisibleData, members: Tensor, num_positions: int, first: int, count: int) -> Tensor:
     """RGB patches (count, 3, p, p) of flat (image, position) numbers, filled up with white."""
     images = data.batch("train", members // num_positions)
-    patches_nPD = patchify(images, patch_size)
+    patches_nPD = data.parts.split(images)
     chosen_nD = patches_nPD[torch.arange(len(members)), first + members % num_positions]
-    rgb = decode_color(chosen_nD.reshape(-1, 3, patch_size, patch_size), data.color)
-    blank = torch.full((count - len(members), 3, patch_size, patch_size), _WHITE, dtype=torch.uint8)
+    rgb = data.to_rgb(chosen_nD.reshape(-1, *data.parts.shape))
+    blank = torch.full((count - len(members), *rgb.shape[1:]), _WHITE, dtype=torch.uint8)
     return torch.cat([rgb, blank])
 
 
-def curve_picture(path: Path, stages: Sequence[RunStage], data: ImageData) -> None:
-    """Every stage's bpd curves, train solid and val dashed, against the seconds of all stages so far.
+def curve_picture(path: Path, stages: Sequence[RunStage], data: Data) -> None:
+    """Every stage's likelihood curves, train solid and val dashed, against the seconds of all stages so far.
 
     A baseline's clock starts at zero, and counts its own share of the stage that trains all of them.
 
     stages: the finished ones, in order.
     """
     figure = _figure(figsize=(9, 5))
-    axes = figure.add_subplot(ylabel=f"bits per dimension{protocol_note(data.lossy, data.region)}", xlabel="seconds")
-    start = 0.0
+    axes = figure.add_subplot(ylabel=_axis(data), xlabel="seconds")
+    unit, start = data.unit.name, 0.0
     for stage in stages:
         rows = read_metrics(stage.folder / "metrics.csv")
         if stage.baselines():
             for name, figures in stage.baselines().items():
-                _draw_curves(axes, rows, f"{name}_bpd", f"baseline {name}", 0.0, figures["seconds"])
+                _draw_curves(axes, rows, f"{name}_{unit}", f"baseline {name}", 0.0, figures["seconds"])
             continue
-        for name in ("bpd", "lvd_objective_bpd"):
-            _draw_curves(axes, rows, name, stage.name if name == "bpd" else f"{stage.name}, log p(x, z)", start)
+        for name in (unit, f"lvd_objective_{unit}"):
+            _draw_curves(axes, rows, name, stage.name if name == unit else f"{stage.name}, log p(x, z)", start)
         start += stage.figures().get("seconds", 0.0)
         axes.axvline(start, color="0.85", linewidth=1, zorder=0)
         place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "va": "top"}
         axes.annotate(stage.name, (start, 0.99), fontsize=7, color="0.5", **place)
     axes.set_xlim(left=0.0)
     if axes.get_legend_handles_labels()[0]:
-        _ignore_outliers(axes)
+        _ignore_outliers(axes, data.unit)
         axes.legend(fontsize=8)
         _replace(path, figure.savefig)
 
 
-def gap_picture(path: Path, figures: Sequence[tuple[str, float]], data: ImageData) -> None:
-    """A point for the bits per dimension of each title, labelled with it."""
+def gap_picture(path: Path, figures: Sequence[tuple[str, float]], data: Data) -> None:
+    """A point for the likelihood of each title, labelled with it."""
     figure = _figure(figsize=(7, 0.6 + 0.4 * len(figures)))
-    axes = figure.add_subplot(xlabel=f"bits per dimension, test images{protocol_note(data.lossy, data.region)}")
-    bpds = [bpd for _, bpd in figures]
-    axes.plot(bpds, range(len(bpds)), "o", color="0.3")
-    axes.set_yticks(range(len(bpds)), [title for title, _ in figures])
-    axes.set_ylim(-0.5, len(bpds) - 0.5)
-    for place, bpd in enumerate(bpds):
-        if math.isfinite(bpd):
-            axes.annotate(f"{bpd:.3f}", (bpd, place), xytext=(7, -3), textcoords="offset points", fontsize=8)
+    axes = figure.add_subplot(xlabel=_axis(data, ", test examples"))
+    values = [value for _, value in figures]
+    axes.plot(values, range(len(values)), "o", color="0.3")
+    axes.set_yticks(range(len(values)), [title for title, _ in figures])
+    axes.set_ylim(-0.5, len(values) - 0.5)
+    for place, value in enumerate(values):
+        if math.isfinite(value):
+            axes.annotate(f"{value:.3f}", (value, place), xytext=(7, -3), textcoords="offset points", fontsize=8)
     axes.grid(axis="x", alpha=0.3)
-    finite = [bpd for bpd in bpds if math.isfinite(bpd)] or [1.0]
+    finite = [value for value in values if math.isfinite(value)] or [1.0]
     spread = max(max(finite) - min(finite), 0.05)
     axes.set_xlim(min(finite) - 0.1 * spread, max(finite) + 0.2 * spread)
     axes.invert_yaxis()
     _replace(path, figure.savefig)
+
+
+def _axis(data: Data, what: str = "") -> str:
+    """The unit written out, for an axis, with the data's protocol."""
+    return f"{data.unit.title}{what}{Noted(data.unit.name, data.protocol).beside(data.unit.name)}"
 
 
 def _draw_curves(
@@ -225,11 +228,13 @@ def _draw_curves(
             color = line[0].get_color()
 
 
-def _ignore_outliers(axes: Any) -> None:
+def _ignore_outliers(axes: Any, unit: Unit) -> None:
     """The first epochs of a random circuit would press everything else into one line."""
     values = np.concatenate([line.get_ydata() for line in axes.get_lines() if not line.get_label().startswith("_")])
-    low, middle = float(values.min()), float(np.median(values))
-    axes.set_ylim(low - 0.1, max(min(float(values.max()), middle + 4 * (middle - low) + 0.5), low + 0.2))
+    sign = 1 if unit.lower_is_better else -1
+    best, middle, worst = (float(found) for found in np.quantile(sign * values, (0.0, 0.5, 1.0)))
+    limit = max(min(worst, middle + 4 * (middle - best) + 0.5), best + 0.2)
+    axes.set_ylim(*sorted((sign * (best - 0.1), sign * limit)))
 
 
 def _save(path: Path, image: Tensor, side: int) -> None:

@@ -29,12 +29,12 @@ from lvd_lightning.runs.bookkeeping import (
     EpochLines,
     EpochSeed,
     MetricsFile,
+    Noted,
     ProgressBar,
     Stopwatch,
-    protocol_note,
 )
 from lvd_lightning.runs.data_record import adopt_data, check_same_data, record_data, stages_with_data
-from lvd_lightning.runs.evaluation import circuit_bpd, evaluate_run, is_evaluated
+from lvd_lightning.runs.evaluation import evaluate_run, is_evaluated, mean_likelihood
 from lvd_lightning.runs.experiment import Experiment, PlannedStage
 from lvd_lightning.runs.lock import locked
 from lvd_lightning.runs.report import is_written, write_report
@@ -94,15 +94,16 @@ class Pipeline:
             if only is None:
                 self._evaluate()
 
-    def print_bpd(self, split: str) -> None:
+    def print_likelihood(self, split: str) -> None:
         """Print what the run's final model reaches on "val" or "test"; nothing is written."""
         stage = self.result.final_stage()
         check_trained_with(self.experiment, stage.name)
         data = self.datamodule()
         self.ranks.on_first(partial(check_same_data, self.experiment, stage.name, data))
-        bpd = circuit_bpd(stage.model(self.ranks.device), data, split, self.ranks)
-        note = protocol_note(data.lossy, data.region)
-        self.say(f"{split}/bpd {bpd:.4f}{note}  ({stage.folder}, {data.num_examples(split)} images, {data.color})")
+        found = mean_likelihood(stage.model(self.ranks.device), data, split, self.ranks)
+        unit, facts = data.unit, "".join(f", {key} {value}" for key, value in data.facts.items() if value is not False)
+        note = Noted(unit.name, data.protocol).beside(unit.name)
+        self.say(f"{split}/{unit.name} {found:.4f}{note}  ({stage.folder}, {data.num_examples(split)} examples{facts})")
 
     def datamodule(self, make: Callable[[], LightningDataModule] | None = None) -> Any:
         """The datamodule that `make` makes (the experiment's own by default), set up; made once."""
@@ -214,8 +215,8 @@ class Pipeline:
         self.ranks.on_first(partial(metrics.keep, last_epoch))
         if last_epoch >= 0:
             self.say(f"{stage.name}: goes on after epoch {last_epoch + 1}")
-        note = protocol_note(context.data.lossy, context.data.region)
-        trainer = self._trainer(stage, module, (clock, checkpoint), metrics, note)
+        noted = Noted(context.data.unit.name, context.data.protocol)
+        trainer = self._trainer(stage, module, (clock, checkpoint), metrics, noted)
         try:
             trainer.fit(
                 module,
@@ -241,7 +242,12 @@ class Pipeline:
         return module.finish_stage(context)
 
     def _trainer(
-        self, stage: PlannedStage, module: StageModule, own: tuple[Callback, Callback], metrics: MetricsFile, note: str
+        self,
+        stage: PlannedStage,
+        module: StageModule,
+        own: tuple[Callback, Callback],
+        metrics: MetricsFile,
+        noted: Noted,
     ) -> Trainer:
         """The Trainer of a stage: what the config says, and what makes it resumable."""
         folder = metrics.path.parent
@@ -251,7 +257,7 @@ class Pipeline:
         callbacks = [EpochSeed(derive_seed(self.experiment.seed, stage.name)), *arguments.pop("callbacks", [])]
         bar = arguments.pop("enable_progress_bar", sys.stdout.isatty())
         if not any(isinstance(callback, AnyProgressBar) for callback in callbacks):
-            callbacks.append(ProgressBar(note) if bar else EpochLines(stage.name, metrics.clock, note))
+            callbacks.append(ProgressBar(noted) if bar else EpochLines(stage.name, metrics.clock, noted))
         if module.em and self.ranks.world_size > 1 and arguments.get("strategy", "auto") in ("auto", "ddp"):
             from lvd_lightning.strategies import EMStrategy
 

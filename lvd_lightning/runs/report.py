@@ -3,32 +3,30 @@
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from lvd_lightning.context import ImageData
+from lvd_lightning.context import Data, VisibleData
 from lvd_lightning.files import write_atomically
 from lvd_lightning.latents.assignments import assignments_folder
-from lvd_lightning.runs.bookkeeping import protocol_note
+from lvd_lightning.runs.bookkeeping import Noted
 from lvd_lightning.runs.data_record import left_out
 from lvd_lightning.runs.pictures import cluster_picture, curve_picture, gap_picture, inpainting_picture, sample_picture
 from lvd_lightning.runs.run import Run
 from lvd_lightning.runs.settings import REPORT
 from lvd_lightning.seeds import derive_seed
+from lvd_lightning.units import Unit
 
 __all__ = ["is_written", "print_table", "summarize", "table_rows", "worse_than_uniform", "write_report"]
 
 Row = Mapping[str, Any]
 
-_COLUMNS = ("model", "train bpd", "val bpd", "test bpd", "parameters", "seconds")
-# What knows nothing about a byte needs for it.
-UNIFORM_BPD = 8.0
+_SPLITS = ("train", "val", "test")
 _PICTURES = {
-    "training.png": "Bits per dimension over time",
+    "training.png": "Likelihood over time",
     "gap.png": "Teacher, LVD objective and student on the test images",
     "samples.png": "Samples",
     "inpainting.png": "Test images with one half missing: original, what is given, a sample of the rest, its mean",
@@ -36,17 +34,17 @@ _PICTURES = {
 }
 
 
-def write_report(run: Run, data: ImageData, device: torch.device) -> None:
+def write_report(run: Run, data: Data, device: torch.device) -> None:
     """Write `report/` in the run directory, unless it is there with the stages that are finished; print its table."""
     folder = run.dir / REPORT
     folder.mkdir(exist_ok=True)
-    summary, rows = summarize(run, data), table_rows(run)
+    summary, rows = summarize(run, data), table_rows(run, data.unit)
     if not is_written(run):
         _draw(run, data, device)
-        write_atomically(folder / "summary.md", _markdown(run.dir.name, rows, summary, run.evaluation(), folder))
+        write_atomically(folder / "summary.md", _markdown(run, rows, summary, data))
         write_atomically(folder / "summary.json", json.dumps(summary, indent=2))
-    print_table(run.dir.name, rows, protocol_note(data.lossy, data.region))
-    worse = worse_than_uniform(rows)
+    print_table(run.dir.name, rows, data)
+    worse = worse_than_uniform(rows, data.unit)
     if worse:
         warnings.warn(worse, stacklevel=2)
     print(f"report: {folder}", flush=True)
@@ -58,16 +56,16 @@ def is_written(run: Run) -> bool:
     return path.is_file() and list(json.loads(path.read_text()).get("stages", {})) == list(run.stage_figures())
 
 
-def summarize(run: Run, data: ImageData) -> dict[str, Any]:
+def summarize(run: Run, data: Data) -> dict[str, Any]:
     """What summary.json says; what a run has not is absent."""
-    evaluation = run.evaluation()
+    evaluation, unit = run.evaluation(), data.unit.name
     circuits = evaluation.get("circuits", {})
     titles = [stage.title for stage in run.leaving("model")]
     test = {
-        "bpd": circuits.get(titles[-1], {}).get("test_bpd") if titles else None,
-        **{f"{title}_bpd": circuits.get(title, {}).get("test_bpd") for title in titles[:-1] or titles},
-        "lvd_objective_bpd": circuits.get("lvd_objective", {}).get("test_bpd"),
-        "teacher_elbo_bpd": circuits.get("teacher_elbo", {}).get("test_bpd"),
+        unit: circuits.get(titles[-1], {}).get(f"test_{unit}") if titles else None,
+        **{f"{title}_{unit}": circuits.get(title, {}).get(f"test_{unit}") for title in titles[:-1] or titles},
+        f"lvd_objective_{unit}": circuits.get("lvd_objective", {}).get(f"test_{unit}"),
+        f"teacher_elbo_{unit}": circuits.get("teacher_elbo", {}).get(f"test_{unit}"),
         "num_parameters": evaluation.get("num_parameters"),
         "num_heads": evaluation.get("num_heads"),
     }
@@ -75,17 +73,17 @@ def summarize(run: Run, data: ImageData) -> dict[str, Any]:
         "stages": run.stage_figures(),
         "test": {key: value for key, value in test.items() if value is not None},
         "baseline": {
-            name: {key: figures[key] for key in ("bpd", "num_parameters", "seconds") if key in figures}
+            name: {key: figures[key] for key in (unit, "num_parameters", "seconds") if key in figures}
             for name, figures in run.baselines().items()
         },
+        "protocol": dict(data.facts),
     }
     summary["left_out"] = left_out(run.dir, [stage.name for stage in run.stages])
-    present = {key: value for key, value in summary.items() if value}
-    return {**present, "protocol": {"color": data.color, "region": data.region, "lossy": data.lossy}}
+    return {key: value for key, value in summary.items() if value}
 
 
-def table_rows(run: Run) -> list[Row]:
-    """One row per model: bits per dimension on each split, parameters, and the seconds that led to it.
+def table_rows(run: Run, unit: Unit) -> list[Row]:
+    """One row per model: its likelihood on each split, parameters, and the seconds that led to it.
 
     is_bound: whether its figures are bounds of a likelihood and not one.
     """
@@ -100,7 +98,7 @@ def table_rows(run: Run) -> list[Row]:
         *((stage.title, f"{stage.title} circuit", stage) for stage in models),
     ):
         if key in circuits:
-            figures = {split: circuits[key].get(f"{split}_bpd") for split in ("train", "val", "test")}
+            figures = {split: circuits[key].get(f"{split}_{unit.name}") for split in _SPLITS}
             until = list(seconds).index(last.name) + 1
             rows.append(
                 {
@@ -117,9 +115,9 @@ def table_rows(run: Run) -> list[Row]:
             {
                 "model": titles.get(name, f"baseline, {name}"),
                 "is_bound": False,
-                "train": figures.get("train_bpd"),
-                "val": figures.get("val_bpd"),
-                "test": figures.get("bpd"),
+                "train": figures.get(f"train_{unit.name}"),
+                "val": figures.get(f"val_{unit.name}"),
+                "test": figures.get(unit.name),
                 "parameters": figures.get("num_parameters"),
                 "seconds": figures.get("seconds"),
             }
@@ -127,63 +125,76 @@ def table_rows(run: Run) -> list[Row]:
     return rows
 
 
-def print_table(name: str, rows: Sequence[Row], note: str) -> None:
+def print_table(name: str, rows: Sequence[Row], data: Data) -> None:
     """The table on the terminal; nothing without rows."""
     if not rows:
         return
-    table = Table(*_COLUMNS, title=name)
+    table = Table(*_columns(data.unit), title=name)
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
-        table.add_row(*_cells(row, note))
+        table.add_row(*_cells(row, data))
     Console().print(table)
 
 
-def worse_than_uniform(rows: Sequence[Row]) -> str:
-    """One line about models whose validation figure says that guessing every byte would do better; else empty."""
+def worse_than_uniform(rows: Sequence[Row], unit: Unit) -> str:
+    """One line about models whose validation figure says that guessing would do better; else empty."""
     known = [row for row in rows if row["val"] is not None and not row["is_bound"]]
-    bad = [f"{row['model']} {row['val']:.4f}" for row in known if row["val"] > UNIFORM_BPD]
+    bad = [f"{row['model']} {row['val']:.4f}" for row in known if unit.is_worse_than_uniform(row["val"])]
     if not bad:
         return ""
+    side = "above" if unit.lower_is_better else "below"
     return (
-        f"validation bpd above {UNIFORM_BPD:g}, worse than a uniform distribution over bytes: {', '.join(bad)}; train "
-        "for longer, on more images, or with another learning rate"
+        f"validation {unit.name} {side} {unit.uniform:g}, worse than a uniform distribution: {', '.join(bad)}; train "
+        "for longer, on more examples, or with another learning rate"
     )
 
 
-def _cells(row: Row, note: str) -> list[str]:
-    figures = ["" if row[split] is None else f"{row[split]:.4f}{note}" for split in ("train", "val", "test")]
+def _columns(unit: Unit) -> list[str]:
+    return ["model", *(f"{split} {unit.label}" for split in _SPLITS), "parameters", "seconds"]
+
+
+def _cells(row: Row, data: Data) -> list[str]:
+    note = _note(data)
+    figures = ["" if row[split] is None else f"{row[split]:.4f}{note}" for split in _SPLITS]
     parameters = "" if row["parameters"] is None else f"{row['parameters']:,}"
     return [row["model"], *figures, parameters, "" if row["seconds"] is None else f"{row['seconds']:,.0f}"]
 
 
-def _markdown(name: str, rows: Sequence[Row], summary: Row, evaluation: Row, folder: Path) -> str:
-    protocol = summary["protocol"]
-    note = protocol_note(protocol["lossy"], protocol["region"])
-    lines = [f"# {name}", "", f"Bits per dimension of images in {protocol['color']}, {protocol['region']} image."]
-    if protocol["lossy"]:
+def _note(data: Data) -> str:
+    """What stands beside every likelihood."""
+    return Noted(data.unit.name, data.protocol).beside(data.unit.name)
+
+
+def _markdown(run: Run, rows: Sequence[Row], summary: Row, data: Data) -> str:
+    unit, columns, folder = data.unit, _columns(data.unit), run.dir / REPORT
+    facts = ", ".join(f"{key} {value}" for key, value in data.facts.items() if value is not False)
+    lines = [f"# {run.dir.name}", "", f"{unit.title[0].upper()}{unit.title[1:]}{f' ({facts})' if facts else ''}."]
+    if data.facts.get("lossy"):
         lines.append("The colour transform is lossy: no figure here can be compared with one for RGB images.")
     if rows:
-        lines += ["", f"| {' | '.join(_COLUMNS)} |", f"|{'---|' + '---:|' * (len(_COLUMNS) - 1)}"]
-        lines += [f"| {' | '.join(_cells(row, note))} |" for row in rows]
+        lines += ["", f"| {' | '.join(columns)} |", f"|{'---|' + '---:|' * (len(columns) - 1)}"]
+        lines += [f"| {' | '.join(_cells(row, data))} |" for row in rows]
     if "left_out" in summary:
         listed = ", ".join(f"{count:,} {reason}" for reason, count in summary["left_out"].items())
         lines += ["", f"Of the data were left out: {listed}."]
-    worse = worse_than_uniform(rows)
+    worse = worse_than_uniform(rows, unit)
     if worse:
         lines += ["", f"**{worse[0].upper()}{worse[1:]}.**"]
+    evaluation = run.evaluation()
     if "num_train" in evaluation:
         lines += [
             "",
-            f"Train: over {evaluation['num_train']:,} training images. Seconds: of all stages up to the model.",
+            f"Train: over {evaluation['num_train']:,} training examples. Seconds: of all stages up to the model.",
         ]
     if "gap" in evaluation:
-        lines += ["", *_gap_table(evaluation["gap"], note)]
+        lines += ["", *_gap_table(evaluation["gap"], data)]
     if summary.get("stages"):
+        noted = Noted(unit.name, data.protocol)
         lines += ["", "| stage | seconds | figures |", "|---|---:|---|"]
         for stage, figures in summary["stages"].items():
             others = ", ".join(
-                f"{key} {_number(value, key, note)}" for key, value in figures.items() if key != "seconds"
+                f"{key} {_number(value)}{noted.beside(key)}" for key, value in figures.items() if key != "seconds"
             )
             lines.append(f"| {stage} | {figures.get('seconds', 0.0):,.0f} | {others} |")
     for file, title in _PICTURES.items():
@@ -192,42 +203,45 @@ def _markdown(name: str, rows: Sequence[Row], summary: Row, evaluation: Row, fol
     return "\n".join(lines) + "\n"
 
 
-def gap_rows(gaps: Mapping[str, Row]) -> list[tuple[str, str, float, float]]:
-    """Title, whose latents, nats per test image and bits per dimension, for the teacher and every circuit."""
+def gap_rows(gaps: Mapping[str, Row], unit: Unit) -> list[tuple[str, str, float, float]]:
+    """Title, whose latents, nats per test example and the unit's figure, for the teacher and every circuit."""
     rows = []
     for name, found in gaps.items():
-        if "teacher_elbo" in found:
-            rows.append(("teacher, ELBO", "the teacher's codes", *found["teacher_elbo"].values()))
+        figures = {key: (values["nats"], values[unit.name]) for key, values in found.items()}
+        if "teacher_elbo" in figures:
+            rows.append(("teacher, ELBO", "the teacher's codes", *figures["teacher_elbo"]))
         given = "those given to the student"
-        rows.append((f"{name}, LVD objective log p(x, z)", given, *found["lvd_objective"].values()))
-        rows.append((f"{name}, student log p(x)", "all, summed out", *found["log_prob"].values()))
+        rows.append((f"{name}, LVD objective log p(x, z)", given, *figures["lvd_objective"]))
+        rows.append((f"{name}, student log p(x)", "all, summed out", *figures["log_prob"]))
     return rows
 
 
-def _gap_table(gaps: Mapping[str, Row], note: str) -> list[str]:
-    lines = ["| test images | latents | nats per image | bpd |", "|---|---|---:|---:|"]
+def _gap_table(gaps: Mapping[str, Row], data: Data) -> list[str]:
+    note = _note(data)
+    lines = [f"| test examples | latents | nats per example | {data.unit.label} |", "|---|---|---:|---:|"]
     return lines + [
-        f"| {title} | {latents} | {nats:,.1f} | {bpd:.4f}{note} |" for title, latents, nats, bpd in gap_rows(gaps)
+        f"| {title} | {latents} | {nats:,.1f} | {value:.4f}{note} |"
+        for title, latents, nats, value in gap_rows(gaps, data.unit)
     ]
 
 
-def _number(value: Any, key: str, note: str) -> str:
-    text = f"{value:,.5g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-    return text + (note if key.endswith("bpd") else "")
+def _number(value: Any) -> str:
+    return f"{value:,.5g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _draw(run: Run, data: ImageData, device: torch.device) -> None:
+def _draw(run: Run, data: Data, device: torch.device) -> None:
     """The curves of all stages, and those pictures that are not there: they show the models, which stay as they are."""
     folder, seed = run.dir / REPORT, run.experiment.seed
     curve_picture(folder / "training.png", [stage for stage in run.stages if stage.is_finished], data)
     gaps = run.evaluation().get("gap", {})
     if gaps:
-        gap_picture(folder / "gap.png", [(title, bpd) for title, _, _, bpd in gap_rows(gaps)], data)
+        gap_picture(folder / "gap.png", [(title, value) for title, _, _, value in gap_rows(gaps, data.unit)], data)
+    if not isinstance(data, VisibleData):
+        return
     assignments = assignments_folder(run)
     if assignments is not None and not (folder / "clusters.png").is_file():
         generator = torch.Generator().manual_seed(derive_seed(seed, REPORT, "clusters"))
-        patch_size = int(run.experiment.shared["patch_size"])
-        cluster_picture(folder / "clusters.png", assignments, data, patch_size, generator)
+        cluster_picture(folder / "clusters.png", assignments, data, generator)
     for file, draw in (("samples.png", sample_picture), ("inpainting.png", inpainting_picture)):
         if run.leaving("model") and not (folder / file).is_file():
             generator = torch.Generator(device).manual_seed(derive_seed(seed, REPORT, file))

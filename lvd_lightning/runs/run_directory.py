@@ -141,7 +141,7 @@ def check_trained_with(experiment: Experiment, stage: str) -> None:
     recorded, config = read_config(path), _plain(experiment.stage(stage).config)
     parts = [
         line
-        for key in ("seed", "shared", "data")
+        for key in ("seed", "data")
         for line in differences(recorded.get(key), config.get(key), key)
         if not line.startswith(("data.init_args.path ", "data.init_args.batch_size "))
     ]

@@ -8,10 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-__all__ = ["READ_BY_STAGES", "check_shared", "references"]
+__all__ = ["check_shared", "references"]
 
-# What stages read by themselves; everything else reaches them by a reference.
-READ_BY_STAGES = ("patch_size",)
 _REFERENCE = re.compile(r"\$\{[^}]*?\bshared[.\[]([\w-]+)")
 
 
@@ -24,7 +22,7 @@ def check_shared(shared: Mapping[str, Any], files: Sequence[Path], arguments: It
     if not files:
         return
     texts = [*(path.read_text() for path in files), *arguments]
-    known = {*_shared_keys(files[0]), *READ_BY_STAGES, *(key for text in texts for key in references(text))}
+    known = {*_shared_keys(files[0]), *(key for text in texts for key in references(text))}
     for key in shared:
         if key not in known:
             places = [str(path) for path in files[1:] if key in _shared_keys(path)]

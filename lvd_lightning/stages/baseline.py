@@ -1,6 +1,6 @@
-"""Stage "baseline": plain EM on a circuit over whole images, with as many parameters and as much time.
+"""Stage "baseline": plain EM on a circuit over whole examples, with as many parameters and as much time.
 
-Shapes: B images, N sample, D dimensions of an image.
+Shapes: B images, N sample, D dimensions of an example.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar, get_args
 
@@ -21,12 +21,13 @@ from typing_extensions import override
 
 from lvd_lightning import circuits as pc
 from lvd_lightning.checks import check_at_least
-from lvd_lightning.context import DONE_MARKER, ImageData, StageContext
+from lvd_lightning.context import DONE_MARKER, Data, StageContext
 from lvd_lightning.files import write_atomically
 from lvd_lightning.latents.processes import Processes
-from lvd_lightning.metrics import BitsPerDim
+from lvd_lightning.metrics import MeanLikelihood
 from lvd_lightning.models.assembled import MAX_NUMBERS
-from lvd_lightning.models.structures import ImageStructure, StructureName
+from lvd_lightning.models.structures import PartStructure, StructureName, num_outcomes
+from lvd_lightning.parts import example_leaf
 from lvd_lightning.stages.em_student import Rule, check_step_sizes, make_optimizer
 from lvd_lightning.stages.stage import StageModule
 
@@ -40,14 +41,15 @@ TIMED_STEPS = 12
 
 
 class CircuitBaseline(StageModule):
-    """Trains the same circuit over all pixels of the image twice: by mini-batch EM and by Anemone.
+    """Trains the same circuit over all variables of an example twice: by mini-batch EM and by Anemone.
 
     It has as many latent states (units) as give it about the parameters of the distilled circuit, or more, and each
     rule trains for about as long as all earlier stages took. The number of steps is fixed once, from a measured rate,
     and written to `plan.json`, so a resumed run ends as an uninterrupted one. A tree is learnt outside that time.
 
-    Logs `train/em_bpd`, `train/anemone_bpd`, `val/em_bpd`, `val/anemone_bpd` and the lower one of these two as
-    `val/bpd`; of each rule the epoch with the best validation counts. The steps are divided evenly over the epochs.
+    Logs, in the data's unit, `train/em_<unit>`, `train/anemone_<unit>`, `val/em_<unit>`, `val/anemone_<unit>` and the
+    better one of these two as `val/<unit>`; of each rule the epoch with the best validation counts. The steps are
+    divided evenly over the epochs.
 
     Args:
         structure: "hclt", "rat_spn" or "poon_domingos".
@@ -83,7 +85,7 @@ class CircuitBaseline(StageModule):
         structure_settings: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.structure = ImageStructure.of(structure, structure_settings)
+        self.structure = PartStructure.of(structure, structure_settings)
         if init not in ("random", "quantiles"):
             raise ValueError(f"init: got {init!r}, expected one of random, quantiles")
         for name, lr in (("em_lr", em_lr), ("anemone_lr", anemone_lr)):
@@ -110,7 +112,9 @@ class CircuitBaseline(StageModule):
         self.steps: dict[str, int] = plan["steps"]
         self.seconds = dict.fromkeys(RULES, 0.0)
         self.best = dict.fromkeys(RULES, math.inf)
-        metrics = {f"{split}_{rule}": BitsPerDim(circuit.num_variables) for split in ("train", "val") for rule in RULES}
+        self.follow(context.data.unit)
+        names = [f"{split}_{rule}" for split in ("train", "val") for rule in RULES]
+        metrics = {name: MeanLikelihood(self.unit, circuit.num_variables) for name in names}
         self.metrics = nn.ModuleDict(metrics)
 
     def circuit(self, rule: Rule) -> pc.Circuit:
@@ -159,16 +163,16 @@ class CircuitBaseline(StageModule):
             metric = self._metric("val", rule)
             if bool(wanted.any()):
                 metric.update(_log_prob(self.circuit(rule), images[wanted]))
-            self.log(f"val/{rule}_bpd", metric, on_step=False, on_epoch=True, prog_bar=True)
+            self.log(f"val/{rule}_{self.unit.name}", metric, on_step=False, on_epoch=True, prog_bar=True)
 
     @override
     def on_validation_epoch_end(self) -> None:
         scores = {rule: float(self._metric("val", rule).compute()) for rule in RULES}
-        self.log("val/bpd", min(scores.values()), sync_dist=True)  # the same on all ranks
+        self.log(self.monitor, self._best(scores), sync_dist=True)  # the same on all ranks
         if self.trainer.sanity_checking:
             return
         for rule, score in scores.items():
-            if score < self.best[rule] or math.isinf(self.best[rule]):  # some epoch has to count, whatever its score
+            if self._is_better(score, self.best[rule]) or math.isinf(self.best[rule]):  # some epoch has to count
                 self.best[rule] = math.inf if math.isnan(score) else score
                 if self.trainer.is_global_zero:
                     pc.save(self.circuit(rule), self._context.dir / rule)
@@ -198,11 +202,18 @@ class CircuitBaseline(StageModule):
             results[rule] = {
                 "seconds": spent[rule],
                 "num_parameters": circuit.num_parameters,
-                "val_bpd": _bpd(circuit, context.data, "val"),
-                "bpd": _bpd(circuit, context.data, "test"),
+                f"val_{self.unit.name}": _mean_likelihood(circuit, context.data, "val"),
+                self.unit.name: _mean_likelihood(circuit, context.data, "test"),
             }
         write_atomically(context.dir / "baseline.json", json.dumps(results, indent=2))
-        return {"val_bpd": min(found["val_bpd"] for found in results.values())}
+        key = f"val_{self.unit.name}"
+        return {key: self._best({rule: found[key] for rule, found in results.items()})}
+
+    def _is_better(self, score: float, best: float) -> bool:
+        return score < best if self.unit.lower_is_better else score > best
+
+    def _best(self, scores: Mapping[Rule, float]) -> float:
+        return min(scores.values()) if self.unit.lower_is_better else max(scores.values())
 
     def _step(self, rule: Rule, optimizer: LightningOptimizer, images_BD: Tensor, done: int) -> None:
         """One EM step by a rule, with the clock running."""
@@ -216,15 +227,15 @@ class CircuitBaseline(StageModule):
         self.seconds[rule] += self._now() - start
         metric = self._metric("train", rule)
         metric.update(log_B)
-        self.log(f"train/{rule}_bpd", metric, on_step=False, on_epoch=True)
+        self.log(f"train/{rule}_{self.unit.name}", metric, on_step=False, on_epoch=True)
 
     def _step_size(self, rule: Rule, step: int) -> float:
         fallen = (1 - FINAL_SHARE) * step / max(1, self.steps[rule] - 1)
         return float(self.hparams[f"{rule}_lr"] * (1 - fallen))
 
-    def _metric(self, split: str, rule: Rule) -> BitsPerDim:
+    def _metric(self, split: str, rule: Rule) -> MeanLikelihood:
         found = self.metrics[f"{split}_{rule}"]
-        assert isinstance(found, BitsPerDim)
+        assert isinstance(found, MeanLikelihood)
         return found
 
     def _optimizer(self, rule: Rule, circuit: pc.Circuit) -> torch.optim.Optimizer:
@@ -233,7 +244,7 @@ class CircuitBaseline(StageModule):
         return make_optimizer(rule, circuit, lr, settings["momentum"], pseudocount)
 
     def _sample(self, context: StageContext) -> Tensor:
-        """Training images for the tree and for timing, uint8 (N, D)."""
+        """Training examples for the tree and for timing, (N, D)."""
         count = context.data.num_examples("train")
         order = torch.randperm(count, generator=context.generator("sample"))[: self.hparams["max_tree_examples"]]
         found: Tensor = context.data.batch("train", order.sort().values)
@@ -243,7 +254,8 @@ class CircuitBaseline(StageModule):
         """Tree, size and number of steps: decided once, by rank 0, and read ever after. All ranks call."""
         path = context.dir / "plan.json"
         if not path.is_file():
-            tree_D = pc.chow_liu_tree(sample_ND, 256, max_examples=None) if self.structure.needs_tree else None
+            values = num_outcomes(context.data.parts.leaf)
+            tree_D = pc.chow_liu_tree(sample_ND, values, max_examples=None) if self.structure.needs_tree else None
             plan: dict[str, Any] = {
                 "parents": None if tree_D is None else tree_D.tolist(),
                 "num_units": self._num_units(context),
@@ -258,11 +270,18 @@ class CircuitBaseline(StageModule):
 
     def _first_circuit(self, context: StageContext, sample_ND: Tensor, plan: dict[str, Any]) -> pc.Circuit:
         parents = None if plan["parents"] is None else torch.tensor(plan["parents"])
-        shape, num_units, generator = context.data.image_shape, plan["num_units"], context.generator("parameters")
+        shape, num_units, generator = (
+            context.data.parts.example_shape,
+            plan["num_units"],
+            context.generator("parameters"),
+        )
+        leaf = example_leaf(context.data.parts)
         if self.hparams["init"] == "quantiles":
-            graph = self.structure.graph_from_data(sample_ND, shape, num_units, parents=parents, generator=generator)
+            graph = self.structure.graph_from_data(
+                sample_ND, shape, num_units, leaf=leaf, parents=parents, generator=generator
+            )
         else:
-            graph = self.structure.graph(shape, num_units, parents=parents, generator=generator)
+            graph = self.structure.graph(shape, num_units, leaf=leaf, parents=parents, generator=generator)
         return pc.Circuit(graph)
 
     def _num_units(self, context: StageContext) -> int:
@@ -271,7 +290,8 @@ class CircuitBaseline(StageModule):
             return int(self.hparams["num_units"])
         wanted = float(json.loads((context.required("model") / DONE_MARKER).read_text())["num_parameters"])
         generator = context.generator("parameters")  # as that of the circuit itself
-        counts = self.structure.num_parameters(context.data.image_shape, generator=generator)
+        parts = context.data.parts
+        counts = self.structure.num_parameters(parts.example_shape, leaf=example_leaf(parts), generator=generator)
         states = 1
         while sum(count * states**power for power, count in counts.items()) < 0.98 * wanted:
             states += 1
@@ -310,7 +330,7 @@ class CircuitBaseline(StageModule):
 class _Images(Dataset[Tensor]):
     """Training images by batches of numbers."""
 
-    def __init__(self, data: ImageData) -> None:
+    def __init__(self, data: Data) -> None:
         self.data = data
 
     def __getitem__(self, index: Tensor) -> Tensor:
@@ -339,15 +359,15 @@ class _RandomBatches(Sampler[Tensor]):
 
 
 def _log_prob(circuit: pc.Circuit, images: Tensor) -> Tensor:
-    """log p(x) in nats of whole images, in bounded memory."""
+    """log p(x) in nats of whole examples, in bounded memory."""
     limit = MAX_NUMBERS["cpu" if circuit.device.type == "cpu" else "cuda"]
     step = max(1, limit // circuit.plan.num_value_rows)
     return torch.cat([circuit.log_prob(part.flatten(1))[:, 0] for part in images.split(step)])
 
 
-def _bpd(circuit: pc.Circuit, data: ImageData, split: str) -> float:
-    """Bits per dimension over a whole split, computed by this rank alone."""
-    metric = BitsPerDim(circuit.num_variables, sync_on_compute=False).to(circuit.device)
+def _mean_likelihood(circuit: pc.Circuit, data: Data, split: str) -> float:
+    """What a circuit reaches over a whole split, in the data's unit; computed by this rank alone."""
+    metric = MeanLikelihood(data.unit, circuit.num_variables, sync_on_compute=False).to(circuit.device)
     for index in torch.arange(data.num_examples(split)).split(256):
         metric.update(_log_prob(circuit, data.batch(split, index).to(circuit.device)))
     return float(metric.compute())

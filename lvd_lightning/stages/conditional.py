@@ -23,12 +23,11 @@ from lvd_lightning.growing.features import PatchFeatures
 from lvd_lightning.growing.likelihood import best_heads
 from lvd_lightning.latents import load_latents_info
 from lvd_lightning.latents.assignments import read_clusters, write_assignments
-from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.models.first_circuits import first_circuits
 from lvd_lightning.models.priors import chow_liu_prior, latent_tree
 from lvd_lightning.models.routing import route
-from lvd_lightning.models.structures import ImageStructure, StructureName
+from lvd_lightning.models.structures import PartStructure, StructureName
 from lvd_lightning.stages.em_student import EMStudent, Rule
 
 __all__ = ["ConditionalStudent"]
@@ -47,17 +46,17 @@ class ConditionalStudent(EMStudent):
     2023): `num_heads` to begin with, and more where `callbacks.GrowClusters` copies some. A latent value z is a head,
     counted through all circuits, and every patch is trained under its head.
 
-    Logs `train/lvd_objective_bpd` (of log p(x, z), the prior over z having the counts of the training patches'
-    assignments, in a Chow-Liu tree over the clusters), `val/bpd`, that of the circuit assembled with the same prior, on
-    the first `val_images` validation images, and `val/lvd_objective_bpd` of these; the z of a validation patch is the
-    likeliest head of its cluster.
+    Logs, in the data's unit, `train/lvd_objective_<unit>` (of log p(x, z), the prior over z having the counts of the
+    training patches' assignments, in a Chow-Liu tree over the clusters), `val/<unit>`, that of the circuit assembled
+    with the same prior, on the first `val_images` validation images, and `val/lvd_objective_<unit>` of these; the z of
+    a validation patch is the likeliest head of its cluster.
 
     Args:
         num_units: states of every hidden variable in an HCLT, units of every region of another structure.
         structure: "hclt"; "rat_spn", whose random splits are drawn for each circuit; or "poon_domingos", rectangles of
             the patch whose pixels keep their channels together.
         structure_settings: of a RAT-SPN depth, num_repetitions and product, of a Poon-Domingos structure delta and
-            product; see `ImageStructure` for what they are if not given. Circuits with Kronecker products do not grow.
+            product; see `PartStructure` for what they are if not given. Circuits with Kronecker products do not grow.
         tied: one set of circuits for all positions, or one per position.
         num_heads: heads per circuit to begin with, clusters of the features inside its cluster; fewer where there are
             too few patches.
@@ -92,7 +91,7 @@ class ConditionalStudent(EMStudent):
         structure_settings: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.structure = ImageStructure.of(structure, structure_settings)
+        self.structure = PartStructure.of(structure, structure_settings)
         if init not in ("quantiles", "random"):
             raise ValueError(f"init: got {init!r}, expected one of quantiles, random")
         if not slots > 0:
@@ -134,8 +133,7 @@ class ConditionalStudent(EMStudent):
             max_examples=self.hparams["max_examples"],
         )
         self._assemble(graphs, heads_NP)
-        dims = self.assembled.num_dims
-        self.train_objective, self.val_bpd, self.val_objective = BitsPerDim(dims), BitsPerDim(dims), BitsPerDim(dims)
+        self.train_objective, self.val_likelihood, self.val_objective = (self.likelihood() for _ in range(3))
 
     @override
     def trained(self) -> nn.Module:
@@ -155,7 +153,7 @@ class ConditionalStudent(EMStudent):
         circuit_N, head_N = self.assembled.circuit_index(z_BP)
         slots = few_sizes(round(self.hparams["slots"] * len(circuit_N) / conditional.num_circuits))
         routed = route(circuit_N, conditional.num_circuits, slots=slots, generator=self.step_generator(batch_idx))
-        patches_ND = self.assembled.patches(images).flatten(0, 1)
+        patches_ND = self.assembled.split(images).flatten(0, 1)
         is_filled = routed.weight > 0
         head_GS = torch.where(is_filled, head_N[routed.index], 0)
         log_GS = conditional.log_prob(patches_ND[routed.index], head=head_GS, wanted=is_filled)
@@ -164,15 +162,17 @@ class ConditionalStudent(EMStudent):
         with torch.no_grad():
             log_z_B = self.assembled.prior_log_prob(z_BP)
             self.train_objective.update(log_z_B + total.detach() / len(images))
-        self.log("train/lvd_objective_bpd", self.train_objective, on_step=False, on_epoch=True, prog_bar=True)
+        self.log(
+            f"train/lvd_objective_{self.unit.name}", self.train_objective, on_step=False, on_epoch=True, prog_bar=True
+        )
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, index = batch
         wanted = index < self.hparams["val_images"]
         if bool(wanted.any()):
             self._update_metrics(images[wanted], index[wanted])
-        self.log("val/bpd", self.val_bpd, on_step=False, on_epoch=True, prog_bar=True)
-        self.log("val/lvd_objective_bpd", self.val_objective, on_step=False, on_epoch=True)
+        self.log(self.monitor, self.val_likelihood, on_step=False, on_epoch=True, prog_bar=True)
+        self.log(f"val/lvd_objective_{self.unit.name}", self.val_objective, on_step=False, on_epoch=True)
 
     @override
     def finish_stage(self, context: StageContext) -> dict[str, float]:
@@ -182,7 +182,7 @@ class ConditionalStudent(EMStudent):
         if conditional.num_heads > 1:
             write_assignments(context.dir, self._assign(context), self.assembled.num_states)
         return {
-            "val_bpd": self.validate(self.assembled, context),
+            f"val_{self.unit.name}": self.validate(self.assembled, context),
             "val_images": min(self.hparams["val_images"], context.data.num_examples("val")),
             "num_heads": self.assembled.num_states,
             "num_parameters": conditional.num_parameters,
@@ -227,9 +227,7 @@ class ConditionalStudent(EMStudent):
         if not self.hparams["tied"]:
             raise ValueError("tied: is false, but only circuits that positions share are pruned, reassigned and grown")
         context = self._context
-        return Examples(
-            context.data, int(context.shared["patch_size"]), self.clusters_NP["train"], self.heads_NP, "train"
-        )
+        return Examples(context.data, self.clusters_NP["train"], self.heads_NP, "train")
 
     def features(self) -> PatchFeatures:
         """The features of the training patches."""
@@ -267,13 +265,11 @@ class ConditionalStudent(EMStudent):
         self.heads_NP = heads_NP
         heads_G = torch.tensor([graph.num_heads for graph in graphs])
         self._first_G = heads_G.cumsum(0) - heads_G
-        context = self._context
-        patch_size, image_shape = int(context.shared["patch_size"]), context.data.image_shape
         conditional = pc.Circuit(graphs)
         self.num_states = int(heads_G.sum())
         if not self.hparams["tied"]:
             self.num_states //= self.heads_NP.shape[1]
-        self.assembled = AssembledCircuit(self._prior(), conditional, patch_size, image_shape).to(self.device)
+        self.assembled = AssembledCircuit(self._prior(), conditional, self._context.data.parts).to(self.device)
 
     def _prior(self) -> pc.Circuit:
         z_NP = self._latent_values(self.clusters_NP["train"], self.heads_NP)
@@ -287,7 +283,7 @@ class ConditionalStudent(EMStudent):
     def _update_metrics(self, images: Tensor, index: Tensor) -> None:
         evidence_BPK = self.assembled.evidence(images)
         z_BP = self._likeliest(evidence_BPK, self.clusters_NP["val"][index.cpu()].to(images.device))
-        self.val_bpd.update(self.assembled.prior.log_prob(evidence_BPK)[:, 0])
+        self.val_likelihood.update(self.assembled.prior.log_prob(evidence_BPK)[:, 0])
         given_B = evidence_BPK.gather(2, z_BP[..., None]).sum((1, 2))
         self.val_objective.update(given_B + self.assembled.prior_log_prob(z_BP))
 
@@ -303,9 +299,8 @@ class ConditionalStudent(EMStudent):
         """z of every patch of all splits, int64 (N, P); in validation and test images the likeliest of its cluster."""
         out = {"train": self._latent_values(self.clusters_NP["train"], self.heads_NP)}
         clusters = {**self.clusters_NP, **read_clusters(context, "test")[0]}
-        patch_size = int(context.shared["patch_size"])
         for split in ("val", "test"):
-            examples = Examples(context.data, patch_size, clusters[split], torch.zeros_like(clusters[split]), split)
+            examples = Examples(context.data, clusters[split], torch.zeros_like(clusters[split]), split)
             heads_NP, _ = best_heads(self.assembled.conditional, examples, alone=True)
             out[split] = self._latent_values(clusters[split], heads_NP)
         return out

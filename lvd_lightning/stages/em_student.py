@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lvd_lightning import circuits as pc
 from lvd_lightning.checks import check_at_least
 from lvd_lightning.context import StageContext
-from lvd_lightning.metrics import BitsPerDim
+from lvd_lightning.metrics import MeanLikelihood
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.stages.stage import StageModule
 
@@ -93,6 +93,12 @@ class EMStudent(StageModule):
 
     def begin_stage(self, context: StageContext) -> None:
         self._context = context
+        self.follow(context.data.unit)
+
+    def likelihood(self, **arguments: Any) -> MeanLikelihood:
+        """A metric in the data's unit."""
+        data = self._context.data
+        return MeanLikelihood(data.unit, data.num_dims, **arguments)
 
     def trained(self) -> nn.Module:
         """The module whose circuits are trained."""
@@ -154,8 +160,8 @@ class EMStudent(StageModule):
 
     @torch.no_grad()
     def validate(self, assembled: AssembledCircuit, context: StageContext) -> float:
-        """Bits per dimension on the first `val_images` validation images, computed by this rank alone."""
-        metric = BitsPerDim(assembled.num_dims, sync_on_compute=False).to(self.device)
+        """What a circuit reaches on the first `val_images` validation examples; computed by this rank alone."""
+        metric = self.likelihood(sync_on_compute=False).to(self.device)
         count = min(self.hparams["val_images"], context.data.num_examples("val"))
         for index in torch.arange(count).split(64):
             metric.update(assembled.log_prob(context.data.batch("val", index).to(self.device)))

@@ -17,7 +17,6 @@ from typing_extensions import override
 from lvd_lightning.circuits.engine.workspace import few_sizes
 from lvd_lightning.context import StageContext
 from lvd_lightning.latents.assignments import read_assignments
-from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.models.evidence import Candidates, CircuitGroups, EvidenceCache
 from lvd_lightning.models.evidence_source import EvidenceSource, load_candidate_table
@@ -39,7 +38,7 @@ class FinetuneStudent(EMStudent):
     best, about one value in ten; for the others the kept evidence stands in. Of images without kept evidence it is
     computed for all candidates. With `margin: null` and `posterior_floor: 0` every step is exact. Validation always is.
 
-    Logs `train/bpd` and `val/bpd` (on the first `val_images` validation images).
+    Logs, in the data's unit, `train/<unit>` and `val/<unit>` (on the first `val_images` validation images).
 
     Args:
         optimizer, lr, final_lr, momentum, pseudocount, val_images: see `EMStudent`.
@@ -79,8 +78,7 @@ class FinetuneStudent(EMStudent):
         self.source: EvidenceSource | None = None
         if self.hparams["margin"] is not None:
             self.source = self._source(context, context.required("prior") / "evidence")
-        dims = self.assembled.num_dims
-        self.train_bpd, self.val_bpd = BitsPerDim(dims), BitsPerDim(dims)
+        self.train_likelihood, self.val_likelihood = self.likelihood(), self.likelihood()
 
     @override
     def trained(self) -> nn.Module:
@@ -98,15 +96,15 @@ class FinetuneStudent(EMStudent):
         self.manual_backward(-log_B.sum())
         assert evidence_BPK.grad is not None
         self.em_step(self._conditional_loss(images, -evidence_BPK.grad, batch_idx))
-        self.train_bpd.update(log_B)
-        self.log("train/bpd", self.train_bpd, on_step=False, on_epoch=True, prog_bar=True)
+        self.train_likelihood.update(log_B)
+        self.log(f"train/{self.unit.name}", self.train_likelihood, on_step=False, on_epoch=True, prog_bar=True)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, index = batch
         wanted = index < self.hparams["val_images"]
         if bool(wanted.any()):
-            self.val_bpd.update(self.assembled.log_prob(images[wanted]))
-        self.log("val/bpd", self.val_bpd, on_step=False, on_epoch=True, prog_bar=True)
+            self.val_likelihood.update(self.assembled.log_prob(images[wanted]))
+        self.log(self.monitor, self.val_likelihood, on_step=False, on_epoch=True, prog_bar=True)
 
     @override
     @torch.no_grad()
@@ -114,18 +112,19 @@ class FinetuneStudent(EMStudent):
         """Keep the best epoch, or the circuit that finetuning began with if no epoch is better on validation."""
         folder = context.required("model")
         before = AssembledCircuit.load(folder).to(self.device)
-        start_bpd, val_bpd = self.validate(before, context), self.validate(self.assembled, context)
-        improved = val_bpd < start_bpd
+        at_start, at_best = self.validate(before, context), self.validate(self.assembled, context)
+        improved = at_best < at_start if self.unit.lower_is_better else at_best > at_start
         if not improved:
             warnings.warn(
-                f"finetuning did not lower the validation bpd ({start_bpd:.4f} before, {val_bpd:.4f} at best): the "
+                f"finetuning did not better the validation {self.unit.name} ({at_start:.4f} before, {at_best:.4f} at "
+                "best): the "
                 f"circuit of stage {folder.name} is kept; try a smaller lr or a larger pseudocount",
                 stacklevel=2,
             )
         kept = self.assembled if improved else before
         kept.save(context.dir)
         return {
-            "val_bpd": val_bpd if improved else start_bpd,
+            f"val_{self.unit.name}": at_best if improved else at_start,
             "improved": float(improved),
             "val_images": min(self.hparams["val_images"], context.data.num_examples("val")),
             "num_parameters": kept.num_parameters,
@@ -144,7 +143,7 @@ class FinetuneStudent(EMStudent):
         image, position, state = near.nonzero(as_tuple=True)
         image = image_B[image]
         circuit, head = self._circuits(position, state)
-        patches_ND = self.assembled.patches(images).flatten(0, 1)
+        patches_ND = self.assembled.split(images).flatten(0, 1)
         item = image * self.assembled.num_positions + position
         found_BPK[image, position, state] = self.groups.log_prob(patches_ND, item, circuit, head)
         return found_BPK
@@ -165,7 +164,7 @@ class FinetuneStudent(EMStudent):
         routed = route(
             circuit, conditional.num_circuits, slots=slots, weight=weight_U, generator=self.step_generator(batch_idx)
         )
-        patches_ND = self.assembled.patches(images).flatten(0, 1)
+        patches_ND = self.assembled.split(images).flatten(0, 1)
         share_GSH = weight_UH[routed.index] / weight_U[routed.index][..., None]
         weight_GSH = routed.weight[..., None] * share_GSH
         log_GSH = conditional.log_prob(patches_ND[item[routed.index]], wanted=weight_GSH > 0)

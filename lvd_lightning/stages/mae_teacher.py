@@ -17,10 +17,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lvd_lightning import teachers
-from lvd_lightning.color import decode_color
-from lvd_lightning.context import StageContext
+from lvd_lightning.context import StageContext, VisibleData
 from lvd_lightning.seeds import derive_seed
-from lvd_lightning.stages.stage import StageModule
+from lvd_lightning.stages.stage import StageModule, image_patches
 
 __all__ = ["MAETeacher", "save_picture"]
 
@@ -77,14 +76,12 @@ class MAETeacher(StageModule):
 
     @override
     def begin_stage(self, context: StageContext) -> None:
-        _, height, width = context.data.image_shape
-        if height != width:
-            raise ValueError(f"images are {height} x {width}, expected square ones: MAETeacher knows no others")
+        patches = image_patches(context.data, "MAETeacher")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(context.seed, context.stage, "parameters"))
             self.teacher = teachers.MAE(
-                image_size=height,
-                patch_size=int(context.shared["patch_size"]),
+                image_size=patches.example_shape[1:],
+                patch_size=patches.patch_size,
                 hidden_size=self.hparams["hidden_size"],
                 num_layers=self.hparams["num_layers"],
                 num_heads=self.hparams["num_heads"],
@@ -92,6 +89,8 @@ class MAETeacher(StageModule):
                 decoder_hidden_size=self.hparams["decoder_hidden_size"],
                 decoder_num_layers=self.hparams["decoder_num_layers"],
                 decoder_num_heads=self.hparams["decoder_num_heads"],
+                num_channels=patches.example_shape[0],
+                num_categories=patches.num_categories,
             )
         self._context = context
 
@@ -172,7 +171,7 @@ class MAETeacher(StageModule):
         images = data.batch("val", index)
         noise_BP = torch.stack([self._image_noise(int(i)) for i in index])
         output = self.teacher(images.to(self.device), _PICTURE_RATIO, noise_BP.to(self.device))
-        rows = reconstruction_rows(images, output.reconstruction.cpu(), output.masked.cpu(), data.color)
+        rows = reconstruction_rows(images, output.reconstruction.cpu(), output.masked.cpu(), self.teacher, data)
         save_picture(self, self._context.dir, name, "reconstructions", rows)
 
 
@@ -199,23 +198,25 @@ def warmup_cosine(num_steps: int, warmup: float) -> Callable[[int], float]:
     return factor
 
 
-def reconstruction_rows(images: Tensor, reconstruction: Tensor, masked: Tensor, color: str) -> Tensor:
+def reconstruction_rows(
+    images: Tensor, reconstruction: Tensor, masked: Tensor, teacher: teachers.MAE, data: VisibleData
+) -> Tensor:
     """A picture of three rows: originals, what was seen (the rest grey), what was seen with the rest reconstructed.
 
     Args:
-        images: uint8 in `color`, with shape (B, 3, H, W).
-        reconstruction: in [-1, 1] and in `color`, with shape (B, 3, H, W).
-        masked: the hidden patches, bool with shape (B, P); P is a square number.
+        images: whole numbers, with shape (B, C, H, W).
+        reconstruction: in [-1, 1], with shape (B, C, H, W).
+        masked: the hidden patches, bool with shape (B, P).
+        teacher: what made the reconstruction.
+        data: what says how images look.
 
     Returns:
         uint8 RGB with shape (3 H, B W, 3).
     """
-    _, _, height, width = images.shape
-    grid = math.isqrt(masked.shape[1])
-    hidden = masked.view(-1, 1, grid, grid)
-    hidden = hidden.repeat_interleave(height // grid, 2).repeat_interleave(width // grid, 3)
-    levels = ((reconstruction + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    original, predicted = decode_color(images, color), decode_color(torch.where(hidden, levels, images), color)
+    height, side = images.shape[2], teacher.patch_size
+    hidden = masked.view(-1, 1, *teacher.grid).repeat_interleave(side, 2).repeat_interleave(side, 3)
+    levels = teacher.scale.levels(reconstruction)
+    original, predicted = data.to_rgb(images), data.to_rgb(torch.where(hidden, levels, images))
     seen = original.masked_fill(hidden, 128)
     rows = torch.stack([original, seen, predicted])  # (rows, B, 3, H, W)
     return rows.permute(0, 3, 1, 4, 2).reshape(3 * height, -1, 3).contiguous()

@@ -16,10 +16,9 @@ from typing_extensions import override
 from lvd_lightning import circuits as pc
 from lvd_lightning.checks import check_at_least
 from lvd_lightning.circuits.io import pack_structure, unpack_structure
-from lvd_lightning.context import ImageData, StageContext
+from lvd_lightning.context import Data, StageContext
 from lvd_lightning.latents.assignments import read_assignments
 from lvd_lightning.latents.processes import Processes
-from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.models.evidence import Candidates, CircuitGroups, EvidenceCache, candidate_table
 from lvd_lightning.models.evidence_source import EvidenceSource, images_within, save_candidate_table
@@ -36,13 +35,14 @@ class PriorStudent(EMStudent):
     log-likelihoods of every patch under the frozen conditionals, computed once and kept in `evidence/`, so that the
     prior is fitted to log p(x) (the latent distribution step of Liu et al., ICLR 2023, section 3).
 
-    Logs `train/bpd`, `val/bpd` (exact: all latent values, on the first `val_images` validation images).
+    Logs, in the data's unit, `train/<unit>`, `val/<unit>` (exact: all latent values, on the first `val_images`
+    validation images).
 
     Args:
         num_units: null for the tree over z itself, else the states of its hidden variables.
         hard_epochs: epochs on assignments; 0 for the tree from counts.
         candidates: latent values kept per patch, those that patches of its cluster may have; null for all. What is
-            left out counts as impossible, so `train/bpd` is an upper bound; validation leaves nothing out.
+            left out counts as impossible, so the training figure is a bound; validation leaves nothing out.
         max_cache_gb: disk space for the evidence of training images, in gigabytes; what does not fit is computed again
             in every epoch, here and in finetuning.
         counts_pseudocount: examples that smooth the counts of a parent's state.
@@ -90,16 +90,14 @@ class PriorStudent(EMStudent):
         self.assembled = AssembledCircuit(
             self._first_prior(context, num_states, conditional),
             conditional,
-            int(context.shared["patch_size"]),
-            context.data.image_shape,
+            context.data.parts,
         )
         self.assembled.conditional.requires_grad_(False)
         self.assembled.to(context.device)
         self.train_evidence = self._train_evidence(context)
         count = min(self.hparams["val_images"], context.data.num_examples("val"))
         self.val_cache = self._cache(context, "val", (count, self.assembled.num_positions, num_states), None)
-        dims = self.assembled.num_dims
-        self.train_bpd, self.val_bpd, self.hard_bpd = BitsPerDim(dims), BitsPerDim(dims), BitsPerDim(dims)
+        self.train_likelihood, self.val_likelihood, self.hard_likelihood = (self.likelihood() for _ in range(3))
 
     @override
     def trained(self) -> nn.Module:
@@ -142,12 +140,12 @@ class PriorStudent(EMStudent):
         if self.current_epoch < self.hparams["hard_epochs"]:
             z_BP = self.z_NP["train"][index.cpu()].to(images.device)
             log_B = self.assembled.prior_log_prob(z_BP)
-            self.hard_bpd.update(log_B)
-            self.log("train/log_p_z_bpd", self.hard_bpd, on_step=False, on_epoch=True)
+            self.hard_likelihood.update(log_B)
+            self.log(f"train/log_p_z_{self.unit.name}", self.hard_likelihood, on_step=False, on_epoch=True)
         else:
             log_B = self.assembled.prior.log_prob(self.train_evidence.evidence(images, index))[:, 0]
-            self.train_bpd.update(log_B)
-            self.log("train/bpd", self.train_bpd, on_step=False, on_epoch=True, prog_bar=True)
+            self.train_likelihood.update(log_B)
+            self.log(f"train/{self.unit.name}", self.train_likelihood, on_step=False, on_epoch=True, prog_bar=True)
         self.em_step(-log_B.sum())
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -155,19 +153,19 @@ class PriorStudent(EMStudent):
         wanted = index < len(self.val_cache)
         if bool(wanted.any()):
             evidence_BPK = self.val_cache.evidence(index[wanted], images.device)
-            self.val_bpd.update(self.assembled.prior.log_prob(evidence_BPK)[:, 0])
-        self.log("val/bpd", self.val_bpd, on_step=False, on_epoch=True, prog_bar=True)
+            self.val_likelihood.update(self.assembled.prior.log_prob(evidence_BPK)[:, 0])
+        self.log(self.monitor, self.val_likelihood, on_step=False, on_epoch=True, prog_bar=True)
 
     @override
     def finish_stage(self, context: StageContext) -> dict[str, float]:
         self.assembled.save(context.dir)
-        metric = BitsPerDim(self.assembled.num_dims, sync_on_compute=False).to(self.device)  # of this rank alone
+        metric = self.likelihood(sync_on_compute=False).to(self.device)  # of this rank alone
         count = len(self.val_cache)
         for index in torch.arange(count).split(256):
             evidence_BPK = self.val_cache.evidence(index, self.device)
             metric.update(self.assembled.prior.log_prob(evidence_BPK)[:, 0])
         return {
-            "val_bpd": float(metric.compute()),
+            f"val_{self.unit.name}": float(metric.compute()),
             "val_images": count,
             "num_parameters": self.assembled.num_parameters,
         }
@@ -223,7 +221,7 @@ def find_candidates(
 def fill_cache(
     folder: Path,
     assembled: AssembledCircuit,
-    data: ImageData,
+    data: Data,
     split: str,
     shape: tuple[int, int, int],
     z_NP: Tensor,

@@ -11,10 +11,12 @@ from torch import nn
 from typing_extensions import override
 
 from lvd_lightning.circuits import Circuit
-from lvd_lightning.context import StageContext
+from lvd_lightning.context import Data, StageContext
 from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.parts import ImagePatches
+from lvd_lightning.units import Unit
 
-__all__ = ["PlainStage", "Stage", "StageModule"]
+__all__ = ["PlainStage", "Stage", "StageModule", "image_patches"]
 
 
 class Stage:
@@ -61,16 +63,16 @@ class StageModule(Stage, LightningModule):
     for that, if its random numbers come from `StageContext.generator("...", epoch)`.
 
     A module that defines `train_dataloader` brings its own data (patches, codes, cached likelihoods); otherwise the
-    loaders are those of the datamodule and yield `(images uint8 [b, 3, H, W], index int64 [b])`.
+    loaders are those of the datamodule and yield `(examples [b, ...], index int64 [b])`.
 
-    monitor, monitor_mode: the logged validation metric that says which epoch is best.
+    monitor, monitor_mode: the logged validation metric that says which epoch is best; see `follow`.
     em: whether the module is trained by EM, whose optimizers all-reduce sums themselves, so that the distributed
         strategy has to leave its gradients alone.
     accumulates: for those, whether flows of several batches are added up for one step.
     batches_per_step: so many; the Trainer's accumulate_grad_batches, which Lightning refuses where it does not step.
     """
 
-    monitor: str = "val/bpd"
+    monitor: str = "val/loss"
     monitor_mode: str = "min"
     em: ClassVar[bool] = False
     accumulates: ClassVar[bool] = False
@@ -83,6 +85,11 @@ class StageModule(Stage, LightningModule):
             if isinstance(module, Circuit):
                 module.check_inputs()
 
+    def follow(self, unit: Unit, name: str = "") -> None:
+        """Let the validation likelihood in this unit say which epoch is best, under `val/<name><unit>`."""
+        self.unit = unit
+        self.monitor, self.monitor_mode = f"val/{name}{unit.name}", unit.mode
+
     def begin_stage(self, context: StageContext) -> None:
         """Read what earlier stages handed on and build what depends on data.
 
@@ -91,9 +98,19 @@ class StageModule(Stage, LightningModule):
         """
 
     def finish_stage(self, context: StageContext) -> dict[str, float]:
-        """Write into `context.dir` what later stages read, and return figures for the report (val_bpd, ...).
+        """Write into `context.dir` what later stages read, and return figures for the report (val_<unit>, ...).
 
         Called with the parameters of the best epoch, on rank 0 alone while the other ranks wait: no collectives here.
         Write to a temporary name, then `os.replace`: an interruption may come at any moment.
         """
         return {}
+
+
+def image_patches(data: Data, stage: str) -> ImagePatches:
+    """The patches of images; a ValueError for data of another kind, which the stage called `stage` cannot learn."""
+    parts = data.parts
+    if not isinstance(parts, ImagePatches):
+        raise ValueError(
+            f"{stage} learns images, but the data's parts are {type(parts).__name__}: take another teacher"
+        )
+    return parts

@@ -16,11 +16,11 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from lvd_lightning import teachers
-from lvd_lightning.color import decode_color, unpatchify
-from lvd_lightning.context import StageContext
+from lvd_lightning.color import unpatchify
+from lvd_lightning.context import StageContext, VisibleData
 from lvd_lightning.seeds import derive_seed
 from lvd_lightning.stages.mae_teacher import save_picture
-from lvd_lightning.stages.stage import StageModule
+from lvd_lightning.stages.stage import StageModule, image_patches
 from lvd_lightning.teachers.vqvae_scores import VQVAEScores
 
 __all__ = ["VQVAETeacher", "code_sheet"]
@@ -36,8 +36,8 @@ class VQVAETeacher(StageModule):
     `Codebook`). There is no augmentation: the latents have to match the images as they are. What is random is a
     function of the seed, the epoch and the batch, so an interrupted run ends like an uninterrupted one.
 
-    Logs, for `train` and `val` alike, `elbo_bpd` (the negative evidence lower bound in bits per dimension of the image,
-    the sum of the next two), `reconstruction_bpd`, `prior_bpd`, `loss` (what is minimised), `code_perplexity` and
+    Logs, for `train` and `val` alike, `elbo_<unit>` (the evidence lower bound in the data's unit, such as bpd: the sum
+    of the next two), `reconstruction_<unit>`, `prior_<unit>`, `loss` (what is minimised), `code_perplexity` and
     `codes_used` (the share of the codebook that some patch has). Writes to `pictures/` after every epoch
     reconstructions (originals above), and, if patches are decoded alone, the patches of all codes, from the most to the
     least used.
@@ -53,8 +53,6 @@ class VQVAETeacher(StageModule):
         see `VQVAE`; the defaults are those of Liu et al., ICML 2023, which trains for 50 epochs of batches of 64.
     """
 
-    monitor = "val/elbo_bpd"
-    monitor_mode = "min"
     leaves: ClassVar[tuple[str, ...]] = ("features",)
 
     def __init__(
@@ -87,9 +85,8 @@ class VQVAETeacher(StageModule):
 
     @override
     def begin_stage(self, context: StageContext) -> None:
-        _, height, width = context.data.image_shape
-        if height != width:
-            raise ValueError(f"images are {height} x {width}, expected square ones: VQVAETeacher knows no others")
+        patches = image_patches(context.data, "VQVAETeacher")
+        self.follow(context.data.unit, "elbo_")
         sizes = (
             *("channels", "num_residual_blocks", "num_features", "codebook_size", "decoder", "num_components"),
             *("codebook_decay", "prior_hidden_size", "prior_num_layers", "prior_num_heads", "prior_dropout"),
@@ -97,8 +94,10 @@ class VQVAETeacher(StageModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(context.seed, context.stage, "parameters"))
             self.teacher = teachers.VQVAE(
-                image_size=height,
-                patch_size=int(context.shared["patch_size"]),
+                image_size=patches.example_shape[1:],
+                patch_size=patches.patch_size,
+                num_channels=patches.example_shape[0],
+                num_categories=patches.num_categories,
                 **{name: self.hparams[name] for name in sizes},
             )
         count = context.data.num_examples("train")
@@ -158,14 +157,14 @@ class VQVAETeacher(StageModule):
         return {**found, "num_parameters": float(parameters)}
 
     def _scores(self, context: StageContext, **metric_arguments: Any) -> VQVAEScores:
-        dims, codes = math.prod(context.data.image_shape), self.hparams["codebook_size"]
-        return VQVAEScores(dims, codes, self.hparams["commitment"], **metric_arguments)
+        data, codes = context.data, self.hparams["codebook_size"]
+        return VQVAEScores(data.unit, data.num_dims, codes, self.hparams["commitment"], **metric_arguments)
 
     def _log(self, output: teachers.VQVAEOutput, split: str, scores: VQVAEScores) -> Tensor:
         """Log the scores of a batch; its losses, with shape (B,)."""
         loss_B = scores.update(output)
         for name, metric in scores.named():
-            self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "elbo_bpd")
+            self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name.startswith("elbo_"))
         return loss_B
 
     @torch.no_grad()
@@ -174,19 +173,19 @@ class VQVAETeacher(StageModule):
         data = self._context.data
         images = data.batch("val", torch.arange(min(self.hparams["num_pictures"], data.num_examples("val"))))
         seen = self.teacher.reconstruct(self.teacher.codes(images.to(self.device))).cpu()
-        rows = torch.stack([decode_color(images, data.color), decode_color(seen, data.color)])  # (rows, B, 3, H, W)
+        rows = torch.stack([data.to_rgb(images), data.to_rgb(seen)])  # (rows, B, 3, H, W)
         picture = rows.permute(0, 3, 1, 4, 2).reshape(2 * images.shape[2], -1, 3)
         save_picture(self, self._context.dir, name, "reconstructions", picture)
         if self.hparams["decoder"] == "independent":
-            save_picture(self, self._context.dir, f"codes_{name}", "codes", code_sheet(self.teacher, data.color))
+            save_picture(self, self._context.dir, f"codes_{name}", "codes", code_sheet(self.teacher, data))
 
 
-def code_sheet(teacher: teachers.VQVAE, color: str) -> Tensor:
+def code_sheet(teacher: teachers.VQVAE, data: VisibleData) -> Tensor:
     """The patches that the codes are decoded to, each alone, side by side from the most to the least used one.
 
     Args:
         teacher: with the independent decoder.
-        color: of the teacher's images.
+        data: what says how images look.
 
     Returns:
         uint8 RGB with shape (rows p, 32 p, 3), the rest of the last row black.
@@ -194,7 +193,8 @@ def code_sheet(teacher: teachers.VQVAE, color: str) -> Tensor:
     codebook, side = teacher.codebook, teacher.patch_size
     by_use_KE = codebook.codes[codebook.count.argsort(descending=True, stable=True)]
     mean_KCX = teacher.likelihood(by_use_KE[:, None]).mean()[:, 0]
-    rgb = decode_color(mean_KCX.round().to(torch.uint8).unflatten(2, (side, side)).cpu(), color)
+    codes = mean_KCX.round().to(teacher.scale.dtype).unflatten(2, (side, side))
+    rgb = data.to_rgb(codes.cpu())
     rows = -(-len(rgb) // _SHEET_COLUMNS)
     patches = pad(rgb.flatten(1), (0, 0, 0, rows * _SHEET_COLUMNS - len(rgb)))
     return unpatchify(patches[None], side, rows * side, _SHEET_COLUMNS * side)[0].permute(1, 2, 0).contiguous()

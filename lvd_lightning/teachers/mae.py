@@ -4,13 +4,15 @@ Shapes: B images, C channels, H x W pixels, P patches, E features, T tokens of a
 visible patches.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from lvd_lightning.color import patchify, unpatchify
+from lvd_lightning.teachers.scaling import PixelScale, image_sides
 
 __all__ = ["MAE", "MAEOutput"]
 
@@ -40,10 +42,12 @@ class MAE(nn.Module):
     patches see.
 
     Args:
-        image_size: side of the square images, a multiple of `patch_size`.
+        image_size: side of square images, or (height, width); multiples of `patch_size`.
         patch_size: side of a patch.
         hidden_size: width of the encoder and of the features, a multiple of 4 and of `num_heads`.
         intermediate_size: hidden units of the encoder's MLPs; None: four times `hidden_size`. The decoder's likewise.
+        num_channels: C.
+        num_categories: values of a pixel, one number or one for each channel.
 
     References:
         He et al., Masked Autoencoders Are Scalable Vision Learners, 2022, arXiv:2111.06377.
@@ -55,7 +59,7 @@ class MAE(nn.Module):
 
     def __init__(
         self,
-        image_size: int = 32,
+        image_size: int | Sequence[int] = 32,
         patch_size: int = 4,
         hidden_size: int = 128,
         num_layers: int = 4,
@@ -67,16 +71,18 @@ class MAE(nn.Module):
         decoder_num_heads: int = 4,
         decoder_intermediate_size: int | None = None,
         num_channels: int = 3,
+        num_categories: int | Sequence[int] = 256,
     ) -> None:
         super().__init__()
-        if patch_size < 1 or image_size < 2 * patch_size or image_size % patch_size:
+        height, width = image_sides(image_size)
+        if patch_size < 1 or height % patch_size or width % patch_size or height * width < 2 * patch_size**2:
             raise ValueError(
-                f"image_size is {image_size}, expected a multiple of patch_size {patch_size}, at least twice"
+                f"image_size is {image_size}, expected multiples of patch_size {patch_size}, for two patches or more"
             )
         _check_width("hidden_size", hidden_size, num_heads)
         _check_width("decoder_hidden_size", decoder_hidden_size, decoder_num_heads)
-        self.init_args: dict[str, int] = {
-            "image_size": image_size,
+        self.init_args: dict[str, Any] = {
+            "image_size": [height, width],
             "patch_size": patch_size,
             "hidden_size": hidden_size,
             "num_layers": num_layers,
@@ -87,10 +93,13 @@ class MAE(nn.Module):
             "decoder_num_heads": decoder_num_heads,
             "decoder_intermediate_size": decoder_intermediate_size or 4 * decoder_hidden_size,
             "num_channels": num_channels,
+            "num_categories": num_categories if isinstance(num_categories, int) else list(num_categories),
         }
-        self.image_shape = (num_channels, image_size, image_size)
+        self.image_shape = (num_channels, height, width)
+        self.scale = PixelScale(self.image_shape, num_categories)
         self.patch_size = patch_size
-        self.num_patches = (image_size // patch_size) ** 2
+        self.grid = (height // patch_size, width // patch_size)
+        self.num_patches = self.grid[0] * self.grid[1]
         self.num_features = hidden_size
         self.vit_mae = ViTMAEForPreTraining(_config(self.init_args))
         self._initialize()
@@ -99,7 +108,7 @@ class MAE(nn.Module):
         """Hide patches, encode the rest, decode all of them.
 
         Args:
-            images: uint8 with shape (B, C, H, W), as the datamodule gives them.
+            images: whole numbers with shape (B, C, H, W), as the datamodule gives them.
             mask_ratio: the share of patches to hide, rounded to whole patches; at least one is hidden and one seen.
             noise: any numbers with shape (B, P); of each image the patches with the largest are hidden.
         """
@@ -113,7 +122,7 @@ class MAE(nn.Module):
         tokens_BVE = tokens_BPE.gather(1, visible_BV[:, :, None].expand(-1, -1, self.num_features))
         patches_BPX = self.vit_mae.decoder(self._encode(tokens_BVE), restore_BP).logits
         masked_BP = restore_BP >= self.num_patches - num_masked
-        error_BP = (patches_BPX - patchify(_scale(images), self.patch_size)).square().mean(-1)
+        error_BP = (patches_BPX - patchify(self._scaled(images), self.patch_size)).square().mean(-1)
         return MAEOutput(
             loss=(error_BP * masked_BP).sum(1) / num_masked,
             reconstruction=unpatchify(patches_BPX, self.patch_size, *self.image_shape[1:]),
@@ -134,7 +143,7 @@ class MAE(nn.Module):
         or attention masks, so a patch that is not visible cannot leak into a feature.
 
         Args:
-            images: uint8 with shape (B, C, H, W), as the datamodule gives them.
+            images: whole numbers with shape (B, C, H, W), as the datamodule gives them.
             visible: bool with shape (P, P); row i says which patches are seen while patch i is encoded, i itself always
                 is. None: each patch alone.
             max_tokens: encode at most about so many tokens at once; None chooses by device.
@@ -160,13 +169,13 @@ class MAE(nn.Module):
 
     def _embed(self, images: Tensor) -> Tensor:
         """Patch embeddings with their positions, with shape (B, P, E); nothing flows between patches here."""
-        if images.dtype != torch.uint8 or images.shape[1:] != self.image_shape:
-            raise ValueError(
-                f"images are {images.dtype} with shape {tuple(images.shape)}, expected uint8 with shape "
-                f"(B, {', '.join(map(str, self.image_shape))})"
-            )
         embeddings = self.vit_mae.vit.embeddings
-        return embeddings.patch_embeddings(_scale(images)) + embeddings.position_embeddings[:, 1:]
+        projected_BEhw = embeddings.patch_embeddings.projection(self._scaled(images))
+        return projected_BEhw.flatten(2).transpose(1, 2) + embeddings.position_embeddings[:, 1:]
+
+    def _scaled(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1], in the type of the parameters."""
+        return self.scale.floats(images, self.vit_mae.vit.embeddings.cls_token.dtype)
 
     def _encode(self, tokens_NVE: Tensor) -> Tensor:
         """Encodings of a class token and the given tokens, with shape (N, 1 + V, E)."""
@@ -188,10 +197,11 @@ class MAE(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.normal_(encoder.cls_token, std=0.02)
         nn.init.normal_(decoder.mask_token, std=0.02)
-        grid = self.image_shape[1] // self.patch_size
-        for positions in (encoder.position_embeddings, decoder.decoder_pos_embed):
-            positions[:, :1] = 0.0
-            positions[:, 1:] = _position_embeddings(grid, positions.shape[-1])
+        for owner, name in ((encoder, "position_embeddings"), (decoder, "decoder_pos_embed")):
+            width = getattr(owner, name).shape[-1]
+            positions = torch.zeros(1, 1 + self.num_patches, width)
+            positions[:, 1:] = _position_embeddings(self.grid, width)
+            setattr(owner, name, nn.Parameter(positions, requires_grad=False))
 
 
 class _Group(NamedTuple):
@@ -205,11 +215,6 @@ class _Group(NamedTuple):
     patches: Tensor
     set_of: Tensor
     slot: Tensor
-
-
-def _scale(images: Tensor) -> Tensor:
-    """uint8 images as floats in [-1, 1]."""
-    return images.float() / 127.5 - 1.0
 
 
 def _group_by_size(visible: Tensor, num_patches: int, max_tokens: int) -> list[_Group]:
@@ -232,12 +237,14 @@ def _group_by_size(visible: Tensor, num_patches: int, max_tokens: int) -> list[_
     return groups
 
 
-def _position_embeddings(grid: int, width: int) -> Tensor:
-    """Sines and cosines of both coordinates of a square grid, row by row, with shape (grid * grid, width)."""
+def _position_embeddings(grid: tuple[int, int], width: int) -> Tensor:
+    """Sines and cosines of both coordinates of a grid (rows, columns), row by row, with shape (patches, width)."""
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
-    wave = torch.cat([angle.sin(), angle.cos()], dim=1)
-    rows, columns = wave[:, None].expand(-1, grid, -1), wave[None].expand(grid, -1, -1)
+    waves = []
+    for side in grid:
+        angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency
+        waves.append(torch.cat([angle.sin(), angle.cos()], dim=1))
+    rows, columns = waves[0][:, None].expand(-1, grid[1], -1), waves[1][None].expand(grid[0], -1, -1)
     return torch.cat([columns, rows], dim=2).flatten(0, 1).float()
 
 
@@ -246,9 +253,9 @@ def _check_width(name: str, width: int, num_heads: int) -> None:
         raise ValueError(f"{name} is {width}, expected a multiple of 4 and of the number of heads, {num_heads}")
 
 
-def _config(args: dict[str, int]) -> ViTMAEConfig:
+def _config(args: dict[str, Any]) -> ViTMAEConfig:
     return ViTMAEConfig(
-        image_size=args["image_size"],
+        image_size=args["patch_size"],  # of one patch: grids that are not square have no positions there
         patch_size=args["patch_size"],
         num_channels=args["num_channels"],
         hidden_size=args["hidden_size"],

@@ -5,6 +5,7 @@ Q raw parameters of a pixel's distribution.
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from transformers import GPT2Config, GPT2Model
 from lvd_lightning.color import patchify, unpatchify
 from lvd_lightning.teachers.codebook import Codebook
 from lvd_lightning.teachers.logistics import LogisticMixture
+from lvd_lightning.teachers.scaling import PixelScale, image_sides
 
 __all__ = ["DECODERS", "VQVAE", "CodePrior", "VQVAEOutput"]
 
@@ -47,7 +49,7 @@ class VQVAEOutput(NamedTuple):
 
 
 class VQVAE(nn.Module):
-    """Vector-quantised autoencoder whose likelihood is a density of bytes, with a prior over its codes.
+    """Vector-quantised autoencoder whose likelihood is a distribution of whole numbers, with a prior over its codes.
 
     A convolutional encoder sees the whole image and gives one vector per patch; the decoder sees the nearest codes. The
     `independent` decoder gives the pixels of patch i a distribution that depends on the code of patch i alone, as the
@@ -58,7 +60,7 @@ class VQVAE(nn.Module):
     `forward` changes nothing: after a training step, give its features and codes to `codebook.update`.
 
     Args:
-        image_size: side of the square images, a multiple of `patch_size`.
+        image_size: side of square images, or (height, width); multiples of `patch_size`.
         patch_size: side of a patch, a power of two and at least 2.
         channels: of the encoder, and of the decoder's hidden layers (twice as many in the independent one).
         num_residual_blocks: of the encoder and of the decoder each.
@@ -68,6 +70,8 @@ class VQVAE(nn.Module):
         num_components: of a pixel's mixture.
         codebook_decay: see `Codebook`.
         prior_hidden_size: width of the prior, a multiple of `prior_num_heads`.
+        num_channels: C.
+        num_categories: values of a pixel, one number or one for each channel.
 
     References:
         van den Oord et al., Neural Discrete Representation Learning, 2017, arXiv:1711.00937.
@@ -81,7 +85,7 @@ class VQVAE(nn.Module):
 
     def __init__(
         self,
-        image_size: int = 32,
+        image_size: int | Sequence[int] = 32,
         patch_size: int = 4,
         channels: int = 128,
         num_residual_blocks: int = 2,
@@ -96,20 +100,22 @@ class VQVAE(nn.Module):
         prior_num_heads: int = 4,
         prior_dropout: float = 0.1,
         num_channels: int = 3,
+        num_categories: int | Sequence[int] = 256,
     ) -> None:
         super().__init__()
+        height, width = image_sides(image_size)
         if patch_size < 2 or patch_size & (patch_size - 1):
             raise ValueError(
                 f"patch_size is {patch_size}, expected a power of two, 2 or more: the encoder halves sides"
             )
-        if image_size < patch_size or image_size % patch_size:
-            raise ValueError(f"image_size is {image_size}, expected a multiple of patch_size {patch_size}")
+        if min(height, width) < patch_size or height % patch_size or width % patch_size:
+            raise ValueError(f"image_size is {image_size}, expected multiples of patch_size {patch_size}")
         if decoder not in DECODERS:
             raise ValueError(f"decoder is {decoder!r}, expected one of {', '.join(DECODERS)}")
         if num_components < 1:
             raise ValueError(f"num_components is {num_components}, expected at least 1")
         self.init_args: dict[str, Any] = {
-            "image_size": image_size,
+            "image_size": [height, width],
             "patch_size": patch_size,
             "channels": channels,
             "num_residual_blocks": num_residual_blocks,
@@ -123,10 +129,13 @@ class VQVAE(nn.Module):
             "prior_num_heads": prior_num_heads,
             "prior_dropout": prior_dropout,
             "num_channels": num_channels,
+            "num_categories": num_categories if isinstance(num_categories, int) else list(num_categories),
         }
-        self.image_shape = (num_channels, image_size, image_size)
+        self.image_shape = (num_channels, height, width)
+        self.scale = PixelScale(self.image_shape, num_categories)
         self.patch_size = patch_size
-        self.num_patches = (image_size // patch_size) ** 2
+        grid = (height // patch_size, width // patch_size)
+        self.num_patches = grid[0] * grid[1]
         self.num_features = num_features
         self.num_components = num_components
         halvings = patch_size.bit_length() - 1
@@ -137,9 +146,7 @@ class VQVAE(nn.Module):
         if decoder == "independent":
             self.decoder = IndependentDecoder(num_features, 2 * channels, num_residual_blocks, patch_size**2, raw)
         else:
-            self.decoder = ConvolutionalDecoder(
-                num_features, channels, num_residual_blocks, image_size, patch_size, raw
-            )
+            self.decoder = ConvolutionalDecoder(num_features, channels, num_residual_blocks, grid, patch_size, raw)
         self.decoder.last.weight.data.mul_(0.3)  # so that training begins near what the biases say
         self._place_components(torch.zeros(num_channels), torch.full((num_channels,), 0.5))
         self.prior = CodePrior(
@@ -147,7 +154,7 @@ class VQVAE(nn.Module):
         )
 
     def forward(self, images: Tensor) -> VQVAEOutput:
-        """Encode, quantise, and take the likelihoods of images (B, C, H, W), uint8 as the datamodule gives them.
+        """Encode, quantise, and take the likelihoods of images (B, C, H, W), as the datamodule gives them.
 
         Gradients of the likelihood pass through the quantisation to the encoder unchanged; those of the prior stay in
         the prior.
@@ -168,14 +175,14 @@ class VQVAE(nn.Module):
         """
         values_CN = self._scaled(images).transpose(0, 1).flatten(1)
         std_C, mean_C = torch.std_mean(values_CN, dim=1)
-        self._place_components(mean_C, std_C.clamp_min(1.0 / 127.5))
+        self._place_components(mean_C, std_C.clamp_min(self.scale.smallest_step))
 
     @torch.no_grad()
     def features(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
         """The continuous encoding of every patch, float32 with shape (B, P, E); one pass over the whole image.
 
         Args:
-            images: uint8 with shape (B, C, H, W), as the datamodule gives them.
+            images: whole numbers with shape (B, C, H, W), as the datamodule gives them.
             visible: None. Each patch is encoded in sight of all others; no part of the image can be hidden.
         """
         if visible is not None:
@@ -197,26 +204,23 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, codes: Tensor) -> Tensor:
-        """The means of the pixels given codes (B, P), rounded; uint8 with shape (B, C, H, W)."""
+        """The means of the pixels given codes (B, P), rounded; with shape (B, C, H, W)."""
         mean_BPCX = self.likelihood(self.codebook.codes[codes]).mean()
-        return unpatchify(mean_BPCX.round().flatten(2), self.patch_size, *self.image_shape[1:]).to(torch.uint8)
+        return unpatchify(mean_BPCX.round().flatten(2), self.patch_size, *self.image_shape[1:]).to(self.scale.dtype)
 
     def likelihood(self, quantized: Tensor) -> LogisticMixture:
         """The distributions of all pixels given vectors (B, P, E); leading dimensions (B, P)."""
-        return LogisticMixture.from_raw(self.decoder(quantized).float(), self.num_components, self.image_shape[0])
+        raw, values = self.decoder(quantized), tuple(self.scale.num_categories)
+        raw = raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw  # tails need the digits
+        return LogisticMixture.from_raw(raw, self.num_components, self.image_shape[0], values)
 
     def _encode(self, images: Tensor) -> Tensor:
         encoded: Tensor = self.encoder(self._scaled(images))
         return encoded.flatten(2).transpose(1, 2)
 
     def _scaled(self, images: Tensor) -> Tensor:
-        """uint8 images as floats in [-1, 1]."""
-        if images.dtype != torch.uint8 or images.shape[1:] != self.image_shape:
-            raise ValueError(
-                f"images are {images.dtype} with shape {tuple(images.shape)}, expected uint8 with shape "
-                f"(B, {', '.join(map(str, self.image_shape))})"
-            )
-        return images.float() / 127.5 - 1.0
+        """Images in [-1, 1], in the type of the parameters."""
+        return self.scale.floats(images, self.codebook.codes.dtype)
 
     def _pixels(self, images: Tensor) -> Tensor:
         """The pixels of every patch, with shape (B, P, C, X)."""
@@ -298,10 +302,10 @@ class ConvolutionalDecoder(nn.Module):
     """The encoder's mirror image: (B, P, E) to (B, P, Q, X), every patch in sight of its neighbours."""
 
     def __init__(
-        self, num_features: int, channels: int, num_blocks: int, image_size: int, patch_size: int, num_raw: int
+        self, num_features: int, channels: int, num_blocks: int, grid: tuple[int, int], patch_size: int, num_raw: int
     ) -> None:
         super().__init__()
-        self.grid, self.patch_size = image_size // patch_size, patch_size
+        self.grid, self.patch_size = grid, patch_size
         layers: list[nn.Module] = [nn.Conv2d(num_features, channels, 3, padding=1)]
         layers += [_convolutional_block(channels) for _ in range(num_blocks)]
         widths = [channels, *[max(1, channels // 2)] * (patch_size.bit_length() - 1)]
@@ -311,7 +315,7 @@ class ConvolutionalDecoder(nn.Module):
         self.last = nn.Conv2d(widths[-1], num_raw, 1)
 
     def forward(self, quantized: Tensor) -> Tensor:
-        map_BEhw = quantized.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        map_BEhw = quantized.transpose(1, 2).unflatten(2, self.grid)
         raw_BQHW = self.last(self.layers(map_BEhw))
         return patchify(raw_BQHW, self.patch_size).unflatten(2, (raw_BQHW.shape[1], -1))
 

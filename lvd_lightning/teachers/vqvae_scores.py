@@ -1,4 +1,4 @@
-"""What is logged of a vector-quantised autoencoder: bits per dimension, and the use of its codes.
+"""What is logged of a vector-quantised autoencoder: its likelihood, and the use of its codes.
 
 Shapes: B images, K codes.
 """
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
-from lvd_lightning.metrics import BitsPerDim
+from lvd_lightning.metrics import MeanLikelihood
+from lvd_lightning.units import Unit
 
 if TYPE_CHECKING:
     from lvd_lightning.teachers import VQVAEOutput
@@ -24,27 +25,28 @@ __all__ = ["VQVAEScores"]
 class VQVAEScores(nn.Module):
     """Means over images and ranks of what a VQVAE makes of them.
 
-    elbo_bpd: the negative evidence lower bound in bits per dimension, the sum of the next two.
-    reconstruction_bpd: of -log p(x | z).
-    prior_bpd: of -log p(z).
-    loss: elbo_bpd + commitment |h - code|^2 / E, what is minimised.
+    elbo_<unit>: the evidence lower bound in a unit such as bpd, the sum of the next two.
+    reconstruction_<unit>: of log p(x | z).
+    prior_<unit>: of log p(z).
+    loss: bits per dimension of the bound + commitment |h - code|^2 / E, what is minimised.
     code_perplexity: exp of the entropy of the codes' frequencies.
     codes_used: the share of the codes that occur.
 
     Args:
+        unit: in which likelihoods are told.
         num_dims: of an image.
         num_codes: K.
         commitment: the weight in the loss.
         **metric_arguments: of every metric.
     """
 
-    def __init__(self, num_dims: int, num_codes: int, commitment: float, **metric_arguments: Any) -> None:
+    def __init__(self, unit: Unit, num_dims: int, num_codes: int, commitment: float, **metric_arguments: Any) -> None:
         super().__init__()
         self.bits = num_dims * math.log(2.0)
         self.commitment = commitment
-        self.elbo_bpd = BitsPerDim(num_dims, **metric_arguments)
-        self.reconstruction_bpd = BitsPerDim(num_dims, **metric_arguments)
-        self.prior_bpd = BitsPerDim(num_dims, **metric_arguments)
+        self.unit = unit
+        for term in ("elbo", "reconstruction", "prior"):
+            self.add_module(f"{term}_{unit.name}", MeanLikelihood(unit, num_dims, **metric_arguments))
         self.loss = MeanMetric(**metric_arguments)
         self.code_perplexity = _CodePerplexity(num_codes, **metric_arguments)
         self.codes_used = _CodesUsed(num_codes, **metric_arguments)
@@ -52,9 +54,11 @@ class VQVAEScores(nn.Module):
     def update(self, output: VQVAEOutput) -> Tensor:
         """Add a batch; its losses, with shape (B,)."""
         loss_B = -output.elbo / self.bits + self.commitment * output.commitment
-        self.elbo_bpd.update(output.elbo)
-        self.reconstruction_bpd.update(output.log_likelihood)
-        self.prior_bpd.update(output.log_prior)
+        terms = {"elbo": output.elbo, "reconstruction": output.log_likelihood, "prior": output.log_prior}
+        for term, log_B in terms.items():
+            metric = self.get_submodule(f"{term}_{self.unit.name}")
+            assert isinstance(metric, MeanLikelihood)
+            metric.update(log_B)
         self.loss.update(loss_B.detach())
         self.code_perplexity.update(output.codes)
         self.codes_used.update(output.codes)

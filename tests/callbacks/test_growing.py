@@ -283,7 +283,7 @@ def test_exact_finetuning_steps_of_grown_circuits(coarse: Any) -> None:
     whole = module.assembled.double().requires_grad_(True)
     images, index = coarse.data.splits["train"][:20], torch.arange(20)
     heads = [(g, h) for g, count in enumerate(module.heads_per_circuit) for h in range(count)]
-    patches_BPD = whole.patches(images)
+    patches_BPD = whole.split(images)
     columns = []
     for p in range(4):
         log_GBH = whole.conditional.log_prob(patches_BPD[:, p])

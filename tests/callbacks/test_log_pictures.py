@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.pictures import Pictures
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
@@ -15,12 +16,13 @@ import lvd_lightning.circuits as pc
 from callbacks import LogSamples
 from lvd_lightning.cli import parse
 from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.parts import ImagePatches
 from lvd_lightning.runs.configuration import experiment_from
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on small loaders
 
 
-class Numbers(LightningDataModule):
+class Numbers(Pictures, LightningDataModule):
     """Loaders over numbers that nobody looks at, and what says what images are like."""
 
     color, image_shape = "ycocg_r", (3, 4, 4)
@@ -55,7 +57,7 @@ def circuit() -> AssembledCircuit:
     generator = torch.Generator().manual_seed(0)
     prior = pc.Circuit(pc.hclt(torch.tensor([-1, 0, 0, 2]), 2, pc.SoftEvidence(2), generator=generator))
     graphs = [pc.hclt(torch.arange(-1, 11), 2, pc.Categorical(256), generator=generator) for _ in range(2)]
-    return AssembledCircuit(prior, pc.Circuit(graphs), 2, (3, 4, 4))
+    return AssembledCircuit(prior, pc.Circuit(graphs), ImagePatches((3, 4, 4), 2))
 
 
 def fit(folder: Path, module: Module, *callbacks: LogSamples, logger: Any = False) -> Path:

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 import datamodules
-from datamodules import ImageDataModule
+from datamodules import RGBDataModule
 from datamodules.images import ImageRows
 from datamodules.splits import Split
 from lvd_lightning.color import encode_color
@@ -26,11 +26,11 @@ def pixels(split: Split) -> np.ndarray:
     return generator.randint(256, size=(COUNTS[split], 3, 4, 4)).astype(np.uint8)
 
 
-class Random(ImageDataModule):
+class Random(RGBDataModule):
     """Random images of 4 x 4."""
 
     def __init__(self, **common: Any) -> None:
-        super().__init__(**{"image_size": 4, **common})
+        super().__init__(**{"image_size": 4, "patch_size": 2, **common})
 
     @override
     def load(self) -> Mapping[Split, Tensor]:
@@ -44,8 +44,8 @@ def test_images_are_encoded_and_cropped() -> None:
     expected = encode_color(raw, "ycocg_r")[..., :2, :2]
     assert data.image_shape == (3, 2, 2)
     assert torch.equal(data.batch("val", torch.tensor([4, 0, 4])), expected[[4, 0, 4]])
-    assert (data.color, data.region, data.lossy) == ("ycocg_r", "quadrant", False)
-    assert Random(color="ycbcr_lossy").lossy
+    assert (data.facts, data.protocol) == ({"color": "ycocg_r", "region": "quadrant", "lossy": False}, "quadrant")
+    assert Random(color="ycbcr_lossy", region="quadrant").protocol == "lossy, quadrant"
 
 
 def test_loaders_give_every_image_with_its_number() -> None:

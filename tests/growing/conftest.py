@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.pictures import Pictures
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
@@ -28,7 +29,7 @@ def double_precision() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-class Images:
+class Images(Pictures):
     """Random 4 x 4 images of few values."""
 
     image_shape = (3, 4, 4)
@@ -89,4 +90,4 @@ def small() -> Small:
     circuit_NP = torch.tensor([0, 0, 1, 2])[torch.randint(4, (IMAGES, 4), generator=generator)]
     last = torch.tensor([2, 1, 2, 1])
     head_NP = (torch.rand(circuit_NP.shape, generator=generator) * last[circuit_NP]).short()
-    return Small(graphs, Examples(data, 2, circuit_NP, head_NP))
+    return Small(graphs, Examples(data, circuit_NP, head_NP))

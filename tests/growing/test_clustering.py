@@ -90,7 +90,7 @@ def test_few_or_equal_patches_give_fewer_heads() -> None:
 
 def grown(label: Tensor, heads: Tensor, circuit: Tensor, wanted: list[list[int]], num_heads: list[int]) -> Tensor:
     data: Any = None
-    examples = Examples(data, 2, circuit, heads)
+    examples = Examples(data, circuit, heads)
     return recluster(blobs(label), examples, wanted, num_heads, generator=generator())
 
 
@@ -121,7 +121,7 @@ def test_copies_of_heads_with_equal_patches_stay_empty() -> None:
     zeros = torch.zeros(N, P, dtype=torch.int64)
     data: Any = None
     same = PatchFeatures(Vectors(torch.ones(N, P, E)), AffineMap(torch.zeros(1, E), None))
-    found = recluster(same, Examples(data, 2, zeros, zeros.short()), [[0]], [1], generator=generator())
+    found = recluster(same, Examples(data, zeros, zeros.short()), [[0]], [1], generator=generator())
     assert torch.equal(found.long(), zeros)
 
 

@@ -16,6 +16,7 @@ import lvd_lightning.circuits as pc
 from helpers.small_runs import DIMS, PATCH, POSITIONS, SIDE, STATES, Run, SmallImages
 from lvd_lightning.color import patchify
 from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.parts import ImagePatches
 
 CATEGORIES = 4
 #: Heads of the circuits of one set of conditionals, and whether positions share it.
@@ -77,7 +78,9 @@ def assembly(kind: str, num_latents: int | None = None, seed: int = 0) -> Assemb
         tree = torch.arange(-1, DIMS - 1) if number % 2 else torch.tensor([-1, *[0] * (DIMS - 1)])
         leaf = pc.Categorical(CATEGORIES)
         graphs.append(sharpened(pc.hclt(tree, 2 + number % 2, leaf, num_heads=count, generator=generator)))
-    return Assembly(AssembledCircuit(pc.Circuit(prior), pc.Circuit(graphs), PATCH, (3, SIDE, SIDE)), graphs)
+    return Assembly(
+        AssembledCircuit(pc.Circuit(prior), pc.Circuit(graphs), ImagePatches((3, SIDE, SIDE), PATCH)), graphs
+    )
 
 
 def sharpened(graph: pc.CircuitGraph) -> pc.CircuitGraph:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.sampler import GlobalBatchSampler
+from helpers.pictures import Pictures
 from lvd_lightning import stages
 from lvd_lightning.context import DONE_MARKER, StageContext
 from lvd_lightning.runs import run as runs
@@ -34,10 +35,10 @@ STAGES: dict[str, type[Stage]] = {
 POSITIONS, DIMS = (SIDE // PATCH) ** 2, 3 * PATCH**2
 
 
-class SmallImages(LightningDataModule):
+class SmallImages(Pictures, LightningDataModule):
     """4 x 4 images whose patches are noisy copies of a few prototypes; neighbours are alike."""
 
-    color, region, lossy, image_shape = "rgb", "whole", False, (3, SIDE, SIDE)
+    image_shape, patch_size = (3, SIDE, SIDE), PATCH
 
     def __init__(self, num_train: int = 120, num_val: int = 24, batch_size: int = 40, num_states: int = STATES) -> None:
         super().__init__()
@@ -105,7 +106,7 @@ class Run:
     def context(self, stage: str) -> StageContext:
         finished = [name for name in STAGES if (self.folder / name / DONE_MARKER).is_file() and name != stage]
         earlier = {name: STAGES[name].leaves for name in finished}
-        return StageContext(self.folder, stage, self.seed, self.data, {"patch_size": PATCH}, earlier)
+        return StageContext(self.folder, stage, self.seed, self.data, {}, earlier)
 
     def opened(self) -> runs.Run:
         """The same as evaluation and report see it."""

@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers.pictures import Pictures
 from torch import Tensor
 
 from lvd_lightning.color import patchify
-from lvd_lightning.latents.features import FeatureStore, PixelPatches, write_features
+from lvd_lightning.latents.features import FeatureStore, PartValues, write_features
 from lvd_lightning.latents.processes import Processes
 
 SHAPE = (11, 4, 3)
@@ -157,13 +158,13 @@ def test_ranks_write_one_file_together(tmp_path: Path) -> None:
     assert all(torch.equal(read, _truth()) for _, read in results)
 
 
-class Bytes:
+class Bytes(Pictures):
     """A datamodule's bulk access to one split."""
 
     image_shape = (3, 8, 12)
 
-    def __init__(self, images: Tensor) -> None:
-        self._images = images
+    def __init__(self, images: Tensor, patch_size: int) -> None:
+        self._images, self.patch_size = images, patch_size
 
     def num_examples(self, split: str) -> int:
         return len(self._images)
@@ -172,13 +173,13 @@ class Bytes:
         return self._images[indices]
 
 
-def test_pixels_of_patches() -> None:
+def test_values_of_parts() -> None:
     images = torch.randint(256, (5, 3, 8, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    pixels = PixelPatches(Bytes(images), "train", 4)
+    pixels = PartValues(Bytes(images, 4), "train")
     expected = patchify(images, 4).float()
     assert pixels.shape == (5, 6, 48)
     assert torch.equal(pixels.read(1, 9), expected[1:])
     rows, positions = torch.tensor([4, 0, 0, 4]), torch.tensor([5, 2, 3, 0])
     assert torch.equal(pixels.gather(rows, positions), expected[rows, positions])
-    with pytest.raises(ValueError, match="patch_size 5"):
-        PixelPatches(Bytes(images), "train", 5)
+    with pytest.raises(ValueError, match="patch_size: 5"):
+        PartValues(Bytes(images, 5), "train")

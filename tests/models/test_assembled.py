@@ -12,6 +12,7 @@ from torch import Tensor
 import lvd_lightning.circuits as pc
 from lvd_lightning.models import assembled as module
 from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.parts import ImagePatches
 
 VALUES = 4
 # Two pixels of different patches: the prior alone connects them.
@@ -179,7 +180,7 @@ def test_files_keep_every_bit(make_assembly: Callable[..., Any], images: Tensor,
     circuit.save(tmp_path)
     loaded = AssembledCircuit.load(tmp_path)
     assert torch.equal(loaded.log_prob(images), circuit.log_prob(images))
-    assert (loaded.patch_size, loaded.image_shape, loaded.tied) == (2, (3, 4, 4), kind == "tied")
+    assert (loaded.parts.arguments, loaded.tied) == (ImagePatches((3, 4, 4), 2).arguments, kind == "tied")
     for name, tensor in circuit.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name])
 
@@ -202,34 +203,30 @@ def test_damaged_geometry_is_refused(make_assembly: Callable[..., Any], tmp_path
 
 def test_parts_that_do_not_belong_together_are_named(make_assembly: Callable[..., Any]) -> None:
     circuit = make_assembly("tied").circuit
-    prior, conditional, shape = circuit.prior, circuit.conditional, (3, 4, 4)
+    prior, conditional, parts = circuit.prior, circuit.conditional, ImagePatches((3, 4, 4), 2)
     graphs = conditional.to_graph()
-    with pytest.raises(ValueError, match="patch_size: 3 does not tile images of 4 x 4"):
-        AssembledCircuit(prior, conditional, 3, shape)
-    with pytest.raises(ValueError, match="prior: has 4 variables, expected one for each of the 16 patches"):
-        AssembledCircuit(prior, conditional, 1, shape)
+    with pytest.raises(ValueError, match="prior: has 4 variables, expected one for each of the 16 parts"):
+        AssembledCircuit(prior, conditional, ImagePatches((3, 4, 4), 1))
     with pytest.raises(ValueError, match="prior: expected a single circuit over SoftEvidence"):
-        AssembledCircuit(conditional, conditional, 2, shape)
+        AssembledCircuit(conditional, conditional, parts)
     with pytest.raises(ValueError, match="prior: expected a single circuit"):
-        AssembledCircuit(pc.Circuit([prior.to_graph()]), conditional, 2, shape)
+        AssembledCircuit(pc.Circuit([prior.to_graph()]), conditional, parts)
     with pytest.raises(ValueError, match="conditional: has 2 heads, expected 3 .* or 12"):
-        AssembledCircuit(prior, pc.Circuit(graphs[:2]), 2, shape)
+        AssembledCircuit(prior, pc.Circuit(graphs[:2]), parts)
     with pytest.raises(ValueError, match="conditional: is a single circuit over 12"):
-        AssembledCircuit(prior, pc.Circuit(graphs[0]), 2, shape)
+        AssembledCircuit(prior, pc.Circuit(graphs[0]), parts)
     with pytest.raises(ValueError, match="over 4 variables, expected a batch .* over the 12"):
-        AssembledCircuit(prior, pc.Circuit([pc.hclt(torch.tensor([-1, 0, 1, 2]), 2, pc.Categorical(4))] * 3), 2, shape)
+        AssembledCircuit(prior, pc.Circuit([pc.hclt(torch.tensor([-1, 0, 1, 2]), 2, pc.Categorical(4))] * 3), parts)
     four = [pc.hclt(torch.arange(-1, 11), 2, pc.Categorical(4), num_heads=4) for _ in range(3)]
     with pytest.raises(ValueError, match="a circuit has heads of two positions"):
-        AssembledCircuit(prior, pc.Circuit(four), 2, shape)
+        AssembledCircuit(prior, pc.Circuit(four), parts)
 
 
 def test_wrong_images_and_masks_are_named(make_assembly: Callable[..., Any], images: Tensor) -> None:
     circuit = make_assembly("tied").circuit
-    with pytest.raises(
-        ValueError, match=r"images: expected uint8 \(batch, 3, 4, 4\), got torch.float32 \(9, 3, 4, 4\)"
-    ):
-        circuit.log_prob(images.float())
-    with pytest.raises(ValueError, match=r"images: .* got torch.uint8 \(9, 3, 4, 2\)"):
+    with pytest.raises(ValueError, match="expects values in 0..3, got"):
+        circuit.log_prob(images + 4)
+    with pytest.raises(ValueError, match=r"x: got shape \(9, 3, 4, 2\), expected images \(batch, 3, 4, 4\)"):
         circuit.log_prob(images[..., :2])
     for wrong in (torch.ones(3, 4, 4), torch.ones(9, 3, 4, 2, dtype=torch.bool), torch.ones(1, 9, 3, 4, 4).bool()):
         with pytest.raises(ValueError, match="observed: expected bool of a shape that broadcasts"):

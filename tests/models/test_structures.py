@@ -8,12 +8,13 @@ import torch
 
 import lvd_lightning.circuits as pc
 from lvd_lightning.color import patchify
-from lvd_lightning.models.structures import ImageStructure
+from lvd_lightning.models.structures import PartStructure
 from lvd_lightning.stages import CircuitBaseline, ConditionalStudent
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on small loaders
 
 SHAPE = (3, 2, 2)
+BYTES = pc.Categorical(256)
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("hclt", {}),
     ("rat_spn", {"num_repetitions": 2}),
@@ -25,7 +26,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
 
 def test_rectangles_of_a_patch_are_its_variables() -> None:
     """Leaves are the three channels of one pixel, and every region is a rectangle, in the order of `patchify`."""
-    graph = ImageStructure.of("poon_domingos", None).graph((3, 4, 4), 2)
+    graph = PartStructure.of("poon_domingos", None).graph((3, 4, 4), 2, leaf=BYTES)
     place = torch.arange(48).view(1, 3, 4, 4)  # what a variable of the one patch of this image is
     assert torch.equal(patchify(place, 4)[0, 0], torch.arange(48))
     row, column = (torch.arange(16).view(4, 4) // 4).expand(3, 4, 4), torch.arange(4).expand(3, 4, 4)
@@ -43,13 +44,13 @@ def test_rectangles_of_a_patch_are_its_variables() -> None:
 
 @pytest.mark.parametrize(("side", "steps"), [(1, [1]), (2, [1]), (4, [1]), (8, [2, 1]), (32, [8, 4, 2, 1])])
 def test_steps_follow_from_the_side(side: int, steps: list[int]) -> None:
-    found, told = (ImageStructure.of("poon_domingos", given) for given in (None, {"delta": steps}))
-    nodes = [len(kind.graph((1, side, side), 1).nodes) for kind in (found, told)]
+    found, told = (PartStructure.of("poon_domingos", given) for given in (None, {"delta": steps}))
+    nodes = [len(kind.graph((1, side, side), 1, leaf=BYTES).nodes) for kind in (found, told)]
     assert nodes[0] == nodes[1]
 
 
 def test_repetitions_share_the_inputs_of_single_variables() -> None:
-    graph = ImageStructure.of("rat_spn", {"num_repetitions": 3}).graph((3, 4, 4), 2)
+    graph = PartStructure.of("rat_spn", {"num_repetitions": 3}).graph((3, 4, 4), 2, leaf=BYTES)
     assert sorted(node.variable for node in graph.nodes if node.kind == "input") == list(range(48))
     assert len(graph.nodes[graph.root].children) == 3
 
@@ -58,9 +59,9 @@ def test_repetitions_share_the_inputs_of_single_variables() -> None:
 @pytest.mark.parametrize("units", [1, 3])
 def test_number_of_parameters(name: str, settings: dict[str, Any], units: int) -> None:
     """The polynomial, where a random structure is the one that the same generator draws."""
-    kind, tree = ImageStructure.of(name, settings), torch.arange(-1, 11)
-    counts = kind.num_parameters(SHAPE, generator=torch.Generator().manual_seed(3))
-    graph = kind.graph(SHAPE, units, parents=tree, generator=torch.Generator().manual_seed(3))
+    kind, tree = PartStructure.of(name, settings), torch.arange(-1, 11)
+    counts = kind.num_parameters(SHAPE, leaf=BYTES, generator=torch.Generator().manual_seed(3))
+    graph = kind.graph(SHAPE, units, leaf=BYTES, parents=tree, generator=torch.Generator().manual_seed(3))
     assert sum(count * units**power for power, count in counts.items()) == pc.Circuit(graph).num_parameters
 
 
@@ -119,7 +120,8 @@ def test_baselines_are_sized_and_learn(run: Any, name: str, settings: dict[str, 
     assert size >= 0.98 * 70_000
     fewer = run.begin("baseline", CircuitBaseline(**make, num_units=units - 1))  # the plan stays
     assert fewer.circuit("em").num_parameters == size
-    counts = module.structure.num_parameters((3, 4, 4), generator=run.context("baseline").generator("parameters"))
+    generator = run.context("baseline").generator("parameters")
+    counts = module.structure.num_parameters((3, 4, 4), leaf=BYTES, generator=generator)
     assert sum(count * (units - 1) ** power for power, count in counts.items()) < 0.98 * 70_000
     before = module.circuit("em").log_prob(run.data.splits["train"].flatten(1)).mean()
     run.trainer("baseline", 3).fit(module)

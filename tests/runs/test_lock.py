@@ -81,7 +81,7 @@ def test_the_pipeline_holds_it_while_it_runs_and_not_to_read(tmp_path: Path) -> 
         with pytest.raises(ValueError, match="another process is working on"):
             pipeline.run()
         with pytest.raises(ValueError, match="holds no trained model"):
-            pipeline.print_bpd("test")
+            pipeline.print_likelihood("test")
     held: list[bool] = []
 
     def try_lock() -> None:

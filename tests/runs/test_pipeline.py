@@ -29,6 +29,7 @@ from lvd_lightning.runs.pipeline import Pipeline, resume_epoch
 from lvd_lightning.runs.run_directory import check_trained_with, record_stage
 from lvd_lightning.seeds import derive_seed
 from lvd_lightning.stages.stage import PlainStage, StageModule
+from lvd_lightning.units import BitsPerDimension
 
 KILLS = (("teacher", "batch"), ("codes", "function"), ("student", "between"), ("tuned", "finish"))
 
@@ -55,7 +56,7 @@ class ShuffledBatches(Sampler[int]):
 class Lines(LightningDataModule):
     """Points of a noisy plane. Making it draws from the global generator, as careless datamodules do."""
 
-    color, region, lossy = "rgb", "whole", False
+    unit, protocol, facts = BitsPerDimension(), "", {}
 
     def setup(self, stage: str) -> None:
         torch.randn(3)
@@ -288,7 +289,7 @@ def test_evaluation_on_other_data_is_refused(tmp_path: Path) -> None:
     trained = made("here", 4, "rgb")
     record_stage(trained, trained.stages[0])
     check_trained_with(made("there", 8, "rgb"), "tuned")
-    with pytest.raises(ValueError, match=r"trained with other settings \(shared.color rgb -> ycocg_r; data.init_args"):
+    with pytest.raises(ValueError, match=r"trained with other settings \(data.init_args"):
         check_trained_with(made("here", 4, "ycocg_r"), "tuned")
 
 

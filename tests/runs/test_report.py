@@ -18,8 +18,9 @@ from lvd_lightning import circuits as pc
 from lvd_lightning.context import StageContext
 from lvd_lightning.latents import load_assignments
 from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.parts import ImagePatches
 from lvd_lightning.ranks import Ranks
-from lvd_lightning.runs.evaluation import circuit_bpd, evaluate_run, is_evaluated
+from lvd_lightning.runs.evaluation import evaluate_run, is_evaluated, mean_likelihood
 from lvd_lightning.runs.experiment import Experiment, PlannedStage
 from lvd_lightning.runs.pictures import grid, half_masks
 from lvd_lightning.runs.pipeline import mark_done
@@ -46,7 +47,7 @@ def random_circuit(shape: tuple[int, int, int], seed: int) -> AssembledCircuit:
     chain = torch.arange(size) - 1
     heads = [pc.hclt(chain, 2, pc.Categorical(256), generator=generator) for _ in range(CLUSTERS)]
     prior = pc.hclt(torch.arange(positions) - 1, CLUSTERS, pc.SoftEvidence(CLUSTERS), generator=generator)
-    return AssembledCircuit(pc.Circuit(prior), pc.Circuit(heads), PATCH, shape)
+    return AssembledCircuit(pc.Circuit(prior), pc.Circuit(heads), ImagePatches(shape, PATCH))
 
 
 @pytest.fixture
@@ -60,8 +61,8 @@ def finished_run(folder: Path, **settings: Any) -> tuple[Run, Arrays]:
     np.save(folder / "images.npy", images)
     data = Arrays(path=str(folder / "images.npy"), image_size=8, **settings)
     data.setup()
-    run_dir, shared = folder / "run", {"patch_size": PATCH}
-    context = StageContext(run_dir, "clusters", 0, data, shared)
+    run_dir = folder / "run"
+    context = StageContext(run_dir, "clusters", 0, data)
     mark_done(context.dir, {"seconds": 1.0, **Latents(num_clusters=CLUSTERS).run(context)})
     for number, stage in enumerate(("joint", "tuned")):
         (run_dir / stage).mkdir()
@@ -72,7 +73,7 @@ def finished_run(folder: Path, **settings: Any) -> tuple[Run, Arrays]:
     (run_dir / "plain_em" / "baseline.json").write_text(json.dumps(baseline))
     mark_done(run_dir / "plain_em", {"seconds": 4.0})
     (run_dir / "tuned" / "metrics.csv").write_text("epoch,step,seconds,val/bpd\n0,1,2.0,8.7\n1,2,4.0,8.5\n")
-    return Run(Experiment("run", run_dir, 0, lambda: data, planned(data, STAGES), shared=shared)), data
+    return Run(Experiment("run", run_dir, 0, lambda: data, planned(data, STAGES))), data
 
 
 def planned(data: Arrays, stages: dict[str, type[Stage]]) -> tuple[PlannedStage, ...]:
@@ -124,11 +125,11 @@ def test_gap_compares_teacher_objective_and_student(tmp_path: Path, ranks: Ranks
 def test_figures_do_not_depend_on_the_number_of_ranks(tmp_path: Path, ranks: Ranks) -> None:
     _, data = finished_run(tmp_path)
     circuit = random_circuit(data.image_shape, 0)
-    whole = circuit_bpd(circuit, data, "test", ranks)
+    whole = mean_likelihood(circuit, data, "test", ranks)
     parts = [ranks.share(torch.arange(7)) for ranks.rank, ranks.world_size in ((0, 3), (1, 3), (2, 3))]
     assert sorted(torch.cat(parts).tolist()) == list(range(7))
     ranks.rank, ranks.world_size = 0, 1
-    assert circuit_bpd(circuit, data, "test", ranks) == whole
+    assert mean_likelihood(circuit, data, "test", ranks) == whole
 
 
 def test_report_has_pictures_and_the_keys_scripts_read(
@@ -179,7 +180,7 @@ def test_report_before_the_baseline_is_completed_after_it(tmp_path: Path, ranks:
 def test_table_adds_up_seconds_and_leaves_absent_figures_empty(tmp_path: Path, ranks: Ranks) -> None:
     run, data = finished_run(tmp_path)
     mark_done(run.dir / EVALUATE, {"seconds": 1.0, **evaluate_run(run, data, ranks)})
-    rows = {row["model"]: row for row in table_rows(run)}
+    rows = {row["model"]: row for row in table_rows(run, data.unit)}
     assert rows["distilled circuit"]["seconds"] == 11.0
     assert rows["finetuned circuit"]["seconds"] == 21.0
     assert (rows["baseline, EM"]["test"], rows["baseline, EM"]["train"]) == (7.5, None)

@@ -1,7 +1,6 @@
 """What the circuit students share: checked settings, a falling step size, assignments that fit the data."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +142,9 @@ def test_assignments_that_do_not_fit_the_data_are_named(run: Any) -> None:
 def test_patches_that_do_not_tile_the_images_are_named(run: Any, student: type[Any]) -> None:
     (run.folder / "conditional").mkdir()
     run.finish("conditional", {})
-    context = replace(run.context("prior"), shared={"patch_size": 3})
+    run.data.patch_size = 3
     with pytest.raises(ValueError, match="patch_size: 3 does not tile images of 4 x 4"):
-        student().begin_stage(context)
+        student().begin_stage(run.context("prior"))
 
 
 @pytest.mark.parametrize(

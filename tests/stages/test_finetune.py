@@ -20,7 +20,7 @@ def joint_gradients(circuit: AssembledCircuit, images: Tensor) -> list[Tensor]:
     """Gradients of the prior's and conditionals' tables from one graph: evidence with gradients, then the prior."""
     circuit.zero_grad()
     heads = [(g, h) for g, structure in enumerate(circuit.conditional.structures) for h in range(structure.num_heads)]
-    patches_BPD = circuit.patches(images)
+    patches_BPD = circuit.split(images)
     columns = []
     for p in range(circuit.num_positions):
         log_GBH = circuit.conditional.log_prob(patches_BPD[:, p])
@@ -90,7 +90,7 @@ def test_evidence_within_the_margin_follows_the_parameters(prepared: Any) -> Non
     images, index = prepared.data.splits["train"][:40], torch.arange(40)
     module = prepared.begin("finetune", FinetuneStudent(margin=1e4, posterior_floor=0.0, slots=20.0))
     optimizer = pc.CircuitEM(module.assembled.conditional, lr=0.5)
-    (-module.assembled.conditional.log_prob(module.assembled.patches(images)[:, 0]).sum()).backward()
+    (-module.assembled.conditional.log_prob(module.assembled.split(images)[:, 0]).sum()).backward()
     optimizer.step()
     expected = flows(module.assembled, joint_gradients(module.assembled, images))
     found = flows(module.assembled, step_gradients(module, images, index))
@@ -149,11 +149,11 @@ def test_the_circuit_is_handed_on(prepared: Any) -> None:
     }
 
 
-@pytest.mark.filterwarnings("default:finetuning did not lower")
+@pytest.mark.filterwarnings("default:finetuning did not better")
 def test_the_circuit_of_the_prior_is_kept_if_finetuning_spoils_it(prepared: Any) -> None:
     module = prepared.begin("finetune", FinetuneStudent())
     module.assembled.conditional.tables[0].data.copy_(module.assembled.conditional.tables[0].data.roll(1, 2))
-    with pytest.warns(UserWarning, match="finetuning did not lower the validation bpd .* is kept"):
+    with pytest.warns(UserWarning, match="finetuning did not better the validation bpd .* is kept"):
         results = module.finish_stage(prepared.context("finetune"))
     images = prepared.data.splits["val"]
     kept, before = (AssembledCircuit.load(prepared.folder / stage) for stage in ("finetune", "prior"))

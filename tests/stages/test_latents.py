@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers.pictures import Pictures
 from torch import Tensor
 
 from lvd_lightning.color import patchify
@@ -28,10 +29,10 @@ from lvd_lightning.teachers import MAE, VQVAE, load_teacher, save_teacher
 SPLITS = ("train", "val", "test")
 
 
-class Ramps:
+class Ramps(Pictures):
     """8 x 8 images that are smooth ramps; counts how often each split is read."""
 
-    color, region, lossy, image_shape = "rgb", "whole", False, (3, 8, 8)
+    image_shape = (3, 8, 8)
 
     def __init__(self, sizes: tuple[int, int, int] = (40, 9, 7), seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -57,7 +58,7 @@ def _context(run_dir: Path, *, teacher: bool = True, seed: int = 0, data: Any = 
         save_teacher(mae, run_dir / "teacher")
         (run_dir / "teacher" / DONE_MARKER).write_text("{}")
     earlier = {"teacher": ("features",)} if teacher else {}
-    return StageContext(run_dir, "latents", seed, Ramps() if data is None else data, {"patch_size": 2}, earlier)
+    return StageContext(run_dir, "latents", seed, Ramps() if data is None else data, {}, earlier)
 
 
 def test_a_teachers_features_become_latents(tmp_path: Path) -> None:
@@ -160,11 +161,11 @@ def test_codes_need_a_codebook_of_that_size(tmp_path: Path) -> None:
             Latents(method="codes", **settings).run(context)
 
 
-def test_without_a_teacher_pixels_are_clustered(tmp_path: Path) -> None:
+def test_without_a_teacher_values_are_clustered(tmp_path: Path) -> None:
     context = _context(tmp_path, teacher=False)
     Latents(num_clusters=6).run(context)
     info = load_latents_info(context.dir)
-    assert (info["source"], info["center"], info["parents"]) == ("pixels", "none", None)
+    assert (info["source"], info["center"], info["parents"]) == ("values", "none", None)
     centroids = torch.from_numpy(np.load(context.dir / "centroids.npy"))
     patches = patchify(context.data.splits["val"], 2).float()
     assert torch.equal(load_assignments(context.dir, "val").flatten(), assign(patches.flatten(0, 1), centroids))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.pictures import Pictures
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
@@ -17,7 +18,7 @@ from lvd_lightning.color import encode_color
 from lvd_lightning.context import StageContext
 from lvd_lightning.stages import MAETeacher
 from lvd_lightning.stages.mae_teacher import reconstruction_rows, warmup_cosine
-from lvd_lightning.teachers import load_teacher
+from lvd_lightning.teachers import MAE, load_teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on small loaders
 
@@ -44,10 +45,10 @@ class Indexed(Dataset[tuple[Tensor, int]]):
         return self.images[index], index
 
 
-class Ramps(LightningDataModule):
+class Ramps(Pictures, LightningDataModule):
     """8 x 8 images that are smooth ramps, as a datamodule of this project gives them."""
 
-    color, region, lossy, image_shape = "rgb", "whole", False, (3, 8, 8)
+    image_shape, patch_size = (3, 8, 8), 4
 
     def __init__(self, num_train: int = 48, num_val: int = 21) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class KillAtEpoch(Callback):
 
 
 def _context(run_dir: Path, seed: int = 0) -> StageContext:
-    return StageContext(run_dir=run_dir, stage="teacher", seed=seed, data=Ramps(), shared={"patch_size": 4})
+    return StageContext(run_dir=run_dir, stage="teacher", seed=seed, data=Ramps())
 
 
 def _trainer(folder: Path, epochs: int, *callbacks: Callback, logger: Any = False) -> Trainer:
@@ -179,10 +180,12 @@ def test_pictures_go_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_reconstruction_rows_show_pixels_where_they_belong() -> None:
     rgb = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    teacher, data = MAE(8, 4, hidden_size=8, num_layers=1, num_heads=1), Ramps()
+    data.color = "ycocg_r"
     images = encode_color(rgb, "ycocg_r")
     masked = torch.tensor([[True, False, False, False], [False, False, False, True]])
     perfect = images.float() / 127.5 - 1
-    rows = reconstruction_rows(images, perfect, masked, "ycocg_r").permute(2, 0, 1)
+    rows = reconstruction_rows(images, perfect, masked, teacher, data).permute(2, 0, 1)
     for b in range(2):
         original, seen, predicted = (rows[:, 8 * r : 8 * r + 8, 8 * b : 8 * b + 8] for r in range(3))
         assert torch.equal(original, rgb[b])

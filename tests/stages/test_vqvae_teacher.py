@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from helpers.pictures import Pictures
 from helpers.processes import free_port
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -139,12 +140,14 @@ def test_the_code_sheet_shows_the_most_used_first() -> None:
     sizes = {name: SMALL[name] for name in ("channels", "num_features", "num_components", "prior_hidden_size")}
     teacher = VQVAE(4, 2, codebook_size=35, prior_num_heads=2, **sizes).eval().requires_grad_(False)
     teacher.codebook.count.copy_(torch.arange(35.0))
-    sheet = code_sheet(teacher, "ycocg_r").permute(2, 0, 1)
+    data = Pictures()
+    data.image_shape, data.color = (3, 4, 4), "ycocg_r"
+    sheet = code_sheet(teacher, data).permute(2, 0, 1)
     assert sheet.shape == (3, 4, 64)
     for place, code in ((0, 34), (31, 3), (32, 2), (34, 0)):
         top, left = 2 * (place // 32), 2 * (place % 32)
         patch = teacher.reconstruct(torch.full((1, 4), code))[:, :, :2, :2]
-        assert torch.equal(sheet[:, top : top + 2, left : left + 2], decode_color(patch, "ycocg_r")[0])
+        assert torch.equal(sheet[:, top : top + 2, left : left + 2], decode_color(patch.to(torch.uint8), "ycocg_r")[0])
     assert (sheet[:, 2:, 6:] == 0).all()
 
 

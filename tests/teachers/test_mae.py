@@ -135,7 +135,7 @@ def test_wrong_arguments_are_named(mae: MAE) -> None:
         MAE(image_size=18)
     with pytest.raises(ValueError, match="hidden_size is 30"):
         MAE(hidden_size=30)
-    with pytest.raises(ValueError, match="expected uint8"):
+    with pytest.raises(ValueError, match="expected whole numbers"):
         mae.features(_images(1).float())
     with pytest.raises(ValueError, match=r"expected bool with shape \(16, 16\)"):
         mae.features(_images(1), torch.ones(4, 4, dtype=torch.bool))

@@ -1,0 +1,136 @@
+"""MNIST and the sets in its file format: Fashion-MNIST and EMNIST."""
+
+import gzip
+import tempfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torchvision.datasets.mnist import read_image_file
+from typing_extensions import override
+
+from datamodules.base import ImageDataModule
+from datamodules.files import resolve
+from datamodules.splits import Split, carve
+
+__all__ = ["EMNIST", "MNIST", "FashionMNIST"]
+
+SIDE = 28
+EMNIST_SETS = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
+
+
+class MNIST(ImageDataModule):
+    """The 70,000 greyscale digits of MNIST, 28 x 28, from their idx files, gzipped or not.
+
+    The official test set is the test split; the validation split is carved out of the training images.
+
+    Args:
+        path: the folder with the files.
+        num_val: training images that become the validation split.
+        **common: the settings of every `ImageDataModule`; `patch_size` divides 28.
+
+    References:
+        LeCun, Bottou, Bengio and Haffner, Gradient-Based Learning Applied to Document Recognition, 1998.
+    """
+
+    files: ClassVar[dict[str, str]] = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
+    source: ClassVar[str] = "http://yann.lecun.com/exdb/mnist"
+
+    def __init__(self, path: str, num_val: int = 5000, **common: Any) -> None:
+        super().__init__(**common)
+        self.path = path
+        self.num_val = num_val
+
+    @property
+    @override
+    def image_shape(self) -> tuple[int, int, int]:
+        return 1, SIDE, SIDE
+
+    @override
+    def load(self) -> Mapping[Split, Tensor]:
+        known, test = (self._read(self.files[name]) for name in ("train", "test"))
+        if not 0 < self.num_val < len(known):
+            raise ValueError(f"num_val: got {self.num_val}, expected 1 to {len(known) - 1} of the training images")
+        train_rows, val_rows = carve(len(known), self.num_val)
+        return {
+            "train": known[torch.from_numpy(train_rows[self.limit(len(train_rows))])],
+            "val": known[torch.from_numpy(val_rows[self.limit(len(val_rows))])],
+            "test": test[torch.from_numpy(self.limit(len(test)))],
+        }
+
+    def upright(self, images: Tensor) -> Tensor:
+        """The images as a person reads them, (N, 28, 28)."""
+        return images
+
+    def _read(self, name: str) -> Tensor:
+        """The images of one file, uint8 (N, 1, 28, 28)."""
+        root = resolve(self.path)
+        for file in (root / name, root / f"{name}.gz"):
+            if file.is_file():
+                return self.upright(read_idx(file))[:, None].contiguous()
+        raise FileNotFoundError(
+            f"missing: {root / name}\n{type(self).__name__}: expected {' and '.join(self.files.values())}, with or "
+            f"without .gz, in {root}.\nGet them from {self.source} and put them there."
+        )
+
+
+class FashionMNIST(MNIST):
+    """The 70,000 greyscale pictures of clothes of Fashion-MNIST, 28 x 28; files and settings as those of `MNIST`.
+
+    References:
+        Xiao, Rasul and Vollgraf, Fashion-MNIST, 2017, arXiv 1708.07747.
+    """
+
+    source: ClassVar[str] = "https://github.com/zalandoresearch/fashion-mnist"
+
+
+class EMNIST(MNIST):
+    """Handwritten letters and digits, 28 x 28; files as those of `MNIST`, which hold images on their side.
+
+    Args:
+        path: the folder with the files `emnist-SUBSET-train-images-idx3-ubyte` and `emnist-SUBSET-test-...`.
+        subset: `byclass`, `bymerge`, `balanced`, `letters`, `digits` or `mnist`.
+        num_val: training images that become the validation split.
+        **common: the settings of every `ImageDataModule`.
+
+    References:
+        Cohen, Afshar, Tapson and van Schaik, EMNIST, 2017, arXiv 1702.05373.
+    """
+
+    source: ClassVar[str] = "https://www.nist.gov/itl/products-and-services/emnist-dataset"
+
+    def __init__(self, path: str, subset: str = "letters", num_val: int = 5000, **common: Any) -> None:
+        super().__init__(path, num_val, **common)
+        if subset not in EMNIST_SETS:
+            raise ValueError(f"subset: got {subset!r}, expected one of {', '.join(EMNIST_SETS)}")
+        self.files = {  # type: ignore[misc]
+            name: f"emnist-{subset}-{name}-images-idx3-ubyte" for name in ("train", "test")
+        }
+
+    @override
+    def upright(self, images: Tensor) -> Tensor:
+        return images.transpose(1, 2)
+
+
+def read_idx(file: Path) -> Tensor:
+    """The images of an idx file, uint8 (N, 28, 28); torchvision's reader takes files that are not compressed.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else; the message names it.
+    """
+    try:
+        if file.suffix != ".gz":
+            images = read_image_file(str(file))
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                plain = Path(folder) / file.stem
+                plain.write_bytes(gzip.decompress(file.read_bytes()))
+                images = read_image_file(str(plain))
+    except (AssertionError, ValueError, TypeError, KeyError, RuntimeError, EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{file}: damaged or no idx file of images ({error})") from error
+    if images.shape[1:] != (SIDE, SIDE):
+        raise ValueError(f"{file}: holds images of {tuple(images.shape[1:])}, expected {SIDE} x {SIDE}")
+    return images

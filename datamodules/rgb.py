@@ -1,0 +1,64 @@
+"""The frame of data modules whose images are square RGB bytes: colour and region are applied once."""
+
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import override
+
+from datamodules.base import ImageDataModule
+from datamodules.images import Pixels, encode_images
+from lvd_lightning.color import COLORS, REGIONS, decode_color, decode_mean, is_lossy
+
+__all__ = ["RGBDataModule"]
+
+
+class RGBDataModule(ImageDataModule):
+    """Square RGB images, colour-encoded and cropped.
+
+    A subclass says where images come from in `load`, and gives them to `encode`.
+
+    Args:
+        image_size: the side of the images, in pixels.
+        color: `rgb`, `ycocg_r` (reversible) or `ycbcr_lossy` (only to reproduce published figures).
+        region: `whole`, or `quadrant` for the top-left quarter.
+        **common: the settings of every `ImageDataModule`.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    def __init__(self, image_size: int = 32, color: str = "ycocg_r", region: str = "whole", **common: Any) -> None:
+        super().__init__(**common)
+        for name, value, choices in (("color", color, COLORS), ("region", region, REGIONS)):
+            if value not in choices:
+                raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
+        if image_size < 1 or (region == "quadrant" and image_size % 2):
+            raise ValueError(f"image_size: got {image_size}, expected a positive number, even for a quadrant")
+        self.image_size = image_size
+        self.color = color
+        self.region = region
+
+    @property
+    @override
+    def image_shape(self) -> tuple[int, int, int]:
+        side = self.image_size // 2 if self.region == "quadrant" else self.image_size
+        return 3, side, side
+
+    @property
+    @override
+    def protocol(self) -> str:
+        notes = [*(["lossy"] if is_lossy(self.color) else []), *([] if self.region == "whole" else [self.region])]
+        return ", ".join(notes)
+
+    @property
+    @override
+    def facts(self) -> dict[str, Any]:
+        return {"color": self.color, "region": self.region, "lossy": is_lossy(self.color)}
+
+    def encode(self, pixels: Pixels) -> Tensor:
+        """Crop and colour-encode raw RGB bytes (N, 3, image_size, image_size)."""
+        return encode_images(pixels, self.color, self.region)
+
+    @override
+    def to_rgb(self, images: Tensor) -> Tensor:
+        return (decode_mean if images.is_floating_point() else decode_color)(images, self.color)
