@@ -64,8 +64,23 @@ class RunStage:
 class Run:
     """What a run directory holds, by way of the experiment that made it.
 
-    >>> run = Run.open("runs/photos")                  # doctest: +SKIP
-    >>> run.model().log_prob(run.data().batch("test", torch.arange(4)))    # doctest: +SKIP
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from lvd_lightning import Run
+        >>> config = '''
+        ... name: mine
+        ... data: {class_path: datamodules.Photos}
+        ... stages: {latents: {model: {class_path: lvd_lightning.stages.Latents, init_args: {num_clusters: 8}}}}
+        ... '''
+        >>> with TemporaryDirectory() as folder:  # a run that was begun and has no result yet
+        ...     _ = (Path(folder) / "config.yaml").write_text(config)
+        ...     run = Run.open(folder)
+        >>> [stage.name for stage in run.stages], run.figures()
+        (['latents'], {'stages': {}})
+
+    Of a finished run there are `run.model().log_prob(run.data().batch("test", torch.arange(4)))` and more, see
+    docs/stages.md.
     """
 
     experiment: Experiment

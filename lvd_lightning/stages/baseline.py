@@ -64,6 +64,11 @@ class CircuitBaseline(StageModule):
         em_pseudocount, anemone_pseudocount: per sum node and input unit, in examples of a step.
         max_tree_examples: training images from which the tree (and quantiles) are learnt.
         val_images: validation images on which both circuits are evaluated after every epoch.
+
+    Example:
+        >>> from lvd_lightning.stages import CircuitBaseline
+        >>> CircuitBaseline().needs, CircuitBaseline(num_units=8, seconds=60.0).needs  # the size of a model, or its own
+        (('model',), ())
     """
 
     em: ClassVar[bool] = True

@@ -66,6 +66,12 @@ class ConditionalStudent(EMStudent):
         init: "quantiles", from data (see `hclt_from_data`, and `regions_from_data` for other structures), or "random".
         slots: slots per circuit and step, as a multiple of the mean number of patches.
         max_examples: patches per circuit from which its tree (and first parameters) are learnt.
+
+    Example:
+        >>> from lvd_lightning.stages import ConditionalStudent
+        >>> stage = ConditionalStudent(num_units=16, structure="rat_spn", structure_settings={"num_repetitions": 2})
+        >>> stage.needs, stage.leaves
+        (('latents',), ('conditionals',))
     """
 
     needs = ("latents",)

@@ -45,6 +45,12 @@ class FinetuneStudent(EMStudent):
         margin: in nats; null computes the evidence of all latent values in every step.
         posterior_floor: posteriors below it count as zero.
         slots: slots per conditional circuit and step, as a multiple of the mean number of its patches.
+
+    Example:
+        >>> from lvd_lightning.stages import FinetuneStudent
+        >>> stage = FinetuneStudent(lr=0.1, final_lr=0.01)
+        >>> stage.needs, stage.leaves
+        (('prior', 'model'), ('model',))
     """
 
     needs = ("prior", "model")

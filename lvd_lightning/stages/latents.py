@@ -28,6 +28,11 @@ class Latents(LatentsSettings, PlainStage):
 
     Raises:
         ValueError: a setting is wrong, or there are fewer distinct patches than clusters.
+
+    Example:
+        >>> from lvd_lightning.stages import Latents
+        >>> Latents(num_clusters=64).needs, Latents(method="codes").needs  # clusters may be those of pixels
+        ((), ('features',))
     """
 
     leaves: ClassVar[tuple[str, ...]] = ("latents",)

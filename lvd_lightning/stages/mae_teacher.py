@@ -45,6 +45,12 @@ class MAETeacher(StageModule):
         warmup: the share of all steps in which the learning rate rises.
         mask_min: the smallest share of hidden patches; shares are drawn uniformly up to `mask_max`.
         num_pictures: validation images shown in the pictures; 0 writes none.
+
+    Example:
+        >>> from lvd_lightning.stages import MAETeacher
+        >>> teacher = MAETeacher(hidden_size=64, num_layers=2)
+        >>> teacher.monitor, teacher.leaves
+        ('val/loss', ('features',))
     """
 
     monitor = "val/loss"

@@ -49,6 +49,12 @@ class PriorStudent(EMStudent):
         prune_threshold: at the beginning of the last epoch, remove edges with at most this share of the training
             images' flow; null removes none. With K states a tree over P patches has P K^2 edges, most of them idle.
         optimizer, lr, final_lr, momentum, pseudocount, val_images: see `EMStudent`.
+
+    Example:
+        >>> from lvd_lightning.stages import PriorStudent
+        >>> stage = PriorStudent(candidates=8)
+        >>> stage.needs, stage.leaves
+        (('latents', 'conditionals'), ('prior', 'model'))
     """
 
     needs = ("latents", "conditionals")

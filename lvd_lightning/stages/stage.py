@@ -31,6 +31,11 @@ class Stage:
     leaves: kinds that later stages, the evaluation and the report find in its folder.
     harmless: arguments that change how fast it runs or what it keeps on disk, but not its result.
     model_title: what reports call the model that it leaves; empty for the stage's own name.
+
+    Example:
+        >>> from lvd_lightning.stages import FinetuneStudent, Stage
+        >>> issubclass(FinetuneStudent, Stage), FinetuneStudent.model_title
+        (True, 'finetuned')
     """
 
     needs: tuple[str, ...] = ()
@@ -45,7 +50,18 @@ class Stage:
 
 
 class PlainStage(Stage, ABC):
-    """A stage that does its whole work in one function, without a Trainer."""
+    """A stage that does its whole work in one function, without a Trainer.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from lvd_lightning.context import StageContext
+        >>> from lvd_lightning.stages import PlainStage
+        >>> class Lengths(PlainStage):
+        ...     def run(self, context):
+        ...         return {"examples": float(len(context.data))}
+        >>> Lengths().run(StageContext(Path("runs/mine"), "lengths", seed=0, data=["a", "b"]))
+        {'examples': 2.0}
+    """
 
     @abstractmethod
     def run(self, context: StageContext) -> dict[str, float]:
@@ -70,6 +86,20 @@ class StageModule(Stage, LightningModule):
         strategy has to leave its gradients alone.
     accumulates: for those, whether flows of several batches are added up for one step.
     batches_per_step: so many; the Trainer's accumulate_grad_batches, which Lightning refuses where it does not step.
+
+    Example:
+        >>> import torch
+        >>> from lvd_lightning.stages import StageModule
+        >>> class Mean(StageModule):
+        ...     monitor = "val/loss"
+        ...     def begin_stage(self, context):
+        ...         self.mean = torch.nn.Parameter(torch.zeros(()))
+        ...     def training_step(self, batch):
+        ...         return (batch[0].float() - self.mean).square().mean()
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+        >>> Mean().monitor_mode, Mean.leaves
+        ('min', ())
     """
 
     monitor: str = "val/loss"

@@ -51,6 +51,11 @@ class VQVAETeacher(StageModule):
 
     References:
         see `VQVAE`; the defaults are those of Liu et al., ICML 2023, which trains for 50 epochs of batches of 64.
+
+    Example:
+        >>> from lvd_lightning.stages import VQVAETeacher
+        >>> VQVAETeacher(decoder="convolutional").leaves
+        ('features',)
     """
 
     leaves: ClassVar[tuple[str, ...]] = ("features",)
