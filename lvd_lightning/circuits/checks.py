@@ -27,6 +27,7 @@ __all__ = [
     "described",
     "float_type",
     "is_whole",
+    "plain_integers",
 ]
 
 #: What to do where the one came and the other was expected.
@@ -146,6 +147,13 @@ def as_indices(where: str, values: Tensor | Sequence[int]) -> Tensor:
     if isinstance(found, Tensor):
         return found.long()
     return torch.tensor([operator.index(value) for value in found], dtype=torch.int64)
+
+
+def plain_integers(values: Any) -> Any:
+    """Tensors of the unsigned types that PyTorch stores but hardly computes with, as int64; all else as it is."""
+    if isinstance(values, Tensor) and values.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        return values.to(torch.int64)
+    return values
 
 
 def is_whole(value: Any) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lvd_lightning.circuits import queries
-from lvd_lightning.circuits.checks import check_number, check_type
+from lvd_lightning.circuits.checks import check_number, check_type, plain_integers
 from lvd_lightning.circuits.distributions.base import may_ask
 from lvd_lightning.circuits.engine.batch import Batch, head_index, prepare, wanted_heads
 from lvd_lightning.circuits.engine.changes import KnownTables
@@ -185,7 +185,8 @@ class Circuit(nn.Module):
         Args:
             x: (B, D); for a batch of circuits (G, B, D), or (B, D) given to all of them. Evidence has one more
                 dimension, the states. Of any integer type, or a floating point one (needed as soon as one variable is
-                continuous); see `Distribution`.
+                continuous); see `Distribution`. Gradients flow into evidence and, where x requires them, into values of
+                Gaussians and of families rounded from continuous ones; those of other variables are 0.
             head: None for all heads; an int, or a tensor (B,) ((G, B) for a batch of circuits), for one per example.
             observed: bool, the shape of x without states; False marginalises the variable, and its value may be
                 anything, NaN included.
@@ -199,8 +200,9 @@ class Circuit(nn.Module):
             batch lacks are -inf.
 
         Raises:
-            ValueError: a value outside the support of its variable, a wrong shape, or NaN in an observed variable. On a
-                GPU values and heads are checked behind the computation, and a later call raises; see `check_inputs`.
+            ValueError: a value outside the support of its variable, a wrong shape, NaN in an observed variable, or an x
+                that requires a gradient though all variables are discrete. On a GPU values and heads are checked behind
+                the computation, and a later call raises; see `check_inputs`.
 
         Example:
             >>> import torch
@@ -215,14 +217,15 @@ class Circuit(nn.Module):
             >>> torch.allclose(circuit.log_prob(x, observed=nothing), torch.zeros(2, 2), atol=1e-6)  # all summed out
             True
         """
+        x, head = plain_integers(x), plain_integers(head)
         by_reference = any(found is self for found in _BY_REFERENCE.get())
         given = [found for found in (x, observed, head) if by_reference and isinstance(found, Tensor)]
         checked = not any(is_vmapped(found) for found in given)
         batch = self.prepare(x, observed, late=True, checked=checked)
         tables = self.probabilities()
-        parts = [*tables, x] if self.engine.is_evidence else tables
+        inputs = self._inputs_with_gradient(x)
+        parts = tables if inputs is None else [*tables, inputs]
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in parts)
-        evidence = x if self.engine.is_evidence else None
         head_GB = None if head is None else head_index(self.engine, head, batch.size, late=True, checked=checked)
         shape = (self.num_circuits, batch.size) if head is not None else (self.num_circuits, batch.size, self.num_heads)
         if margin is not None:
@@ -233,7 +236,7 @@ class Circuit(nn.Module):
         if by_reference:
             log_GHB = self._reference_pass(x, observed, tables)
         else:
-            log_GHB = self._fused_pass(batch, keep, selected, margin, evidence, *tables)
+            log_GHB = self._fused_pass(batch, keep, selected, margin, inputs, *tables)
             if log_GHB.requires_grad and may_ask(log_GHB):
                 log_GHB.register_hook(self._note_gradient)
         found = log_GHB.transpose(1, 2) if head_GB is None else log_GHB.gather(1, head_GB[:, None])[:, 0]
@@ -249,7 +252,7 @@ class Circuit(nn.Module):
     def reference(self) -> Iterator[None]:
         """Inside it `log_prob` of this circuit runs in plain PyTorch operations, which autograd can see through.
 
-        So there are second derivatives, gradients for continuous x, and the transforms of `torch.func`; under
+        So there are second derivatives and the transforms of `torch.func`; under
         `torch.vmap` nothing checks x and heads. Values and first gradients are those of the fused pass, which takes a
         fraction of the time and memory. Other queries stay as they are. EM on Gaussians, binomials and logistics needs
         more than gradients and refuses those that were made in here.
@@ -421,6 +424,19 @@ class Circuit(nn.Module):
             raise RuntimeError(
                 "log_prob: its fast passes do not work under torch.func; call it inside `with circuit.reference():`"
             ) from error
+
+    def _inputs_with_gradient(self, x: Tensor) -> Tensor | None:
+        """x if gradients may flow into it: evidence always, values where they were asked for."""
+        if self.engine.is_evidence:
+            return x
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return None
+        if not any(plan.distribution.is_smooth for plan in self.plan.inputs):
+            raise ValueError(
+                "x: requires a gradient, but all variables are discrete and log p has no derivative in them; "
+                "give x.detach()"
+            )
+        return x
 
     def _reference_pass(self, x: Tensor, observed: Tensor | None, tables: Sequence[Tensor]) -> Tensor:
         """log p of all heads, (G, H, B)."""

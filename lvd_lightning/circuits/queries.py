@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.checks import check_generator, described, is_whole
+from lvd_lightning.circuits.checks import check_generator, described, is_whole, plain_integers
 from lvd_lightning.circuits.engine.batch import head_index
 from lvd_lightning.circuits.engine.kronecker import KroneckerLayer
 from lvd_lightning.circuits.engine.layers import BITS_PER_NAT, InputLayer, Layer
@@ -170,6 +170,7 @@ def _latent_node(circuit: Circuit, g: int, node: int) -> int:
 
 def _output(circuit: Circuit, x: Tensor) -> Tensor:
     """Where answers go: a copy of x, with a row per circuit, of whole numbers if every variable has them."""
+    x = plain_integers(x)
     evidence = circuit.plan.inputs[0].distribution.is_evidence
     shape = x.shape[:-1] if evidence else x.shape
     whole = all(plan.distribution.is_whole or plan.distribution.is_evidence for plan in circuit.plan.inputs)

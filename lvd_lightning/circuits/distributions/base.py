@@ -46,6 +46,8 @@ class Distribution(ABC):
     is_fixed: ClassVar[bool] = False
     #: Values are whole numbers.
     is_whole: ClassVar[bool] = False
+    #: log p(x) has a derivative in x, which `log_prob` lets through.
+    is_smooth: ClassVar[bool] = False
     #: T, how many sums EM needs: the flow, and those of T - 1 functions of x. 0 for tables: gradients say it all.
     num_statistics: ClassVar[int] = 0
 

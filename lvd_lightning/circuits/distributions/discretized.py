@@ -33,6 +33,7 @@ class Discretized(Distribution):
 
     num_values: int
     is_whole: ClassVar[bool] = True
+    is_smooth: ClassVar[bool] = True
     #: What the spread is called, and the field that holds its floor.
     spread: ClassVar[str]
     #: Standard deviation of the density of spread 1.

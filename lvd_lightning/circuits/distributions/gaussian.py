@@ -33,6 +33,7 @@ class Gaussian(Distribution):
     """
 
     min_std: float = 1e-3
+    is_smooth: ClassVar[bool] = True
     num_statistics: ClassVar[int] = 3
 
     def __post_init__(self) -> None:

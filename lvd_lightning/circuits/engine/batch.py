@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.checks import described, is_whole
+from lvd_lightning.circuits.checks import described, is_whole, plain_integers
 from lvd_lightning.circuits.engine.kernels import triton as triton_kernels
 from lvd_lightning.circuits.engine.late_checks import is_late
 
@@ -45,6 +45,7 @@ def prepare(engine: Engine, x: Tensor, observed: Tensor | None, late: bool = Fal
     With `late` the values of `x` are checked without waiting for a GPU; unless `checked`, shapes alone are.
     """
     engine.checks.ask()
+    x = plain_integers(x)
     late = late and checked and is_late(engine.device)
     shape = (x.shape[:-1] if engine.is_evidence else x.shape) if isinstance(x, Tensor) else None
     if shape is None or len(shape) not in ((2, 3) if engine.batched else (2,)):
@@ -86,6 +87,7 @@ def head_index(engine: Engine, head: int | Tensor, size: int, late: bool = False
 
     Unless `checked`, the shape alone is.
     """
+    head = plain_integers(head)
     if isinstance(head, Tensor):
         expected = (engine.num_circuits, size) if engine.batched else (size,)
         if head.shape != expected or head.is_floating_point() or head.dtype == torch.bool:

@@ -72,17 +72,17 @@ class LogProb(torch.autograd.Function):
         keep: bool,
         wanted: Tensor | None,
         margin: float | None,
-        evidence: Tensor | None,
+        inputs: Tensor | None,
         *tables: Tensor,
     ) -> Tensor:
         if batch.size == 0:
             ctx.lease = None
-            ctx.shapes = (None if evidence is None else evidence.shape, [table.shape for table in tables])
+            ctx.shapes = (None if inputs is None else inputs.shape, [table.shape for table in tables])
             return tables[0].new_empty(*engine.roots.shape, 0)
         log_GHB, lease, again = _evaluate(engine, batch, tables, keep, wanted, margin)
         if keep:
             ctx.lease, ctx.again, ctx.engine, ctx.batch = lease, again, engine, batch
-            ctx.evidence_shape = None if evidence is None else evidence.shape
+            ctx.input_shape = None if inputs is None else inputs.shape
             ctx.save_for_backward(*tables)
         return log_GHB
 
@@ -94,12 +94,12 @@ class LogProb(torch.autograd.Function):
                 "pass is in closed form, with nothing behind it to differentiate; compute log_prob inside "
                 "`with circuit.reference():`, which is slower and has them"
             )
-        _, _, _, _, _, for_evidence, *for_tables = ctx.needs_input_grad
+        _, _, _, _, _, for_inputs, *for_tables = ctx.needs_input_grad
         if ctx.lease is None:
-            evidence_shape, shapes = ctx.shapes
-            evidence_grad = grad_GHB.new_zeros(evidence_shape) if for_evidence else None
+            input_shape, shapes = ctx.shapes
+            input_grad = grad_GHB.new_zeros(input_shape) if for_inputs else None
             grads = [grad_GHB.new_zeros(shape) if need else None for shape, need in zip(shapes, for_tables)]
-            return (None, None, None, None, None, evidence_grad, *grads)
+            return (None, None, None, None, None, input_grad, *grads)
         engine, batch, tables, again = ctx.engine, ctx.batch, ctx.saved_tensors, ctx.again
         grads = [
             _gradient_buffer(engine, number, table) if need else None
@@ -107,15 +107,15 @@ class LogProb(torch.autograd.Function):
         ]
         if again is not None:
             again_GHS, grad_GHB = again.split(grad_GHB)
-        evidence_shape = ctx.evidence_shape if for_evidence else None
-        evidence_grad = _backward(engine, batch, ctx.lease.space, tables, grads, grad_GHB, evidence_shape)
+        input_shape = ctx.input_shape if for_inputs else None
+        input_grad = _backward(engine, batch, ctx.lease.space, tables, grads, grad_GHB, input_shape)
         if again is not None:
             more = [None if grad is None else torch.zeros_like(grad) for grad in grads]
             _backward(engine, again.batch, again.lease.space, tables, more, again_GHS, None)
             for grad, added in zip(grads, more):
                 if grad is not None and added is not None:
                     grad.add_(added)
-        return (None, None, None, None, None, evidence_grad, *grads)
+        return (None, None, None, None, None, input_grad, *grads)
 
 
 @dataclass
@@ -191,25 +191,24 @@ def _backward(
     tables: Sequence[Tensor],
     grads: Sequence[Tensor | None],
     grad_GHB: Tensor,
-    evidence_shape: torch.Size | None,
+    input_shape: torch.Size | None,
 ) -> Tensor | None:
-    """Gradients for parameters, into `grads`, and that for the evidence, if its shape is given."""
+    """Gradients for parameters, into `grads`, and that for x, if its shape is given."""
     if isinstance(space, FusedWorkspace):
         space.backward(batch, tables, grads, grad_GHB)
         return None
     gradient = engine.gradient_space(batch.size)
     engine.head_rows(gradient.inner).copy_(grad_GHB)
     engine.run_backward(space, tables, gradient, grads)
-    evidence_grad = None
+    by_layer: list[tuple[InputLayer, Tensor]] = []
     kernels = triton_kernels.passes_for(engine.device, engine.dtype)
     for number, layer in enumerate(engine.leaf_layers()):
-        if layer.group < 0:
-            if evidence_shape is not None:
-                evidence_grad = _evidence_gradient(engine, layer, gradient.inner, batch, evidence_shape)
-            continue
-        found = grads[layer.group]
+        observed = None if batch.observed is None else batch.observed[number]
+        if input_shape is not None and (layer.group < 0 or layer.distribution.is_smooth):
+            table = None if layer.group < 0 else tables[layer.group]
+            by_layer.append((layer, _values_gradient(layer, gradient.inner, table, batch.values[number], observed)))
+        found = None if layer.group < 0 else grads[layer.group]
         if found is not None:
-            observed = None if batch.observed is None else batch.observed[number]
             if kernels is not None and kernels.has_kernel(layer):
                 kernels.backward_inputs(
                     layer, gradient.inner, tables[layer.group], batch.values[number], observed, found
@@ -218,7 +217,7 @@ def _backward(
             statistics = engine.statistics_of(layer.group, tables[layer.group])
             layer.backward(gradient.inner, tables[layer.group], batch.values[number], observed, found, statistics)
     engine.return_gradient_space(gradient)
-    return evidence_grad
+    return None if input_shape is None else _input_gradient(engine, by_layer, input_shape, grad_GHB)
 
 
 def _gradient_buffer(engine: Engine, number: int, table: Tensor) -> Tensor:
@@ -228,18 +227,34 @@ def _gradient_buffer(engine: Engine, number: int, table: Tensor) -> Tensor:
     return found.zero_() if number in engine.accumulated else found
 
 
-def _evidence_gradient(
-    engine: Engine, layer: InputLayer, inner_grad: Tensor, batch: Batch, shape: torch.Size
+def _values_gradient(
+    layer: InputLayer, inner_grad: Tensor, table: Tensor | None, values: Tensor, observed_FB: Tensor | None
 ) -> Tensor:
-    """Gradient for the evidence: several folds may look at one variable."""
+    """Gradient for what the folds of a layer read: (F, B), or (F, B, K) for evidence, which has no table."""
     grad_FKB = layer.gradient_of(inner_grad, 0, layer.num_folds)
-    if batch.observed is not None:
-        grad_FKB = grad_FKB.masked_fill(~batch.observed[0][:, None, :], 0.0)
-    shared = len(shape) == 3
-    index = layer.variables if shared else layer.columns
-    rows = engine.num_variables * (1 if shared else engine.num_circuits)
-    out_VBK = grad_FKB.new_zeros(rows, shape[-3], shape[-1])
-    out_VBK.index_add_(0, index, grad_FKB.transpose(1, 2))
-    if shared:
-        return out_VBK.transpose(0, 1)
-    return out_VBK.view(engine.num_circuits, engine.num_variables, *out_VBK.shape[1:]).transpose(1, 2)
+    if observed_FB is not None:
+        grad_FKB = grad_FKB.masked_fill(~observed_FB[:, None, :], 0.0)
+    if table is None:
+        return grad_FKB.transpose(1, 2)
+    params_FKS = layer.parameters_of(table.detach(), 0, layer.num_folds)
+    with torch.enable_grad():
+        x_FB = values.detach().requires_grad_()
+        log_FKB = layer.distribution.log_prob(params_FKS, x_FB)
+    (grad_FB,) = torch.autograd.grad(log_FKB, x_FB, grad_FKB)
+    return grad_FB
+
+
+def _input_gradient(
+    engine: Engine, by_layer: Sequence[tuple[InputLayer, Tensor]], shape: torch.Size, like: Tensor
+) -> Tensor:
+    """Gradient for x, of this shape: several folds may look at one variable."""
+    per_variable = shape[-1:] if engine.is_evidence else shape[:0]
+    batch_axis = len(shape) - 2 - len(per_variable)
+    is_shared = batch_axis == 0
+    rows = engine.num_variables * (1 if is_shared else engine.num_circuits)
+    out_VB = like.new_zeros(rows, shape[batch_axis], *per_variable)
+    for layer, grad_FB in by_layer:
+        out_VB.index_add_(0, layer.variables if is_shared else layer.columns, grad_FB.to(like.dtype))
+    if is_shared:
+        return out_VB.transpose(0, 1)
+    return out_VB.view(engine.num_circuits, engine.num_variables, *out_VB.shape[1:]).transpose(1, 2)

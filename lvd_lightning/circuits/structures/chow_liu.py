@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.checks import check_type
+from lvd_lightning.circuits.checks import check_type, plain_integers
 
 __all__ = ["center_root", "chow_liu_tree", "chow_liu_trees", "maximum_spanning_tree", "mutual_information"]
 
@@ -77,6 +77,7 @@ def chow_liu_trees(
     Returns:
         The parents, int64 with shape (G, D), -1 at the roots.
     """
+    x_list = [plain_integers(x_ND) for x_ND in x_list]
     if len(x_list) == 0:
         raise ValueError("x_list holds no data set: pass at least one tensor of shape (N, D)")
     if weights is not None and len(weights) != len(x_list):
@@ -119,6 +120,7 @@ def mutual_information(
     Raises:
         ValueError: if the data hold no example, are not integers, or leave the range.
     """
+    x = plain_integers(x)
     _check_data(x, weights, num_categories)
     if num_bins is not None and num_bins < 1:
         raise ValueError(f"num_bins is {num_bins}, expected at least 1")

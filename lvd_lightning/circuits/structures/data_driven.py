@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.checks import as_indices, check_generator, check_type
+from lvd_lightning.circuits.checks import as_indices, check_generator, check_type, plain_integers
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.graph import CircuitGraph
 from lvd_lightning.circuits.structures.counting import check_examples, check_heads, leaves_from_data
@@ -64,6 +64,7 @@ def hclt_from_data(
     if not smoothing > 0:
         raise ValueError(f"smoothing: must be positive, or some parameters are zero for good, got {smoothing}")
     check_type("hclt_from_data: x", x, Tensor)
+    x, head = plain_integers(x), plain_integers(head)
     check_generator("hclt_from_data", generator)
     parents = as_indices("hclt_from_data: parents", parents)
     graph = hclt(parents, num_latents, leaf, num_heads, generator=generator)

@@ -11,7 +11,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.checks import check_generator
+from lvd_lightning.circuits.checks import check_generator, plain_integers
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 from lvd_lightning.circuits.structures.counting import check_examples, check_heads
@@ -70,6 +70,7 @@ def regions_from_data(
         raise ValueError(f"smoothing: must be positive, or some parameters are zero for good, got {smoothing}")
     _check_graph(graph)
     families = _families(graph)
+    x, head = plain_integers(x), plain_integers(head)
     check_examples(x, families)
     head_N = check_heads(head, graph.num_heads, len(x))
     parts = _Parts(graph, x.cpu(), torch.tensor([family.is_whole for family in families]), generator)
