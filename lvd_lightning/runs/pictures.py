@@ -12,7 +12,8 @@ from torch import Tensor
 from lvd_lightning.context import Data, VisibleData
 from lvd_lightning.latents import load_assignments, load_latents_info
 from lvd_lightning.models.assembled import AssembledCircuit
-from lvd_lightning.runs.bookkeeping import Noted, read_metrics
+from lvd_lightning.runs.metrics_file import read_metrics
+from lvd_lightning.runs.progress import Noted
 from lvd_lightning.runs.run import RunStage
 from lvd_lightning.units import Unit
 

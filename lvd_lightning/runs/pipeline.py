@@ -24,23 +24,19 @@ from torchmetrics import Metric
 from lvd_lightning.context import DONE_MARKER, StageContext, missing_need
 from lvd_lightning.files import write_atomically
 from lvd_lightning.ranks import Ranks
-from lvd_lightning.runs.bookkeeping import (
-    EpochCheckpoint,
-    EpochLines,
-    EpochSeed,
-    MetricsFile,
-    Noted,
-    ProgressBar,
-    Stopwatch,
-)
+from lvd_lightning.runs.checkpoint import EpochCheckpoint
 from lvd_lightning.runs.data_record import adopt_data, check_same_data, record_data, stages_with_data
+from lvd_lightning.runs.epoch_seed import EpochSeed
 from lvd_lightning.runs.evaluation import evaluate_run, is_evaluated, mean_likelihood
 from lvd_lightning.runs.experiment import Experiment, PlannedStage
 from lvd_lightning.runs.lock import locked
+from lvd_lightning.runs.metrics_file import MetricsFile
+from lvd_lightning.runs.progress import EpochLines, Noted, ProgressBar
 from lvd_lightning.runs.report import is_written, write_report
 from lvd_lightning.runs.run import Run
 from lvd_lightning.runs.run_directory import adopt_run_directory, check_trained_with, record_stage
 from lvd_lightning.runs.settings import EVALUATE, REPORT
+from lvd_lightning.runs.stopwatch import Stopwatch
 from lvd_lightning.seeds import derive_seed
 from lvd_lightning.stages.stage import PlainStage, Stage, StageModule
 

@@ -12,9 +12,9 @@ from rich.table import Table
 from lvd_lightning.context import Data, VisibleData
 from lvd_lightning.files import write_atomically
 from lvd_lightning.latents.assignments import assignments_folder
-from lvd_lightning.runs.bookkeeping import Noted
 from lvd_lightning.runs.data_record import left_out
 from lvd_lightning.runs.pictures import cluster_picture, curve_picture, gap_picture, inpainting_picture, sample_picture
+from lvd_lightning.runs.progress import Noted
 from lvd_lightning.runs.run import Run
 from lvd_lightning.runs.settings import REPORT
 from lvd_lightning.seeds import derive_seed

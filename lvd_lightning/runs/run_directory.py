@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from lvd_lightning.context import DONE_MARKER
 from lvd_lightning.files import write_atomically
-from lvd_lightning.runs.bookkeeping import LAST_CHECKPOINT
+from lvd_lightning.runs.checkpoint import LAST_CHECKPOINT
 from lvd_lightning.runs.experiment import Experiment, PlannedStage
 from lvd_lightning.runs.objects import class_of
 from lvd_lightning.runs.settings import EVALUATE, REPORT

@@ -15,7 +15,8 @@ from callbacks.structure_edit import StructureEdit
 from lvd_lightning.growing import best_heads, mean_log_probs
 from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.models.assembled import AssembledCircuit
-from lvd_lightning.runs.bookkeeping import EpochCheckpoint, MetricsFile, read_metrics
+from lvd_lightning.runs.checkpoint import EpochCheckpoint
+from lvd_lightning.runs.metrics_file import MetricsFile, read_metrics
 from lvd_lightning.stages import ConditionalStudent, FinetuneStudent, PriorStudent
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on small loaders

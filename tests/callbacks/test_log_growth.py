@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
 from callbacks import LogGrowth, ReassignClusters
-from lvd_lightning.runs.bookkeeping import MetricsFile
+from lvd_lightning.runs.metrics_file import MetricsFile
 from lvd_lightning.runs.pictures import growth_series
 from lvd_lightning.stages import ConditionalStudent, PriorStudent
 

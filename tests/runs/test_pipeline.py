@@ -23,8 +23,9 @@ from torchmetrics import MeanMetric
 from lvd_lightning import circuits as pc
 from lvd_lightning.context import StageContext
 from lvd_lightning.ranks import Ranks
-from lvd_lightning.runs.bookkeeping import EpochCheckpoint, MetricsFile, read_metrics
+from lvd_lightning.runs.checkpoint import EpochCheckpoint
 from lvd_lightning.runs.experiment import Experiment, PlannedStage
+from lvd_lightning.runs.metrics_file import MetricsFile, read_metrics
 from lvd_lightning.runs.pipeline import Pipeline, resume_epoch
 from lvd_lightning.runs.run_directory import check_trained_with, record_stage
 from lvd_lightning.seeds import derive_seed

@@ -14,7 +14,7 @@ from lvd_lightning.latents import load_assignments
 from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.ranks import Ranks
-from lvd_lightning.runs.bookkeeping import EpochCheckpoint
+from lvd_lightning.runs.checkpoint import EpochCheckpoint
 from lvd_lightning.runs.evaluation import evaluate_run
 from lvd_lightning.runs.pipeline import load_best
 from lvd_lightning.stages import ConditionalStudent, FinetuneStudent, PriorStudent
