@@ -11,6 +11,7 @@ from lvd_lightning.circuits.distributions import (
     Gaussian,
     Indicator,
     SoftEvidence,
+    register_distribution,
 )
 from lvd_lightning.circuits.em import Anemone, CircuitEM
 from lvd_lightning.circuits.expectation import expectation
@@ -65,6 +66,7 @@ __all__ = [
     "prune",
     "rat_spn",
     "regions_from_data",
+    "register_distribution",
     "save",
     "to_pyjuice",
 ]

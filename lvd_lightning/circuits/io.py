@@ -16,17 +16,7 @@ from torch import Tensor
 
 from lvd_lightning.circuits.checks import check_type
 from lvd_lightning.circuits.circuit import Circuit
-from lvd_lightning.circuits.distributions import (
-    Bernoulli,
-    Binomial,
-    Categorical,
-    DiscretizedGaussian,
-    DiscretizedLogistic,
-    Distribution,
-    Gaussian,
-    Indicator,
-    SoftEvidence,
-)
+from lvd_lightning.circuits.distributions import check_registered, find_distribution
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 
 __all__ = ["FORMAT_VERSION", "load", "pack_structure", "save", "unpack_structure"]
@@ -41,19 +31,15 @@ UNREADABLE = (
     *(SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError),
     *(OverflowError, MemoryError, RecursionError),
 )
-DISTRIBUTIONS: dict[str, type[Distribution]] = {
-    found.__name__: found
-    for found in (
-        *(Categorical, Bernoulli, Indicator, Binomial),
-        *(DiscretizedLogistic, DiscretizedGaussian, Gaussian, SoftEvidence),
-    )
-}
 
 
 def save(circuit: Circuit, path: str | Path) -> Path:
     """Write a circuit to `path` (".safetensors" is added if there is no suffix); returns the path written.
 
     The file appears under its name only when it is complete.
+
+    Raises:
+        ValueError: `path` is a directory, or a family of inputs is not registered (see `register_distribution`).
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -245,6 +231,7 @@ def _describe_node(node: Node, packer: _Packer) -> dict[str, Any]:
     out: dict[str, Any] = {"kind": node.kind, "units": node.num_units}
     if node.kind == "input":
         assert node.distribution is not None
+        check_registered(node.distribution)
         out["variable"] = node.variable
         out["distribution"] = [type(node.distribution).__name__, dict(vars(node.distribution))]
     else:
@@ -282,9 +269,7 @@ def _add_node(graph: CircuitGraph, entry: dict[str, Any], unpacker: _Unpacker, b
     kind, tied = entry["kind"], entry.get("tied_to")
     if kind == "input":
         name, arguments = entry["distribution"]
-        if name not in DISTRIBUTIONS:
-            raise ValueError(f"it has inputs of the unknown distribution {str(name)[:40]!r}")
-        distribution = DISTRIBUTIONS[name](**arguments)
+        distribution = find_distribution(name)(**arguments)
         params = unpacker.take("params", entry.get("params"))
         if blank and tied is None and distribution.size:
             params = distribution.initial(entry["units"], generator=torch.Generator().manual_seed(0))

@@ -162,7 +162,7 @@ CHANGES = {
     "a batch or not": (lambda structure, _: structure.update(batched="no"), "batched"),
     "a version that is none": (lambda structure, _: structure.update(format_version=True), "version"),
     "a newer version": (lambda structure, _: structure.update(format_version=2), "version"),
-    "an unknown family": (_node("distribution", ["os.system", {}]), "unknown distribution"),
+    "an unknown family": (_node("distribution", ["os.system", {}]), "distribution .os.system. is unknown"),
 }
 
 

@@ -7,6 +7,11 @@ from lvd_lightning.circuits.distributions.evidence import SoftEvidence
 from lvd_lightning.circuits.distributions.gaussian import Gaussian
 from lvd_lightning.circuits.distributions.indicator import Indicator
 from lvd_lightning.circuits.distributions.logistic import DiscretizedLogistic
+from lvd_lightning.circuits.distributions.registry import (
+    check_registered,
+    find_distribution,
+    register_distribution,
+)
 from lvd_lightning.circuits.distributions.tables import SMALLEST, Bernoulli, Categorical
 
 __all__ = [
@@ -20,4 +25,7 @@ __all__ = [
     "Gaussian",
     "Indicator",
     "SoftEvidence",
+    "check_registered",
+    "find_distribution",
+    "register_distribution",
 ]

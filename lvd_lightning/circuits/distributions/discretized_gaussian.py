@@ -81,6 +81,11 @@ class DiscretizedGaussian(Discretized):
         return torch.where(is_far_FKB, _log_tail(near_FKB, far_FKB), mass_FKB.log())
 
     def forward(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
+        if self.num_values < x_FB.shape[1]:  # special functions go where there are fewer numbers
+            table_FKV = out_FKB.new_empty(*params_FKS.shape[:2], self.num_values)
+            self.forward(params_FKS, self._values(x_FB), table_FKV)
+            torch.gather(table_FKV, 2, x_FB.long()[:, None].expand(out_FKB.shape), out=out_FKB)
+            return
         bins = self._bins(params_FKS, x_FB)
         torch.log2(_mass(bins.near_FKB, bins.far_FKB), out=out_FKB)
         is_far_FKB = bins.near_FKB > FAR[params_FKS.dtype]
@@ -118,6 +123,9 @@ class DiscretizedGaussian(Discretized):
     def noise(self, like_FB: Tensor, generator: torch.Generator | None) -> Tensor:
         return torch.empty_like(like_FB).normal_(generator=generator)
 
+    def _values(self, x_FB: Tensor) -> Tensor:
+        return torch.arange(self.num_values, device=x_FB.device).expand(len(x_FB), -1)
+
     def _bins(self, params_FKS: Tensor, x_FB: Tensor) -> _Bins:
         x_F1B = x_FB[:, None, :].to(params_FKS.dtype)
         mean_FK1, std_FK1 = params_FKS.split(1, -1)
@@ -133,6 +141,10 @@ class DiscretizedGaussian(Discretized):
 
         These are std d log p / d mean and std d log p / d std.
         """
+        if self.num_values < x_FB.shape[1]:
+            index_FKB = x_FB.long()[:, None].expand(grad_FKB.shape)
+            grad_FKV = grad_FKB.new_zeros(*params_FKS.shape[:2], self.num_values).scatter_add_(2, index_FKB, grad_FKB)
+            return self._deviations(params_FKS, self._values(x_FB), grad_FKV)
         near_FKB, far_FKB, side_FKB = self._bins(params_FKS, x_FB)
         mass_FKB = _mass(near_FKB, far_FKB)
         at_near_FKB, at_far_FKB = (_density(edge) / mass_FKB for edge in (near_FKB, far_FKB))

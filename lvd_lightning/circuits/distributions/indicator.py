@@ -47,6 +47,18 @@ class Indicator(Categorical):
         """State k for unit k, from the first one again where there are more units than states."""
         return torch.eye(self.num_categories)[torch.arange(num_units) % self.num_categories]
 
+    def from_data(
+        self,
+        x_ND: Tensor,
+        unit_ND: Tensor,
+        num_units: int,
+        *,
+        weight_N: Tensor | None = None,
+        smoothing: float = 0.5,
+    ) -> Tensor:
+        """As `initial`: data do not change what a unit means."""
+        return self.initial(num_units).expand(x_ND.shape[1], -1, -1)
+
     def check_params(self, params: Tensor) -> None:
         if not bool(((params == 0) | (params == 1)).all()) or not bool((params.sum(-1) == 1).all()):
             raise ValueError(f"{self}: rows of params must have a single 1 among zeros")

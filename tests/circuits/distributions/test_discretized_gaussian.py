@@ -72,6 +72,25 @@ def test_log_prob_agrees_with_forward_and_its_gradient_with_backward() -> None:
     torch.testing.assert_close(params.grad, closed, rtol=1e-8, atol=1e-8)
 
 
+def test_many_examples_are_as_many_alone() -> None:
+    """More of them than values: log-likelihoods, gradients and sums are gathered by value."""
+    family, generator = pc.DiscretizedGaussian(9), torch.Generator().manual_seed(0)
+    params = family.initial(4, generator=generator)[None]
+    x, grad = torch.randint(0, 9, (1, 40), generator=generator), torch.rand(1, 4, 40, generator=generator)
+    out, closed = torch.empty(1, 4, 40), torch.empty(1, 4, 2)
+    family.forward(params, x, out)
+    torch.testing.assert_close(out * np.log(2), family.log_prob(params, x))
+    family.backward(params, x, grad, closed)
+    sums = family.statistics(params, x, grad)
+    for part in range(0, 40, 8):
+        found = torch.empty(1, 4, 2)
+        family.backward(params, x[:, part : part + 8], grad[..., part : part + 8], found)
+        closed -= found
+        sums -= family.statistics(params, x[:, part : part + 8], grad[..., part : part + 8])
+    torch.testing.assert_close(closed, torch.zeros(1, 4, 2), rtol=0, atol=1e-10)
+    torch.testing.assert_close(sums, torch.zeros(1, 4, 3), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("start", [(10.0, 1.0), (128.0, 60.0), (6.4, 0.06)], ids=["off", "broad", "sharp"])
 @pytest.mark.parametrize("name", DATA)
 def test_no_step_lowers_the_likelihood(name: str, start: tuple[float, float]) -> None:
