@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import ClassVar
@@ -15,7 +16,7 @@ from lvd_lightning.stages.conditional import ConditionalStudent
 __all__ = ["StructureEdit"]
 
 
-class StructureEdit(Callback):
+class StructureEdit(Callback, ABC):
     """Edits the circuits of a `ConditionalStudent` at the start of some epochs; other modules are left alone.
 
     At the start, so that the epoch that is validated and may become the best checkpoint is one of the edited circuit.
@@ -48,9 +49,9 @@ class StructureEdit(Callback):
             return False
         return (epoch - self.first_epoch) % self.every_n_epochs == 0
 
+    @abstractmethod
     def edit(self, trainer: Trainer, student: ConditionalStudent) -> Mapping[str, float]:
         """Edit the circuits; figures for the loggers."""
-        raise TypeError(f"{type(self).__name__} is abstract")
 
     def check_module(self, module: LightningModule) -> None:
         """Raise a ValueError for a student whose circuits cannot be edited; called before any stage runs."""

@@ -6,6 +6,7 @@ input unit, G circuits, H heads; R rows and E live edges of a sparse layer.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ FORGOTTEN = 1e-30
 FORGET_EVERY = 16
 
 
-class _CircuitOptimizer(torch.optim.Optimizer):
+class _CircuitOptimizer(torch.optim.Optimizer, ABC):
     """What both EM rules share: which circuits, sums over ranks, chunks that fit the cache.
 
     `module` is a module that contains circuits, or parameter groups {"params": module, "lr": ...} of such modules.
@@ -135,8 +136,9 @@ class _CircuitOptimizer(torch.optim.Optimizer):
                 else:
                     table.grad.zero_()
 
+    @abstractmethod
     def _step_circuit(self, circuit: Circuit, group: dict[str, Any]) -> None:
-        raise TypeError(f"{type(self).__name__} is abstract")
+        """The M-step of one circuit, in place."""
 
     def _reduce(self) -> None:
         """Sum gradients and statistics over ranks; a rank without examples contributes zeros."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -64,7 +65,7 @@ def step_factor(step: int, total: float, ratio: float, length: float | None = No
     return 1 + (ratio - 1) * min(1.0, (step - start) / max(1.0, end - start - 1))
 
 
-class EMStudent(StageModule):
+class EMStudent(StageModule, ABC):
     """A stage whose circuits are trained by EM: manual optimisation, the step size falling linearly per step.
 
     Subclasses keep these among their hyperparameters:
@@ -100,9 +101,9 @@ class EMStudent(StageModule):
         data = self._context.data
         return MeanLikelihood(data.unit, data.num_dims, **arguments)
 
+    @abstractmethod
     def trained(self) -> nn.Module:
         """The module whose circuits are trained."""
-        raise TypeError(f"{type(self).__name__} is abstract")
 
     def configure_optimizers(self) -> Any:
         """One EM optimizer, and a schedule that `em_step` steps, as manual optimisation wants it."""

@@ -356,9 +356,14 @@ def test_wrong_arguments_are_named(make: Any, message: str) -> None:
 
 
 def test_when_to_act() -> None:
-    edit = StructureEdit(every_n_epochs=3, first_epoch=2, last_epoch=8)
+    edit = Prune(every_n_epochs=3, first_epoch=2, last_epoch=8)
     assert [epoch for epoch in range(15) if edit.should_act(epoch)] == [2, 5, 8]
-    assert [epoch for epoch in range(15) if StructureEdit(5).should_act(epoch)] == [5, 10]
+    assert [epoch for epoch in range(15) if Prune(every_n_epochs=5).should_act(epoch)] == [5, 10]
+
+
+def test_an_edit_that_edits_nothing_cannot_be_made() -> None:
+    with pytest.raises(TypeError, match="abstract.*edit"):
+        StructureEdit(5)  # type: ignore[abstract]
 
 
 def test_circuits_stay_valid_when_a_head_ends_without_patches(coarse: Any) -> None:

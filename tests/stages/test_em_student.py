@@ -19,7 +19,7 @@ from lvd_lightning.latents.assignments import (
     write_assignments,
 )
 from lvd_lightning.stages import CircuitBaseline, ConditionalStudent, FinetuneStudent, PriorStudent
-from lvd_lightning.stages.em_student import make_optimizer, step_factor
+from lvd_lightning.stages.em_student import EMStudent, make_optimizer, step_factor
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on small loaders
 
@@ -32,6 +32,11 @@ class StepSizes(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_a_student_without_circuits_to_train_cannot_be_made() -> None:
+    with pytest.raises(TypeError, match="abstract.*trained"):
+        EMStudent()  # type: ignore[abstract]
 
 
 def test_the_step_size_falls_linearly(run: Any) -> None:
