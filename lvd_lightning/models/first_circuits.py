@@ -12,7 +12,7 @@ from lvd_lightning import circuits as pc
 from lvd_lightning.circuits.structures import chow_liu_trees
 from lvd_lightning.context import Data, StageContext
 from lvd_lightning.models.routing import route
-from lvd_lightning.models.structures import PartStructure, num_outcomes
+from lvd_lightning.models.structures import Leaf, PartStructure, num_outcomes
 
 __all__ = ["first_circuits"]
 
@@ -24,6 +24,7 @@ def first_circuits(
     num_circuits: int,
     *,
     structure: PartStructure,
+    leaf: Leaf,
     num_latents: int,
     from_data: bool,
     max_examples: int,
@@ -35,6 +36,7 @@ def first_circuits(
         circuit: int64 (N, P), which circuit models each training patch; one without patches borrows those of others.
         head: int (N, P), which of its heads. A circuit has as many heads as its patches have.
         structure: of all circuits; random ones (RAT-SPNs) are drawn for each.
+        leaf: of the variables of a part.
         num_latents: states of every hidden variable of an HCLT, units of every region of other structures.
         from_data: whether first parameters come from these patches, see `PartStructure`, or are random.
         max_examples: patches per circuit.
@@ -51,12 +53,12 @@ def first_circuits(
     generator, counts = context.generator("parameters"), (heads_G + 1).tolist()
     if not from_data:
         return [
-            structure.graph(parts.shape, num_latents, count, leaf=parts.leaf, parents=tree, generator=generator)
+            structure.graph(parts.shape, num_latents, count, leaf=leaf, parents=tree, generator=generator)
             for tree, count in zip(trees, counts, strict=True)
         ]
     return [
         structure.graph_from_data(
-            x, parts.shape, num_latents, count, leaf=parts.leaf, head=head_n, parents=tree, generator=generator
+            x, parts.shape, num_latents, count, leaf=leaf, head=head_n, parents=tree, generator=generator
         )
         for x, head_n, tree, count in zip(sets, heads, trees, counts, strict=True)
     ]

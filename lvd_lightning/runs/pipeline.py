@@ -126,13 +126,15 @@ class Pipeline:
     def _check(self, stage: PlannedStage) -> None:
         """Make a stage's module before any stage runs: what is wrong with it is said at once, not after hours.
 
-        So is what no stage before it leaves, and what a callback that would edit it says about it.
+        So is what does not fit its data, what no stage before it leaves, and what a callback that would edit it says.
         """
         if (self.experiment.run_dir / stage.name / DONE_MARKER).is_file():
             return
         with torch.random.fork_rng(devices=[]):
             try:
                 made = stage.model()
+                if is_overridden("check_data", made, Stage):
+                    made.check_data(stage.data())  # type: ignore[arg-type]
                 for check in (getattr(callback, "check_module", None) for callback in stage.callbacks()):
                     if check is not None:
                         check(made)

@@ -26,6 +26,7 @@ from lvd_lightning.files import write_atomically
 from lvd_lightning.latents.processes import Processes
 from lvd_lightning.metrics import MeanLikelihood
 from lvd_lightning.models.assembled import MAX_NUMBERS
+from lvd_lightning.models.leaves import LeafChoice
 from lvd_lightning.models.structures import PartStructure, StructureName, num_outcomes
 from lvd_lightning.parts import example_leaf
 from lvd_lightning.stages.em_student import Rule, check_step_sizes, make_optimizer
@@ -53,7 +54,7 @@ class CircuitBaseline(StageModule):
 
     Args:
         structure: "hclt", "rat_spn" or "poon_domingos".
-        structure_settings: see `ConditionalStudent`.
+        structure_settings, leaf: see `ConditionalStudent`.
         num_units: hidden states of an HCLT, units of every region of another structure; null to match the parameters
             of the distilled circuit.
         seconds: per rule; null for the time that earlier stages took.
@@ -88,9 +89,11 @@ class CircuitBaseline(StageModule):
         max_tree_examples: int = 2000,
         val_images: int = 256,
         structure_settings: dict[str, Any] | None = None,
+        leaf: str | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.structure = PartStructure.of(structure, structure_settings)
+        self.leaf = LeafChoice(leaf)
         if init not in ("random", "quantiles"):
             raise ValueError(f"init: got {init!r}, expected one of random, quantiles")
         for name, lr in (("em_lr", em_lr), ("anemone_lr", anemone_lr)):
@@ -106,6 +109,10 @@ class CircuitBaseline(StageModule):
         self.needs = ("model",) if num_units is None else ()
         self.automatic_optimization = False
         self.save_hyperparameters()
+
+    @override
+    def check_data(self, data: Data) -> None:
+        self.leaf.over(data.parts.leaf)
 
     @override
     def begin_stage(self, context: StageContext) -> None:
@@ -280,7 +287,7 @@ class CircuitBaseline(StageModule):
             plan["num_units"],
             context.generator("parameters"),
         )
-        leaf = example_leaf(context.data.parts)
+        leaf = self.leaf.over(example_leaf(context.data.parts))
         if self.hparams["init"] == "quantiles":
             graph = self.structure.graph_from_data(
                 sample_ND, shape, num_units, leaf=leaf, parents=parents, generator=generator
@@ -296,7 +303,9 @@ class CircuitBaseline(StageModule):
         wanted = float(json.loads((context.required("model") / DONE_MARKER).read_text())["num_parameters"])
         generator = context.generator("parameters")  # as that of the circuit itself
         parts = context.data.parts
-        counts = self.structure.num_parameters(parts.example_shape, leaf=example_leaf(parts), generator=generator)
+        counts = self.structure.num_parameters(
+            parts.example_shape, leaf=self.leaf.over(example_leaf(parts)), generator=generator
+        )
         states = 1
         while sum(count * states**power for power, count in counts.items()) < 0.98 * wanted:
             states += 1

@@ -15,7 +15,7 @@ from lvd_lightning import circuits as pc
 from lvd_lightning.checks import check_at_least
 from lvd_lightning.circuits.engine.workspace import few_sizes
 from lvd_lightning.circuits.io import pack_structure, unpack_structure
-from lvd_lightning.context import StageContext
+from lvd_lightning.context import Data, StageContext
 from lvd_lightning.growing.agreement import check_agreement, from_first
 from lvd_lightning.growing.clustering import first_heads
 from lvd_lightning.growing.examples import Examples
@@ -25,6 +25,7 @@ from lvd_lightning.latents import load_latents_info
 from lvd_lightning.latents.assignments import read_clusters, write_assignments
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.models.first_circuits import first_circuits
+from lvd_lightning.models.leaves import LeafChoice
 from lvd_lightning.models.priors import chow_liu_prior, latent_tree
 from lvd_lightning.models.routing import route
 from lvd_lightning.models.structures import PartStructure, StructureName
@@ -57,6 +58,8 @@ class ConditionalStudent(EMStudent):
             the patch whose pixels keep their channels together.
         structure_settings: of a RAT-SPN depth, num_repetitions and product, of a Poon-Domingos structure delta and
             product; see `PartStructure` for what they are if not given. Circuits with Kronecker products do not grow.
+        leaf: the family of all inputs, in place of the data's, as a class path with its arguments in `init_args`; see
+            `LeafChoice`. Numbers of values come from the data.
         tied: one set of circuits for all positions, or one per position.
         num_heads: heads per circuit to begin with, clusters of the features inside its cluster; fewer where there are
             too few patches.
@@ -95,9 +98,11 @@ class ConditionalStudent(EMStudent):
         val_images: int = 256,
         structure: StructureName = "hclt",
         structure_settings: dict[str, Any] | None = None,
+        leaf: str | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.structure = PartStructure.of(structure, structure_settings)
+        self.leaf = LeafChoice(leaf)
         if init not in ("quantiles", "random"):
             raise ValueError(f"init: got {init!r}, expected one of quantiles, random")
         if not slots > 0:
@@ -106,6 +111,10 @@ class ConditionalStudent(EMStudent):
         check_at_least(1, max_examples=max_examples, round_epochs=round_epochs)
         if num_heads > 1 and not tied:
             raise ValueError(f"num_heads: got {num_heads}, but circuits of their own per position have one head each")
+
+    @override
+    def check_data(self, data: Data) -> None:
+        self.leaf.over(data.parts.leaf)
 
     @override
     def begin_stage(self, context: StageContext) -> None:
@@ -134,6 +143,7 @@ class ConditionalStudent(EMStudent):
             heads_NP,
             num_circuits,
             structure=self.structure,
+            leaf=self.leaf.over(context.data.parts.leaf),
             num_latents=self.hparams["num_units"],
             from_data=self.hparams["init"] == "quantiles",
             max_examples=self.hparams["max_examples"],

@@ -43,6 +43,12 @@ class Stage:
     harmless: ClassVar[tuple[str, ...]] = ()
     model_title: ClassVar[str] = ""
 
+    def check_data(self, data: Data) -> None:
+        """Raise a ValueError if the stage cannot work on data of this kind.
+
+        Called before any stage runs, with a datamodule that has not read anything yet.
+        """
+
     @classmethod
     def load_model(cls, folder: Path) -> nn.Module:
         """The model that the stage left in its folder, with `log_prob`; for stages that leave one."""

@@ -11,7 +11,7 @@ from torch import Tensor
 import lvd_lightning.circuits as pc
 from lvd_lightning.color import patchify
 from lvd_lightning.metrics import BitsPerDim
-from lvd_lightning.stages import ConditionalStudent
+from lvd_lightning.stages import CircuitBaseline, ConditionalStudent
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on small loaders
 
@@ -223,3 +223,19 @@ def test_checkpoints_that_have_a_prior_still_load(run: Any) -> None:
     again.on_load_checkpoint(content)
     again.load_state_dict(content["state_dict"])
     assert torch.equal(again.assembled.prior.tables[0], table)
+
+
+@pytest.mark.parametrize("leaf", ["Binomial", "DiscretizedLogistic", "Gaussian"])
+def test_inputs_are_of_the_family_that_the_config_names(run: Any, leaf: str) -> None:
+    module = ConditionalStudent(2, leaf=leaf, val_images=16)
+    run.train("conditional", module, 1)
+    families = {layer.distribution for layer in module.assembled.conditional.plan.inputs}
+    assert families == {getattr(pc, leaf).for_values(256)}
+    assert torch.isfinite(module.assembled.log_prob(run.data.splits["val"])).all()
+
+
+def test_a_family_that_does_not_fit_is_refused_before_any_stage(run: Any) -> None:
+    with pytest.raises(ValueError, match="leaf: Bernoulli.* has 2 values, but the data have 256"):
+        ConditionalStudent(2, leaf="Bernoulli").check_data(run.data)
+    with pytest.raises(ValueError, match="leaf: Bernoulli.* has 2 values, but the data have 256"):
+        CircuitBaseline(leaf="Bernoulli").check_data(run.data)
