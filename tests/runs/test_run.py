@@ -87,7 +87,7 @@ def test_a_run_is_used_without_its_config(
     expected = json.loads((finished / "evaluate" / "done.json").read_text())["circuits"]["distilled"][key]
     assert main([command, f"--run={finished}"]) == 0
     printed = capsys.readouterr().out
-    assert f"/bpd {expected:.4f}  ({finished / 'joint'}, 8 images" in printed
+    assert f"/bpd {expected:.4f}  ({finished / 'joint'}, 8 examples" in printed
 
 
 def test_a_run_is_used_on_other_data_only_if_it_was_trained_on_them(
