@@ -60,15 +60,15 @@ class CircuitGroups:
     def refresh(self) -> None:
         """Copy the current parameters."""
         for part, copies in zip(self.circuits, self.rows, strict=True):
-            dense = [part.dense(number, table) for number, table in enumerate(part.tables)]
+            dense = [part.engine.dense(number, table) for number, table in enumerate(part.tables)]
             for copy in copies:
-                table, current = dense[copy.table], self.whole.dense(copy.source, self.whole.tables[copy.source])
+                table, current = dense[copy.table], self.whole.engine.dense(copy.source, self.whole.tables[copy.source])
                 # Either may be padded more than the other; what both have room for holds all parameters.
                 units, inner = min(table.shape[1], current.shape[1]), min(table.shape[2], current.shape[2])
                 rows = copy.source_rows.to(current.device)
                 table[copy.rows.to(table.device), :units, :inner] = current[rows, :units, :inner]
             for number, table in enumerate(part.tables):
-                edges = part.edges(number)
+                edges = part.engine.edges(number)
                 if edges is not None:
                     edges.write(table, dense[number], 0)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers.pages import ROOT, blocks
-from helpers.tiny_experiments import fit
+from helpers.tiny_experiments import TINY_TEACHER, fit
 
 from lvd_lightning import Run, stages
 from lvd_lightning.cli import main
@@ -40,7 +40,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--stages.baseline.model.seconds=1",
             "--stages.baseline.trainer.max_epochs=1",
         )
-        return fit(folder / "runs", f"--config={folder / 'count.yaml'}", *small)
+        return fit(folder / "runs", f"--config={folder / 'count.yaml'}", *TINY_TEACHER, *small)
     finally:
         sys.path.remove(str(folder))
 
