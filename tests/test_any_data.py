@@ -92,7 +92,7 @@ class Texts(Items):
 
 
 class OtherImages(Pictures, Items):
-    """Smooth images of any shape and numbers of values."""
+    """Images of one of four levels and a little noise, of any shape and numbers of values."""
 
     def __init__(self, shape: tuple[int, int, int], num_categories: Sequence[int]) -> None:
         super().__init__()
@@ -102,10 +102,10 @@ class OtherImages(Pictures, Items):
         highest = torch.tensor(num_categories)[:, None, None] - 1
         self.splits = {}
         for split, count in SIZES.items():
-            level = torch.rand(count, 1, 1, 1, generator=generator)
-            noise = 0.1 * torch.rand(count, *shape, generator=generator)
+            level = torch.randint(4, (count, 1, 1, 1), generator=generator) / 4
+            noise = torch.randint(2, (count, *shape), generator=generator)
             dtype = torch.uint8 if max(num_categories) <= 256 else torch.int16
-            self.splits[split] = ((0.9 * level + noise) * highest).round().to(dtype)
+            self.splits[split] = ((level * highest).round() + noise).to(dtype)
 
     @property
     def parts(self) -> ImagePatches:
