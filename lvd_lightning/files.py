@@ -1,16 +1,106 @@
-"""Files that are there as a whole or not at all."""
+"""Files that are there as a whole or not at all, whenever the process dies.
 
+Everything that a run or a circuit leaves on disk is written here: under a temporary name in the same folder, forced to
+the disk, then renamed. Whoever reads sees the old content or the new one.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
 import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["write_atomically"]
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+__all__ = [
+    "errors_naming",
+    "put_in_place",
+    "temporary_name",
+    "write_array",
+    "write_atomically",
+    "write_json",
+    "write_tensors",
+]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that whoever reads it sees the old text or the new one, whenever the process dies."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
+def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+    """Write a file, replacing the one that may be there.
+
+    content: text (written as UTF-8), bytes, or a function that writes to the path that it is given; that path has the
+        same suffix, from which some writers take the format.
+
+    Raises:
+        OSError: it could not be written; the error names `path`, and what was there before still is.
+    """
+    temporary = temporary_name(path)
+    with errors_naming(path):
+        try:
+            if callable(content):
+                content(temporary)
+            else:
+                temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            put_in_place(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Write plain values as JSON; see `write_atomically`."""
+    write_atomically(path, json.dumps(value, indent=indent))
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write a NumPy file, without pickled objects; see `write_atomically`."""
+    import numpy as np
+
+    def save(target: Path) -> None:
+        with target.open("wb") as file:  # to a name that does not end in .npy, NumPy adds that
+            np.save(file, array, allow_pickle=False)
+
+    write_atomically(path, save)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; see `write_atomically`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    found = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def save(target: Path) -> None:
+        try:
+            save_file(found, str(target), metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    write_atomically(path, save)
+
+
+@contextmanager
+def errors_naming(path: Path) -> Iterator[None]:
+    """What a full disk raises says neither which file nor which disk: inside, it names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename not in (None, str(temporary_name(path))):
+            raise
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+
+
+def temporary_name(path: Path) -> Path:
+    """Where a file is written before it is complete: beside it, with the same suffix."""
+    return path.with_name(f".{path.stem}.partial{path.suffix}")
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Give a complete file of the same file system its name, once its content is on the disk."""
+    with temporary.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lvd_lightning.circuits.checks import check_type
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import check_registered, find_distribution
 from lvd_lightning.circuits.graph import CircuitGraph, Node
+from lvd_lightning.files import write_tensors
 
 __all__ = ["FORMAT_VERSION", "load", "pack_structure", "save", "unpack_structure"]
 
@@ -64,10 +63,8 @@ def save(circuit: Circuit, path: str | Path) -> Path:
         "graphs": [_describe_graph(graph, packer) for graph in found],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     tensors = packer.tensors()
-    save_file(tensors, str(partial), metadata={STRUCTURE: signed(structure, tensors)})
-    os.replace(partial, path)
+    write_tensors(path, tensors, metadata={STRUCTURE: signed(structure, tensors)})
     return path
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lvd_lightning.context import Artefacts, StageContext
+from lvd_lightning.files import write_array, write_json
 from lvd_lightning.latents.clusters import INFO_FILE, assignments_path
-from lvd_lightning.latents.files import save_array, write_json
 from lvd_lightning.latents.settings import SPLITS
 
 __all__ = [
@@ -103,7 +103,7 @@ def write_assignments(folder: Path, z_NP: Mapping[str, Tensor], num_states: int)
     """
     (folder / INFO_FILE).unlink(missing_ok=True)
     for split, found_NP in z_NP.items():
-        save_array(assignments_path(folder, split), found_NP.cpu().numpy().astype(np.int32))
+        write_array(assignments_path(folder, split), found_NP.cpu().numpy().astype(np.int32))
     info = {
         "num_clusters": num_states,
         "pooled": True,

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lvd_lightning.files import write_array, write_json, write_tensors
 from lvd_lightning.latents.encode import Encoding
 from lvd_lightning.latents.features import PatchVectors
-from lvd_lightning.latents.files import key_of, save_array, save_tensors, stored_key, write_json
+from lvd_lightning.latents.keys import key_of, stored_key
 from lvd_lightning.latents.kmeans import assign, fit_centroids
 from lvd_lightning.latents.sampling import sample_distinct
 from lvd_lightning.latents.settings import SPLITS, LatentsContext, LatentsSettings, float64_device
@@ -48,7 +49,7 @@ def write_clusters(context: LatentsContext, settings: LatentsSettings, encoding:
             fitted, centroids_QKD = _used_codes(context, encoding)
         else:
             fitted, centroids_QKD = _fit(context, settings, train, center == "position")
-        save_array(folder / "centroids.npy", (centroids_QKD[0] if settings.pooled else centroids_QKD).numpy())
+        write_array(folder / "centroids.npy", (centroids_QKD[0] if settings.pooled else centroids_QKD).numpy())
         _save_map(folder / "map.safetensors", fitted)
         write_json(folder / "centroids.json", {"key": key})
     fitted = _load_map(folder / "map.safetensors")
@@ -56,7 +57,7 @@ def write_clusters(context: LatentsContext, settings: LatentsSettings, encoding:
     for split in SPLITS:
         if not assignments_path(folder, split).is_file():
             label_NP = _assign_all(encoding.vectors[split], fitted, centroids, float64_device(context.device))
-            save_array(assignments_path(folder, split), label_NP.numpy().astype(np.int32))
+            write_array(assignments_path(folder, split), label_NP.numpy().astype(np.int32))
     label_NP = torch.from_numpy(np.load(assignments_path(folder, "train")).astype(np.int64))
     write_json(
         folder / INFO_FILE,
@@ -170,7 +171,7 @@ def _mean_squared_distance(
 
 def _save_map(path: Path, fitted: AffineMap) -> None:
     matrix = {} if fitted.matrix is None else {"matrix": fitted.matrix}
-    save_tensors(path, {"mean": fitted.mean, **matrix})
+    write_tensors(path, {"mean": fitted.mean, **matrix})
 
 
 def _load_map(path: Path) -> AffineMap:

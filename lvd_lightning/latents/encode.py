@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lvd_lightning.files import write_json
 from lvd_lightning.latents.context import ancestor_mask, context_tree, linear_cka
 from lvd_lightning.latents.features import FeatureStore, PartValues, PatchVectors, write_features
-from lvd_lightning.latents.files import key_of, stored_key, write_json
+from lvd_lightning.latents.keys import key_of, stored_key
 from lvd_lightning.latents.processes import Processes
 from lvd_lightning.latents.sampling import sample_distinct
 from lvd_lightning.latents.settings import SPLITS, LatentsContext, LatentsSettings, float64_device

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvd_lightning.latents.files import write_json
+from lvd_lightning.files import put_in_place, temporary_name, write_json
 from lvd_lightning.latents.processes import Processes
 
 __all__ = ["FeatureStore", "PartValues", "PatchVectors", "write_features"]
@@ -126,7 +126,7 @@ def write_features(
         ValueError: if the features have another shape or leave the range of float16.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = temporary_name(path)
 
     def begin() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def write_features(
         np.lib.format.open_memmap(partial, mode="w+", dtype=_DTYPE, shape=shape).flush()
 
     def complete() -> None:
-        os.replace(partial, path)
+        put_in_place(partial, path)
         write_json(_sidecar(path), {"shape": shape, "dtype": _DTYPE.str, "key": key})
 
     processes.on_first(begin)

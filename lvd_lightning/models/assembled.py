@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lvd_lightning import circuits as pc
-from lvd_lightning.files import write_atomically
+from lvd_lightning.files import write_json
 from lvd_lightning.models.routing import route_in_passes
 from lvd_lightning.parts import ImagePatches, Parts, describe_parts, parts_from, variable_type
 
@@ -193,7 +193,7 @@ class AssembledCircuit(nn.Module):
         """Write prior, conditional and parts into `folder`; the parts last, as the sign of completeness."""
         pc.save(self.prior, folder / "prior")
         pc.save(self.conditional, folder / "conditional")
-        write_atomically(folder / "assembled.json", json.dumps({"parts": describe_parts(self.parts)}))
+        write_json(folder / "assembled.json", {"parts": describe_parts(self.parts)})
 
     @classmethod
     def load(cls, folder: Path) -> AssembledCircuit:

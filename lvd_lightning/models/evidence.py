@@ -6,8 +6,8 @@ Shapes: N images, B batch, P patches, K latent values, M candidates per patch, G
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lvd_lightning import circuits as pc
-from lvd_lightning.files import write_atomically
+from lvd_lightning.files import write_atomically, write_json
 from lvd_lightning.models.assembled import MAX_NUMBERS, AssembledCircuit
 from lvd_lightning.models.routing import route_in_passes
 
@@ -244,9 +244,8 @@ class EvidenceCache:
         if sparse:
             arrays["states"] = (shape, np.int16 if num_states <= 1 << 15 else np.int32)
         for name, (size, kind) in arrays.items():
-            temporary = folder / f"{name}.tmp.npy"
-            np.lib.format.open_memmap(temporary, mode="w+", dtype=kind, shape=size).flush()
-            os.replace(temporary, folder / f"{name}.npy")
+            begin = partial(np.lib.format.open_memmap, mode="w+", dtype=kind, shape=size)
+            write_atomically(folder / f"{name}.npy", begin)
 
     @staticmethod
     def fill(
@@ -295,4 +294,4 @@ class EvidenceCache:
             "num_states": num_states,
             "sparse": (folder / "states.npy").is_file(),
         }
-        write_atomically(folder / "evidence.json", json.dumps(info))
+        write_json(folder / "evidence.json", info)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvd_lightning.latents.files import save_array
+from lvd_lightning.files import write_array
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.models.evidence import Candidates, EvidenceCache
 
@@ -78,7 +78,7 @@ def save_candidate_table(folder: Path, table_KM: Tensor | None) -> None:
     if table_KM is None:
         (folder / _TABLE).unlink(missing_ok=True)
     else:
-        save_array(folder / _TABLE, table_KM.cpu().numpy().astype(np.int32))
+        write_array(folder / _TABLE, table_KM.cpu().numpy().astype(np.int32))
 
 
 def load_candidate_table(folder: Path) -> Tensor | None:

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
 from lvd_lightning.circuits import Circuit
+from lvd_lightning.files import errors_naming, put_in_place, temporary_name
 
 __all__ = ["LAST_CHECKPOINT", "EpochCheckpoint"]
 
@@ -64,10 +65,11 @@ class EpochCheckpoint(Checkpoint):
             self.best_score = score
         # The best file goes first: if the process dies between the two, the epoch is done again and writes both.
         target = self.best_path if better else self.last_path
-        temporary = target.with_name(target.name + ".tmp")
-        trainer.save_checkpoint(temporary)
+        temporary = temporary_name(target)
+        with errors_naming(target):
+            trainer.save_checkpoint(temporary)
         if trainer.is_global_zero:
-            os.replace(temporary, target)
+            put_in_place(temporary, target)
             if better:
                 _link_or_copy(self.best_path, self.last_path)
         trainer.strategy.barrier()
@@ -95,10 +97,10 @@ def _first_fault(module: LightningModule) -> str | None:
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    temporary = target.with_name(target.name + ".tmp")
+    temporary = temporary_name(target)
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
     except OSError:  # a file system without hard links
         shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+    put_in_place(temporary, target)

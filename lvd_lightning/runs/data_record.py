@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lvd_lightning.files import write_atomically
+from lvd_lightning.files import write_json
 from lvd_lightning.runs.experiment import Experiment
 from lvd_lightning.runs.run_directory import forget
 from lvd_lightning.runs.settings import EVALUATE, REPORT
@@ -26,7 +26,7 @@ def record_data(folder: Path, data: Any) -> None:
     identity = getattr(data, "identity", None)
     if identity is not None:
         content = {"identity": dict(identity), "left_out": dict(getattr(data, "left_out", {}))}
-        write_atomically(folder / DATA_RECORD, json.dumps(content, indent=2))
+        write_json(folder / DATA_RECORD, content, indent=2)
 
 
 def stages_with_data(experiment: Experiment) -> list[str]:

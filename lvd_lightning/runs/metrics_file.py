@@ -1,7 +1,7 @@
 """metrics.csv: what a stage logs, a row per call, over all its interruptions."""
 
 import csv
-import os
+import io
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
+
+from lvd_lightning.files import write_atomically
 
 __all__ = ["MetricsFile", "read_metrics"]
 
@@ -69,12 +71,11 @@ class MetricsFile(Logger):
 
     def _write(self, rows: list[dict[str, str]], columns: list[str]) -> None:
         self._columns = columns
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self.path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.path, text.getvalue())
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

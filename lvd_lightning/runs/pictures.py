@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lvd_lightning.context import Data, VisibleData
+from lvd_lightning.files import write_atomically
 from lvd_lightning.latents import load_assignments, load_latents_info
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.runs.metrics_file import read_metrics
@@ -123,7 +124,7 @@ def growth_picture(path: Path, metrics: Path, data: Data) -> bool:
         axes.plot([epoch + 1 for epoch in epochs], values, marker=".", drawstyle="default" if number == 2 else "steps")
         if number < 2:
             axes.set_ylim(bottom=0)
-    _replace(path, figure.savefig)
+    write_atomically(path, figure.savefig)
     return True
 
 
@@ -185,7 +186,7 @@ def curve_picture(path: Path, stages: Sequence[RunStage], data: Data) -> None:
     if axes.get_legend_handles_labels()[0]:
         _ignore_outliers(axes, data.unit)
         axes.legend(fontsize=8)
-        _replace(path, figure.savefig)
+        write_atomically(path, figure.savefig)
 
 
 def gap_picture(path: Path, figures: Sequence[tuple[str, float]], data: Data) -> None:
@@ -204,7 +205,7 @@ def gap_picture(path: Path, figures: Sequence[tuple[str, float]], data: Data) ->
     spread = max(max(finite) - min(finite), 0.05)
     axes.set_xlim(min(finite) - 0.1 * spread, max(finite) + 0.2 * spread)
     axes.invert_yaxis()
-    _replace(path, figure.savefig)
+    write_atomically(path, figure.savefig)
 
 
 def _axis(data: Data, what: str = "") -> str:
@@ -243,7 +244,7 @@ def _save(path: Path, image: Tensor, side: int) -> None:
 
     scale = max(1, math.ceil(_MIN_SIDE / side)) if side >= 16 else 8
     pixels = image.permute(1, 2, 0).repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy()
-    _replace(path, lambda target: imsave(target, pixels))
+    write_atomically(path, lambda target: imsave(target, pixels))
 
 
 def _figure(**arguments: Any) -> Any:
@@ -251,9 +252,3 @@ def _figure(**arguments: Any) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(layout="constrained", **arguments)
-
-
-def _replace(path: Path, write: Any) -> None:
-    temporary = path.with_name(f".{path.name}")
-    write(temporary)
-    temporary.replace(path)

@@ -1,6 +1,5 @@
 """Runs the stages of an experiment in order into one run directory; starting again continues."""
 
-import json
 import logging
 import pickle
 import shutil
@@ -22,7 +21,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torchmetrics import Metric
 
 from lvd_lightning.context import DONE_MARKER, StageContext, missing_need
-from lvd_lightning.files import write_atomically
+from lvd_lightning.files import write_atomically, write_json
 from lvd_lightning.ranks import Ranks
 from lvd_lightning.runs.checkpoint import EpochCheckpoint
 from lvd_lightning.runs.data_record import adopt_data, check_same_data, record_data, stages_with_data
@@ -310,7 +309,7 @@ def load_best(module: StageModule, checkpoint: EpochCheckpoint) -> None:
 def mark_done(folder: Path, results: dict[str, Any]) -> None:
     """Write the marker that says that a folder is complete, with figures for the report."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / DONE_MARKER, json.dumps(results, indent=2))
+    write_json(folder / DONE_MARKER, results, indent=2)
 
 
 def close_wandb() -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lvd_lightning.context import Data, VisibleData
-from lvd_lightning.files import write_atomically
+from lvd_lightning.files import write_atomically, write_json
 from lvd_lightning.latents.assignments import assignments_folder
 from lvd_lightning.runs.data_record import left_out
 from lvd_lightning.runs.pictures import cluster_picture, curve_picture, gap_picture, inpainting_picture, sample_picture
@@ -42,7 +42,7 @@ def write_report(run: Run, data: Data, device: torch.device) -> None:
     if not is_written(run):
         _draw(run, data, device)
         write_atomically(folder / "summary.md", _markdown(run, rows, summary, data))
-        write_atomically(folder / "summary.json", json.dumps(summary, indent=2))
+        write_json(folder / "summary.json", summary, indent=2)
     print_table(run.dir.name, rows, data)
     worse = worse_than_uniform(rows, data.unit)
     if worse:

@@ -22,7 +22,7 @@ from typing_extensions import override
 from lvd_lightning import circuits as pc
 from lvd_lightning.checks import check_at_least
 from lvd_lightning.context import DONE_MARKER, Data, StageContext
-from lvd_lightning.files import write_atomically
+from lvd_lightning.files import write_json
 from lvd_lightning.latents.processes import Processes
 from lvd_lightning.metrics import MeanLikelihood
 from lvd_lightning.models.assembled import MAX_NUMBERS
@@ -192,7 +192,7 @@ class CircuitBaseline(StageModule):
     @override
     def on_train_epoch_end(self) -> None:
         if self.trainer.is_global_zero:  # finish_stage holds the best epoch's state, which may be an earlier one
-            write_atomically(self._context.dir / "spent.json", json.dumps(self.seconds))
+            write_json(self._context.dir / "spent.json", self.seconds)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -217,7 +217,7 @@ class CircuitBaseline(StageModule):
                 f"val_{self.unit.name}": _mean_likelihood(circuit, context.data, "val"),
                 self.unit.name: _mean_likelihood(circuit, context.data, "test"),
             }
-        write_atomically(context.dir / "baseline.json", json.dumps(results, indent=2))
+        write_json(context.dir / "baseline.json", results, indent=2)
         key = f"val_{self.unit.name}"
         return {key: self._best({rule: found[key] for rule, found in results.items()})}
 
@@ -276,7 +276,7 @@ class CircuitBaseline(StageModule):
             circuit = self._first_circuit(context, sample_ND, plan)
             plan["steps"] = {rule: self._measure(circuit, sample_ND, rule, plan["seconds"]) for rule in RULES}
             context.dir.mkdir(parents=True, exist_ok=True)
-            Processes().on_first(partial(write_atomically, path, json.dumps(plan)))
+            Processes().on_first(partial(write_json, path, plan))
         found: dict[str, Any] = json.loads(path.read_text())
         return found
 

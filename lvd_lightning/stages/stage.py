@@ -137,7 +137,7 @@ class StageModule(Stage, LightningModule):
         """Write into `context.dir` what later stages read, and return figures for the report (val_<unit>, ...).
 
         Called with the parameters of the best epoch, on rank 0 alone while the other ranks wait: no collectives here.
-        Write to a temporary name, then `os.replace`: an interruption may come at any moment.
+        Write with `lvd_lightning.files`: an interruption may come at any moment.
         """
         return {}
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
+
+from lvd_lightning.files import write_atomically, write_tensors
 
 __all__ = ["ARGUMENTS_FILE", "WEIGHTS_FILE", "load_teacher", "register_teacher", "save_teacher"]
 
@@ -56,7 +58,7 @@ def register_teacher(kind: Teacher) -> Teacher:
 
 
 def save_teacher(teacher: nn.Module, stage_dir: str | os.PathLike[str]) -> None:
-    """Write a teacher into a folder, each file under a temporary name first; the arguments last.
+    """Write a teacher into a folder, the arguments last.
 
     Args:
         teacher: of a class of `lvd_lightning.teachers` or a registered one, with its constructor's arguments in
@@ -72,11 +74,8 @@ def save_teacher(teacher: nn.Module, stage_dir: str | os.PathLike[str]) -> None:
     folder = Path(stage_dir)
     folder.mkdir(parents=True, exist_ok=True)
     arguments = json.dumps({"class": type(teacher).__name__, "init_args": teacher.init_args}, indent=2)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in teacher.state_dict().items()}
-    save_file(weights, folder / (WEIGHTS_FILE + ".partial"))
-    os.replace(folder / (WEIGHTS_FILE + ".partial"), folder / WEIGHTS_FILE)
-    (folder / (ARGUMENTS_FILE + ".partial")).write_text(arguments + "\n")
-    os.replace(folder / (ARGUMENTS_FILE + ".partial"), folder / ARGUMENTS_FILE)
+    write_tensors(folder / WEIGHTS_FILE, teacher.state_dict())
+    write_atomically(folder / ARGUMENTS_FILE, arguments + "\n")
 
 
 def load_teacher(stage_dir: str | os.PathLike[str]) -> nn.Module:

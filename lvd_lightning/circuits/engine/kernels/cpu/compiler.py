@@ -12,6 +12,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from lvd_lightning.files import put_in_place
+
 __all__ = ["NoCompilerError", "build"]
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -89,7 +91,7 @@ def _compile(compiler: list[str], options: list[str], path: Path) -> None:
         _run([*compiler, *options, "-fPIC", "-shared", str(SOURCE), "-o", str(made)])
         with made.open("ab") as file:
             file.write(hashlib.sha256(made.read_bytes()).digest())
-        made.replace(path)
+        put_in_place(made, path)
 
 
 def _run(command: list[str]) -> str:

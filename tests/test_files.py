@@ -1,0 +1,85 @@
+"""Files that are there as a whole or not at all."""
+
+import errno
+import json
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lvd_lightning.files import write_array, write_atomically, write_json, write_tensors
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "text": lambda path: write_atomically(path, "x" * 100_000),
+    "bytes": lambda path: write_atomically(path, b"x" * 100_000),
+    "function": lambda path: write_atomically(path, lambda target: target.write_bytes(b"x" * 100_000)),
+    "json": lambda path: write_json(path, list(range(100_000))),
+    "array": lambda path: write_array(path, np.zeros(100_000)),
+    "tensors": lambda path: write_tensors(path, {"x": torch.zeros(100_000)}),
+}
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond 4 KiB: writing more fails as it does on a full disk, without the name of the file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_written_whole(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "text.txt", "größer\n")
+    write_atomically(tmp_path / "bytes.bin", b"\x00\r\n")
+    write_json(tmp_path / "plain.json", {"a": [1, None]})
+    write_array(tmp_path / "array.npy", np.arange(3))
+    write_tensors(tmp_path / "tensors.safetensors", {"a": torch.eye(3).T}, metadata={"key": "value"})
+    assert (tmp_path / "text.txt").read_bytes() == "größer\n".encode()
+    assert (tmp_path / "bytes.bin").read_bytes() == b"\x00\r\n"
+    assert json.loads((tmp_path / "plain.json").read_text()) == {"a": [1, None]}
+    assert np.load(tmp_path / "array.npy").tolist() == [0, 1, 2]
+    assert torch.equal(load_file(tmp_path / "tensors.safetensors")["a"], torch.eye(3))
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_writer_is_given_a_path_with_the_suffix(tmp_path: Path) -> None:
+    seen: list[Path] = []
+
+    def write(target: Path) -> None:
+        seen.append(target)
+        assert not (tmp_path / "picture.png").exists()
+        target.write_bytes(b"1")
+
+    write_atomically(tmp_path / "picture.png", write)
+    assert (seen[0].suffix, seen[0].parent) == (".png", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path: Path, full_disk: None, name: str) -> None:
+    path = tmp_path / "some.file"
+    path.write_text("before")
+    with pytest.raises(OSError, match=r"some\.file") as raised:
+        WRITERS[name](path)
+    assert ".partial" not in str(raised.value)
+    assert raised.value.errno == (errno.EIO if name in ("array", "tensors") else errno.EFBIG)
+    assert path.read_text() == "before"
+    assert [found.name for found in tmp_path.iterdir()] == ["some.file"]
+
+
+def test_an_interrupted_writer_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "some.file"
+    path.write_text("before")
+
+    def write(target: Path) -> None:
+        target.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, write)
+    assert path.read_text() == "before"
+    assert [found.name for found in tmp_path.iterdir()] == ["some.file"]
