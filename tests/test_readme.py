@@ -12,7 +12,7 @@ import torch
 from helpers.pages import ROOT, blocks, commands
 
 import lvd_lightning.circuits as pc
-from lvd_lightning.cli import parse
+from lvd_lightning.cli import CONFIG_FOLDER, parse
 from lvd_lightning.runs.configuration import experiment_from
 
 README = ROOT / "README.md"
@@ -31,6 +31,9 @@ def test_python() -> None:
 @pytest.mark.parametrize("command", commands(README))
 def test_commands(command: str) -> None:
     _, _, *arguments = shlex.split(command)
+    if "--run" in arguments:  # docs/test_stages.py does that with a run
+        assert (CONFIG_FOLDER / Path(arguments[-1]).name).with_suffix(".yaml").is_file()
+        return
     if "--print_config" in arguments:
         with pytest.raises(SystemExit, match="0"):
             parse(arguments)
