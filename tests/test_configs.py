@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ OVERLAYS = {
     **{"poon_domingos": "folder", "rat_spn": "folder_pg"},  # the latter also grows
     **dict.fromkeys(("codes", "convolutional", "mae", "paper_protocol"), "imagenet32"),
     **dict.fromkeys(("no_growing", "patch2", "patch8"), "cifar10"),
+    **dict.fromkeys(("emnist", "fashion_mnist"), "mnist"),
 }
 # An overlay runs on the smallest experiment of its kind, with images of 8 x 8 or, where that were one patch, 16 x 16.
 SMALLEST = {"per_position": "folder", "untied": "folder"}
@@ -70,6 +72,15 @@ def write_folder(folder: Path) -> None:
         Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{number}.png")
 
 
+def write_idx(folder: Path, names: list[str]) -> None:
+    """Greyscale images of 28 x 28 as MNIST and its like are distributed."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name in names:
+        images = random.integers(0, 256, (24, 28, 28), dtype=np.uint8)
+        (folder / name).write_bytes(struct.pack(">4B3I", 0, 0, 8, 3, *images.shape) + images.tobytes())
+
+
 def data_arguments(data: dict[str, Any], folder: Path) -> list[str]:
     """Small data for a config's datamodule, and the arguments that make it read them."""
     kind = data["class_path"].split(".")[-1]
@@ -78,6 +89,12 @@ def data_arguments(data: dict[str, Any], folder: Path) -> list[str]:
     if kind == "Folder":
         write_folder(folder)
         return [f"--data.path={folder}", "--data.image_size=8"]
+    if kind == "Digits":
+        return ["--data.max_examples=40"]
+    if kind in ("MNIST", "FashionMNIST", "EMNIST"):
+        names = [f"emnist-letters-{split}" for split in ("train", "test")] if kind == "EMNIST" else ["train", "t10k"]
+        write_idx(folder, [f"{name}-images-idx3-ubyte" for name in names])
+        return [f"--data.path={folder}", "--data.num_val=8", "--shared.patch_size=14"]
     if kind == "CIFAR10":
         write_pickles(folder / "cifar-10-batches-py", CIFAR10_FILES, 32, 8, numpy_keys=False)
         return [f"--data.path={folder}", "--data.num_val=8"]
@@ -146,8 +163,9 @@ def test_config_runs_one_small_step_per_stage(config: str, tmp_path: Path) -> No
     assert 0 < summary["test"]["bpd"] < 20
     assert ("baseline" in summary) == ("baseline" in stages)
     quadrant = config in ("paper_protocol", "per_position", "untied")
-    assert summary["protocol"]["region"] == ("quadrant" if quadrant else "whole")
-    assert summary["protocol"]["lossy"] == (config == "paper_protocol")
+    protocol = summary.get("protocol", {"region": "whole", "lossy": False})  # greyscale images have nothing to say
+    assert protocol["region"] == ("quadrant" if quadrant else "whole")
+    assert protocol["lossy"] == (config == "paper_protocol")
     assert ("teacher_elbo_bpd" in summary["test"]) == (
         teacher is not None and "VQVAE" in teacher["model"]["class_path"]
     )
