@@ -31,7 +31,7 @@ class LeafChoice:
         self.settings: dict[str, Any] = {}
         if given is None:
             return
-        named = {"class_path": given} if isinstance(given, str) else dict(given)
+        named: dict[str, Any] = {"class_path": given} if isinstance(given, str) else {**given}
         unknown = [name for name in named if name not in ("class_path", "init_args")]
         if unknown or "class_path" not in named:
             raise ValueError(f"leaf: expected class_path and perhaps init_args, got {given!r}")
