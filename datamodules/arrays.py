@@ -81,6 +81,19 @@ class Arrays(RGBDataModule):
         val_fraction: how much of the one file is for validation.
         test_fraction: how much of the one file is for the test.
         **common: the settings of every `RGBDataModule`.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> import numpy as np
+        >>> from datamodules import Arrays
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "pixels.npz"
+        ...     np.savez(path, np.zeros((20, 8, 8, 3), dtype=np.uint8))
+        ...     data = Arrays(str(path), image_size=8)
+        ...     data.setup()
+        >>> [data.num_examples(split) for split in ("train", "val", "test")]
+        [16, 2, 2]
     """
 
     def __init__(

@@ -46,6 +46,18 @@ class ImageDataModule(LightningDataModule):
 
     Raises:
         ValueError: a setting is out of range.
+
+    Example:
+        >>> import torch
+        >>> from datamodules import ImageDataModule
+        >>> class Noise(ImageDataModule):
+        ...     image_shape = (1, 4, 4)
+        ...     def load(self):
+        ...         return {split: torch.zeros(10, 1, 4, 4, dtype=torch.uint8) for split in ("train", "val", "test")}
+        >>> data = Noise(patch_size=2)
+        >>> data.setup()
+        >>> data.parts.num_parts, data.num_dims, data.unit.name
+        (4, 16, 'bpd')
     """
 
     def __init__(

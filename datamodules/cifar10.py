@@ -31,6 +31,12 @@ class CIFAR10(RGBDataModule):
 
     References:
         Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
+
+    Example:
+        >>> from datamodules import CIFAR10
+        >>> data = CIFAR10("data/cifar-10-batches-py", num_val=5000)  # nothing is read before `setup`
+        >>> data.image_shape, data.parts.num_parts
+        ((3, 32, 32), 64)
     """
 
     def __init__(self, path: str, num_val: int = 5000, **common: Any) -> None:

@@ -35,6 +35,12 @@ class DownsampledImageNet(RGBDataModule):
 
     References:
         Chrabaszcz, Loshchilov and Hutter, A Downsampled Variant of ImageNet, 2017, arXiv 1707.08819.
+
+    Example:
+        >>> from datamodules import DownsampledImageNet
+        >>> data = DownsampledImageNet("data/imagenet64", image_size=64)  # nothing is read before `setup`
+        >>> data.image_shape, data.parts.num_parts
+        ((3, 64, 64), 256)
     """
 
     def __init__(self, path: str, num_val: int = 50_000, **common: Any) -> None:

@@ -52,6 +52,19 @@ class Folder(RGBDataModule):
         val_fraction: about how much of the images is for validation.
         test_fraction: about how much of the images is for the test.
         **common: the settings of every `RGBDataModule`.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from PIL import Image
+        >>> from datamodules import Folder
+        >>> with TemporaryDirectory() as folder:
+        ...     for number in range(40):
+        ...         Image.new("RGB", (40, 30)).save(Path(folder) / f"{number}.png")
+        ...     data = Folder(folder, val_fraction=0.2, test_fraction=0.2, image_size=16)
+        ...     data.setup()
+        >>> sum(data.num_examples(split) for split in ("train", "val", "test"))
+        40
     """
 
     def __init__(self, path: str, val_fraction: float = 0.1, test_fraction: float = 0.1, **common: Any) -> None:

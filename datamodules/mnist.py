@@ -34,6 +34,12 @@ class MNIST(ImageDataModule):
 
     References:
         LeCun, Bottou, Bengio and Haffner, Gradient-Based Learning Applied to Document Recognition, 1998.
+
+    Example:
+        >>> from datamodules import MNIST
+        >>> data = MNIST("data/mnist", patch_size=4)  # nothing is read before `setup`
+        >>> data.image_shape, data.parts.num_parts
+        ((1, 28, 28), 49)
     """
 
     files: ClassVar[dict[str, str]] = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
@@ -82,6 +88,12 @@ class FashionMNIST(MNIST):
 
     References:
         Xiao, Rasul and Vollgraf, Fashion-MNIST, 2017, arXiv 1708.07747.
+
+    Example:
+        >>> from datamodules import FashionMNIST
+        >>> data = FashionMNIST("data/mnist", patch_size=4)  # nothing is read before `setup`
+        >>> data.image_shape, data.parts.num_parts
+        ((1, 28, 28), 49)
     """
 
     source: ClassVar[str] = "https://github.com/zalandoresearch/fashion-mnist"
@@ -98,6 +110,12 @@ class EMNIST(MNIST):
 
     References:
         Cohen, Afshar, Tapson and van Schaik, EMNIST, 2017, arXiv 1702.05373.
+
+    Example:
+        >>> from datamodules import EMNIST
+        >>> data = EMNIST("data/emnist", subset="letters", patch_size=7)  # nothing is read before `setup`
+        >>> data.image_shape, data.parts.num_parts
+        ((1, 28, 28), 16)
     """
 
     source: ClassVar[str] = "https://www.nist.gov/itl/products-and-services/emnist-dataset"

@@ -35,6 +35,13 @@ class Photos(RGBDataModule):
         num_test: the number of test crops.
         flip: whether the mirror image of every training crop is a training example as well (twice `num_train`).
         **common: the settings of every `RGBDataModule`.
+
+    Example:
+        >>> from datamodules import Photos
+        >>> data = Photos(image_size=16, num_train=20, num_val=5, num_test=5)
+        >>> data.setup()
+        >>> data.images("train").shape, data.parts.num_parts
+        (torch.Size([20, 3, 16, 16]), 16)
     """
 
     def __init__(

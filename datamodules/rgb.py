@@ -25,6 +25,18 @@ class RGBDataModule(ImageDataModule):
 
     Raises:
         ValueError: a setting is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> from datamodules import RGBDataModule
+        >>> class Black(RGBDataModule):
+        ...     def load(self):
+        ...         pixels = np.zeros((5, 3, self.image_size, self.image_size), dtype=np.uint8)
+        ...         return {split: self.encode(pixels) for split in ("train", "val", "test")}
+        >>> data = Black(image_size=8, region="quadrant")
+        >>> data.setup()
+        >>> data.images("train").shape, data.protocol
+        (torch.Size([5, 3, 4, 4]), 'quadrant')
     """
 
     def __init__(self, image_size: int = 32, color: str = "ycocg_r", region: str = "whole", **common: Any) -> None:

@@ -26,6 +26,11 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     Raises:
         ValueError: a rank would get batches without examples.
+
+    Example:
+        >>> from datamodules import GlobalBatchSampler
+        >>> list(GlobalBatchSampler(7, batch_size=4, shuffle=False, rank=1, world_size=2))  # not 0, 2, 4, 6
+        [[1, 3], [5]]
     """
 
     def __init__(

@@ -36,6 +36,16 @@ def register_distribution(family: Family) -> Family:
 
     Raises:
         ValueError: no family that can be made, or one whose name another family has.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import lvd_lightning.circuits as pc
+        >>> @pc.register_distribution
+        ... @dataclass(frozen=True)
+        ... class Die(pc.Categorical):
+        ...     num_categories: int = 6
+        >>> Die()
+        Die(num_categories=6)
     """
     if not (inspect.isclass(family) and issubclass(family, Distribution) and dataclasses.is_dataclass(family)):
         raise ValueError(f"register_distribution: expected a dataclass derived from Distribution, got {family!r}")
