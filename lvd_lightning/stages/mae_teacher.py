@@ -148,7 +148,7 @@ class MAETeacher(StageModule):
     def _validation_losses(self, images: Tensor, index: Tensor) -> Tensor:
         """Each image's loss under the masks that belong to its index, whatever batch it comes in; shape (B,)."""
         noise_BP = torch.stack([self._image_noise(i) for i in index.tolist()]).to(images.device)
-        loss_B = torch.empty(len(images), device=images.device)
+        loss_B = torch.empty(len(images), dtype=torch.float32, device=images.device)
         for turn, ratio in enumerate(_VALIDATION_RATIOS):
             rows = (index % len(_VALIDATION_RATIOS) == turn).nonzero()[:, 0].to(images.device)
             if len(rows) > 0:

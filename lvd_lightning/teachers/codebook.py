@@ -3,9 +3,12 @@
 Shapes: N vectors, K codes, E features, M dead codes.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import Self
 
 __all__ = ["Codebook"]
 
@@ -60,10 +63,19 @@ class Codebook(nn.Module):
         self.register_buffer("total", torch.zeros(num_codes, num_features))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves as every module does, but stays in float32 at least: averages over many steps need the digits."""
+        super()._apply(fn, recurse)
+        for name in ("codes", "count", "total"):
+            found: Tensor = getattr(self, name)
+            if found.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, found.float())
+        return self
+
     @torch.no_grad()
     def nearest(self, vectors: Tensor) -> Tensor:
         """The nearest code of every vector (..., E), int64 with shape (...); of equally near ones the first."""
-        h_NE = vectors.reshape(-1, vectors.shape[-1]).float()
+        h_NE = vectors.reshape(-1, vectors.shape[-1]).to(self.codes.dtype)
         z_N = torch.empty(len(h_NE), dtype=torch.int64, device=h_NE.device)
         with torch.autocast(h_NE.device.type, enabled=False):  # half a byte of mantissa cannot tell codes apart
             offset_K = 0.5 * self.codes.square().sum(1)
@@ -83,7 +95,7 @@ class Codebook(nn.Module):
             codes: their codes before the update, int64 with shape (...).
             generator: on the CPU, another one on every rank, for the draw of places.
         """
-        h_NE = vectors.detach().reshape(-1, vectors.shape[-1]).float()
+        h_NE = vectors.detach().reshape(-1, vectors.shape[-1]).to(self.codes.dtype)
         z_N = codes.reshape(-1)
         distance_N = (h_NE - self.codes[z_N]).square().sum(1)
         sums_KE1 = h_NE.new_zeros(len(self.codes), h_NE.shape[1] + 1)

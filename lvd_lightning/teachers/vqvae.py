@@ -200,7 +200,7 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def elbo(self, images: Tensor) -> Tensor:
         """The evidence lower bound log p(x | z(x)) + log p(z(x)) <= log p(x) in nats, with shape (B,)."""
-        return self(images).elbo.float()
+        return self(images).elbo
 
     @torch.no_grad()
     def reconstruct(self, codes: Tensor) -> Tensor:
@@ -210,9 +210,8 @@ class VQVAE(nn.Module):
 
     def likelihood(self, quantized: Tensor) -> LogisticMixture:
         """The distributions of all pixels given vectors (B, P, E); leading dimensions (B, P)."""
-        raw, values = self.decoder(quantized), tuple(self.scale.num_categories)
-        raw = raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw  # tails need the digits
-        return LogisticMixture.from_raw(raw, self.num_components, self.image_shape[0], values)
+        raw, values = self.decoder(quantized.to(self._dtype)), tuple(self.scale.num_categories)
+        return LogisticMixture.from_raw(_precise(raw), self.num_components, self.image_shape[0], values)
 
     def _encode(self, images: Tensor) -> Tensor:
         encoded: Tensor = self.encoder(self._scaled(images))
@@ -220,7 +219,12 @@ class VQVAE(nn.Module):
 
     def _scaled(self, images: Tensor) -> Tensor:
         """Images in [-1, 1], in the type of the parameters."""
-        return self.scale.floats(images, self.codebook.codes.dtype)
+        return self.scale.floats(images, self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """That of the network's parameters; the codebook keeps float32 at least."""
+        return self.decoder.last.weight.dtype
 
     def _pixels(self, images: Tensor) -> Tensor:
         """The pixels of every patch, with shape (B, P, C, X)."""
@@ -275,7 +279,7 @@ class CodePrior(nn.Module):
         begin_B1 = codes.new_full((len(codes), 1), self.num_codes)
         hidden_BPE = self.gpt2(torch.cat([begin_B1, codes[:, :-1]], dim=1)).last_hidden_state
         logits_BPK = linear(hidden_BPE, self.gpt2.wte.weight[: self.num_codes])
-        nats_N = cross_entropy(logits_BPK.flatten(0, 1).float(), codes.flatten(), reduction="none")
+        nats_N = cross_entropy(_precise(logits_BPK).flatten(0, 1), codes.flatten(), reduction="none")
         return -nats_N.view(codes.shape).sum(1)
 
 
@@ -351,3 +355,8 @@ def _encoder(num_channels: int, channels: int, num_blocks: int, num_features: in
     layers.append(nn.Conv2d(channels, channels, 3, padding=1))
     layers += [_convolutional_block(channels) for _ in range(num_blocks)]
     return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(channels, num_features, 1))
+
+
+def _precise(values: Tensor) -> Tensor:
+    """Half precision as float32, in which the tails of a likelihood have their digits; others as they are."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

@@ -41,3 +41,25 @@ def test_circuits_are_trained_in_float64(stages: tuple[str, ...], tmp_path: Path
     words = [*ARGUMENTS, *(f"--stages.{name}.trainer.precision=64-true" for name in stages)]
     assert main([*words, "--name=run", f"--run_dir={tmp_path}"]) == 0
     assert json.loads((tmp_path / "run/report/summary.json").read_text())["test"]["bpd"] > 0
+
+
+SMALL_VQVAE = {
+    **{"channels": 8, "num_residual_blocks": 1, "num_features": 4, "codebook_size": 8, "num_components": 2},
+    **{"prior_hidden_size": 8, "prior_num_layers": 1, "prior_num_heads": 1, "num_pictures": 0},
+}
+OTHER_TEACHER = [
+    *(word for word in ARGUMENTS if "stages.teacher.model" not in word),
+    "--stages.teacher.model.class_path=lvd_lightning.stages.VQVAETeacher",
+    *(f"--stages.teacher.model.{name}={value}" for name, value in SMALL_VQVAE.items()),
+]
+
+
+@pytest.mark.parametrize("words", [ARGUMENTS, OTHER_TEACHER], ids=["mae", "vqvae"])
+@pytest.mark.parametrize(
+    "precision",
+    ["--trainer.precision=64-true", "--stages.teacher.trainer.precision=bf16-true"],
+    ids=["all in float64", "teacher in bfloat16"],
+)
+def test_teachers_take_the_type_of_their_parameters(words: list[str], precision: str, tmp_path: Path) -> None:
+    assert main([*words, precision, "--name=run", f"--run_dir={tmp_path}"]) == 0
+    assert json.loads((tmp_path / "run/report/summary.json").read_text())["test"]["bpd"] > 0
