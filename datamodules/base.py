@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -17,6 +16,7 @@ from datamodules.images import ImageRows, IndexedImages
 from datamodules.sampler import GlobalBatchSampler
 from datamodules.splits import SPLITS, Rows, Split, subset
 from lvd_lightning.parts import ImagePatches
+from lvd_lightning.ranks import rank_and_size
 from lvd_lightning.units import BitsPerDimension, Unit
 
 __all__ = ["ImageDataModule"]
@@ -221,14 +221,14 @@ class ImageDataModule(LightningDataModule):
         return self._loader("test", self.val_batch_size, shuffle=False)
 
     def _loader(self, split: Split, batch_size: int, shuffle: bool) -> DataLoader[Batch]:
-        in_group = dist.is_available() and dist.is_initialized()
+        rank, size = rank_and_size()
         sampler = GlobalBatchSampler(
             self.num_examples(split),
             batch_size,
             seed=self.seed,
             shuffle=shuffle,
-            rank=dist.get_rank() if in_group else 0,
-            world_size=dist.get_world_size() if in_group else 1,
+            rank=rank,
+            world_size=size,
         )
         if self.trainer is not None:
             # A resumed Trainer fetches the first batches before it calls `set_epoch`.

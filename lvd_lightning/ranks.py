@@ -1,22 +1,45 @@
-"""The processes of one job: started before the first stage, kept through all of them."""
+"""The processes (ranks) of one job: started before the first stage, kept through all of them, and made to agree.
 
+Without a process group there is one rank, and nothing is sent. Everything but `rank_and_size` has to be
+called by all ranks in the same order.
+
+`wait` and `on_first` use one gloo group beside the default one, made once per process group: waiting
+for rank 0 may take hours, which the timeout of the ordinary group rightly takes for a dead peer; over gloo a dead peer
+shows at once, by its closed connection.
+"""
+
+from __future__ import annotations
+
+import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.fabric import Fabric
 from torch import Tensor
 
-__all__ = ["Ranks"]
+__all__ = [
+    "Ranks",
+    "any_rank",
+    "check_agreement",
+    "from_first",
+    "gathered",
+    "on_first",
+    "rank_and_size",
+    "sum_in_place",
+    "summed",
+    "wait",
+]
 
 T = TypeVar("T")
 
+_patient: tuple[Any, Any] | None = None  # the default group, and the gloo group that was made beside it
+
 
 class Ranks:
-    """Starts the processes that `devices` asks for and lets them agree.
+    """Starts the processes that `devices` asks for; what the functions of this module do, it has as methods.
 
     All stages of a run share one process group, so that stages without a Trainer can use it too, and no rank can
     decide by itself that a stage is finished.
@@ -28,6 +51,8 @@ class Ranks:
     """
 
     def __init__(self, devices: Mapping[str, Any]) -> None:
+        from lightning.fabric import Fabric  # only a run needs it; the functions below serve circuits too
+
         fabric = Fabric(**devices)
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != fabric.world_size and (started > 1 or "LOCAL_RANK" in os.environ):
@@ -42,46 +67,19 @@ class Ranks:
         self.local_rank = fabric.local_rank
         self.world_size = fabric.world_size
         self.device = fabric.device
-        # Waiting for rank 0 may take hours, which the timeout of the ordinary group rightly takes for a dead peer;
-        # over gloo a dead peer shows at once, by its closed connection.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if self.world_size > 1 else None
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
     def on_first(self, function: Callable[[], T]) -> T:
-        """The result of `function()`, called on rank 0 alone and given to all ranks.
-
-        When it raises, rank 0 raises and the others exit without a word: rank 0 says what happened.
-        """
-        if self.world_size == 1:
-            return function()
-        message: list[Any] = [None]
-        error: BaseException | None = None
-        if self.is_first:
-            try:
-                message = [(function(), True)]
-            except BaseException as raised:
-                error, message = raised, [(None, False)]
-        dist.broadcast_object_list(message, src=0, group=self._group)
-        if error is not None:
-            raise error
-        result, succeeded = message[0]
-        if not succeeded:
-            raise SystemExit(2)
-        return result
+        return on_first(function)
 
     def wait(self) -> None:
-        """Until all ranks are here."""
-        if self.world_size > 1:
-            dist.barrier(group=self._group)
+        wait()
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over ranks of a CPU tensor."""
-        if self.world_size > 1:
-            dist.all_reduce(values, group=self._group)
-        return values
+        return summed(values)
 
     def share(self, indices: Tensor) -> Tensor:
         """This rank's part of some indices; the parts of all ranks are disjoint and complete."""
@@ -90,7 +88,127 @@ class Ranks:
     def close(self) -> None:
         """End the process group: without this, gloo runs exit with 1 now and then."""
         if dist.is_available() and dist.is_initialized():
-            self.wait()
+            wait()
             dist.destroy_process_group()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's number and how many there are; (0, 1) if nothing is distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def wait() -> None:
+    """Until all ranks are here, however long it takes."""
+    if rank_and_size()[1] > 1:
+        dist.barrier(group=_patient_group())
+
+
+def on_first(function: Callable[[], T]) -> T:
+    """The result of `function()`, called on rank 0 alone and given to all ranks, which go on together.
+
+    When it raises, rank 0 raises and the others exit without a word: rank 0 says what happened.
+    """
+    rank, size = rank_and_size()
+    if size == 1:
+        return function()
+    message: list[Any] = [None]
+    error: BaseException | None = None
+    if rank == 0:
+        try:
+            message = [(function(), True)]
+        except BaseException as raised:
+            error, message = raised, [(None, False)]
+    dist.broadcast_object_list(message, src=0, group=_patient_group())
+    if error is not None:
+        raise error
+    result, succeeded = message[0]
+    if not succeeded:
+        raise SystemExit(2)
+    wait()
+    return result
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, the same on each, on the tensor's device."""
+    if rank_and_size()[1] == 1:
+        return tensor
+    total = tensor.to(_sending_device(), copy=True)
+    dist.all_reduce(total)
+    return total.to(tensor.device)
+
+
+def sum_in_place(tensors: Iterable[Tensor]) -> None:
+    """Put the sum over all ranks into each of some tensors, with one message per type of numbers."""
+    if rank_and_size()[1] == 1:
+        return
+    found = list(tensors)
+    for kind in dict.fromkeys(tensor.dtype for tensor in found):  # in the same order on every rank
+        same = [tensor for tensor in found if tensor.dtype == kind]
+        flat = torch.cat([tensor.reshape(-1) for tensor in same])
+        dist.all_reduce(flat)
+        for tensor, part in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def any_rank(facts: list[bool]) -> list[bool]:
+    """Whether each of some facts holds on at least one rank."""
+    if rank_and_size()[1] == 1:
+        return facts
+    found = torch.tensor(facts, dtype=torch.int32, device=_sending_device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return [bool(value) for value in found.tolist()]
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The tensors of all ranks, of one shape, one after another along the first dimension."""
+    size = rank_and_size()[1]
+    if size == 1:
+        return tensor
+    found = [torch.empty_like(tensor) for _ in range(size)]
+    dist.all_gather(found, tensor)
+    return torch.cat(found)
+
+
+def from_first(tensor: Tensor) -> Tensor:
+    """The first rank's tensor; those of all have to be of one shape and type."""
+    if rank_and_size()[1] == 1:
+        return tensor
+    found = tensor.to(_sending_device(), copy=True).contiguous()
+    dist.broadcast(found, src=0)
+    return found.to(tensor.device)
+
+
+def check_agreement(what: str, text: str, tensors: Iterable[Tensor] = ()) -> None:
+    """Raise a RuntimeError on every rank unless all have the same text and tensors.
+
+    what: for the message, such as "the structure after pruning".
+    """
+    if rank_and_size()[1] == 1:
+        return
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    number = int.from_bytes(digest.digest()[:7], "little")
+    bounds = torch.tensor([number, -number], device=_sending_device())
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+    if int(bounds[0]) != -int(bounds[1]):
+        raise RuntimeError(f"the processes disagree on {what}: their data or programs are not the same")
+
+
+def _patient_group() -> Any:
+    """The gloo group with a timeout of days, made when it is first used."""
+    global _patient
+    if _patient is None or _patient[0] is not dist.group.WORLD:
+        _patient = dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    return _patient[1]
+
+
+def _sending_device() -> torch.device:
+    """Where tensors have to be to be sent over the default group."""
+    if "nccl" in str(dist.get_backend()):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -1,9 +1,10 @@
 """Distributed training for modules that sum their own statistics over ranks."""
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from typing_extensions import override
+
+from lvd_lightning.ranks import from_first
 
 __all__ = ["EMStrategy"]
 
@@ -20,4 +21,4 @@ class EMStrategy(DDPStrategy):
         with torch.no_grad():
             for tensor in [*self.model.parameters(), *self.model.buffers()]:
                 if tensor.numel():
-                    dist.broadcast(tensor.data, src=0)
+                    tensor.data.copy_(from_first(tensor.data))

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,6 +23,7 @@ from lvd_lightning.circuits.engine.kernels.cpu import updates as cpu_updates
 from lvd_lightning.circuits.engine.kernels.triton import updates as triton_updates
 from lvd_lightning.circuits.engine.layers import CACHE_SIZE
 from lvd_lightning.circuits.engine.sparse import SparseEdges
+from lvd_lightning.ranks import any_rank, rank_and_size, sum_in_place
 
 __all__ = ["Anemone", "CircuitEM"]
 
@@ -142,17 +142,11 @@ class _CircuitOptimizer(torch.optim.Optimizer, ABC):
 
     def _reduce(self) -> None:
         """Sum gradients and statistics over ranks; a rank without examples contributes zeros."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if rank_and_size()[1] == 1:
             return
-        device = self.circuits[0].device
-        taking_part = torch.tensor(
-            [any(table.grad is not None for table in circuit.tables) for circuit in self.circuits],
-            dtype=torch.int32,
-            device=device,
-        )
-        dist.all_reduce(taking_part, op=dist.ReduceOp.MAX)
+        taking_part = any_rank([any(table.grad is not None for table in circuit.tables) for circuit in self.circuits])
         sums: list[Tensor] = []
-        for circuit, active in zip(self.circuits, taking_part.tolist(), strict=True):
+        for circuit, active in zip(self.circuits, taking_part, strict=True):
             for number, table in enumerate(circuit.tables):
                 if not (active and table.requires_grad):
                     continue
@@ -162,12 +156,7 @@ class _CircuitOptimizer(torch.optim.Optimizer, ABC):
                 statistics = circuit.engine.statistics_of(number, table)
                 if statistics is not None:
                     sums.append(statistics)
-        for kind in dict.fromkeys(tensor.dtype for tensor in sums):  # in the same order on every rank
-            same = [tensor for tensor in sums if tensor.dtype == kind]
-            flat = torch.cat([tensor.reshape(-1) for tensor in same])
-            dist.all_reduce(flat)
-            for tensor, part in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+        sum_in_place(sums)
 
 
 class CircuitEM(_CircuitOptimizer):

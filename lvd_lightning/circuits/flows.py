@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from lvd_lightning.circuits.checks import check_counts, check_type, described, i
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.engine.batch import expected_shape, head_index
 from lvd_lightning.circuits.graph import CircuitGraph, Node
+from lvd_lightning.ranks import sum_in_place
 
 __all__ = ["NOTHING_ADDED", "Flows", "check_flows"]
 
@@ -134,13 +134,7 @@ class Flows:
         if self._reduced:
             return
         self._reduced = True
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return
-        sums = [self.num_examples, self.inner_E, *(found for found in self.tables if found is not None)]
-        flat = torch.cat([found.reshape(-1) for found in sums])
-        dist.all_reduce(flat)
-        for found, part in zip(sums, flat.split([found.numel() for found in sums]), strict=True):
-            found.copy_(part.view_as(found))
+        sum_in_place([self.num_examples, self.inner_E, *(found for found in self.tables if found is not None)])
 
     def edges(self, node: int, circuit: int = 0) -> Tensor:
         """F_nc of a sum node, shaped like its weight; tied nodes share the sum over all of them.

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lvd_lightning.growing.agreement import from_first, rank_and_size, summed
 from lvd_lightning.growing.examples import Examples
 from lvd_lightning.growing.features import PatchFeatures
 from lvd_lightning.latents.kmeans import add_seeds, refine, used_centroids
 from lvd_lightning.models.routing import route
+from lvd_lightning.ranks import from_first, rank_and_size, summed
 
 __all__ = ["first_heads", "nearest_centroids", "recluster"]
 

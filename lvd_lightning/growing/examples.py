@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lvd_lightning import circuits as pc
 from lvd_lightning.context import Data
-from lvd_lightning.growing.agreement import rank_and_size
 from lvd_lightning.models.evidence import CircuitGroups
+from lvd_lightning.ranks import rank_and_size
 
 __all__ = ["CHUNK_IMAGES", "Chunk", "Examples"]
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lvd_lightning import circuits as pc
-from lvd_lightning.growing.agreement import summed
 from lvd_lightning.growing.examples import Chunk, Examples
 from lvd_lightning.models.evidence import CircuitGroups
+from lvd_lightning.ranks import summed
 
 __all__ = ["best_heads", "mean_log_probs"]
 

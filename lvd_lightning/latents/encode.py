@@ -16,10 +16,10 @@ from lvd_lightning.files import write_json
 from lvd_lightning.latents.context import ancestor_mask, context_tree, linear_cka
 from lvd_lightning.latents.features import FeatureStore, PartValues, PatchVectors, write_features
 from lvd_lightning.latents.keys import key_of, stored_key
-from lvd_lightning.latents.processes import Processes
 from lvd_lightning.latents.sampling import sample_distinct
 from lvd_lightning.latents.settings import SPLITS, LatentsContext, LatentsSettings, float64_device
 from lvd_lightning.parts import describe_parts
+from lvd_lightning.ranks import on_first, rank_and_size, wait
 
 __all__ = ["Encoding", "encode_splits", "remove_features"]
 
@@ -42,7 +42,7 @@ class Encoding(NamedTuple):
     codebook: Tensor | None = None
 
 
-def encode_splits(context: LatentsContext, settings: LatentsSettings, processes: Processes) -> Encoding:
+def encode_splits(context: LatentsContext, settings: LatentsSettings) -> Encoding:
     """The features of the experiment's teacher, or the values of parts if it has none; all ranks have to call."""
     teacher_dir = context.artefact("features")
     data_keys = [data_key(context.data, split) for split in SPLITS]
@@ -56,7 +56,7 @@ def encode_splits(context: LatentsContext, settings: LatentsSettings, processes:
 
     teacher: Any = load_teacher(teacher_dir).to(context.device)
     files = [(teacher_dir / name).read_bytes() for name in (ARGUMENTS_FILE, WEIGHTS_FILE)]
-    encoder = _Encoder(context, teacher, key_of(*(hashlib.sha256(f).hexdigest() for f in files)), settings, processes)
+    encoder = _Encoder(context, teacher, key_of(*(hashlib.sha256(f).hexdigest() for f in files)), settings)
     codebook = _codebook(teacher, settings)
     parents = encoder.context_parents() if _in_context(teacher, settings) else None
     visible = None if parents is None else ancestor_mask(torch.tensor(parents))
@@ -107,7 +107,6 @@ class _Encoder:
     teacher: Any
     key: str
     settings: LatentsSettings
-    processes: Processes
 
     def context_parents(self) -> list[int]:
         """First pass: some training images, each patch alone; parents of the tree over patches with like features."""
@@ -123,8 +122,8 @@ class _Encoder:
                 parents = context_tree(linear_cka(alone, float64_device(self.context.device)))
                 write_json(path, {"key": key, "parents": parents.tolist()})
 
-            self.processes.on_first(learn)
-        self.processes.on_first(partial(_remove, self.context.dir / "features_alone.npy"))
+            on_first(learn)
+        on_first(partial(_remove, self.context.dir / "features_alone.npy"))
         parents: list[int] = json.loads(path.read_text())["parents"]
         return parents
 
@@ -132,7 +131,7 @@ class _Encoder:
         """The features of some images of a split, from disk if they are there."""
         path = self.context.dir / name
         complete = FeatureStore.is_complete(path, key)
-        self.processes.wait()  # every rank looks before any writes, so that all decide alike
+        wait()  # every rank looks before any writes, so that all decide alike
         if complete:
             return FeatureStore(path)
 
@@ -147,9 +146,8 @@ class _Encoder:
             (len(images), num_patches, num_features),
             compute,
             key=key,
-            processes=self.processes,
             chunk_size=self.settings.batch_size,
-            progress=_progress_lines(path.stem) if self.processes.rank == 0 else None,
+            progress=_progress_lines(path.stem) if rank_and_size()[0] == 0 else None,
         )
 
 

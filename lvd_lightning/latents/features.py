@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lvd_lightning.files import put_in_place, temporary_name, write_json
-from lvd_lightning.latents.processes import Processes
+from lvd_lightning.ranks import on_first, rank_and_size, wait
 
 __all__ = ["FeatureStore", "PartValues", "PatchVectors", "write_features"]
 
@@ -107,19 +107,17 @@ def write_features(
     compute: Callable[[int, int], Tensor],
     *,
     key: str,
-    processes: Processes,
     chunk_size: int = 256,
     progress: Callable[[int, int], None] | None = None,
 ) -> FeatureStore:
     """Compute features chunk by chunk into a file that appears only when it is complete.
 
-    Each of several processes computes a slice of the images and writes it into the one file.
+    All processes have to call; each computes a slice of the images and writes it into the one file.
 
     Args:
         shape: N, P, E.
         compute: features of the images start to stop, with shape (stop - start, P, E).
         key: says what the features were computed from; see `FeatureStore.is_complete`.
-        processes: those of the job; all of them have to call.
         progress: called after every chunk with this process's finished images and all of its images.
 
     Raises:
@@ -137,11 +135,12 @@ def write_features(
         put_in_place(partial, path)
         write_json(_sidecar(path), {"shape": shape, "dtype": _DTYPE.str, "key": key})
 
-    processes.on_first(begin)
-    start, stop = (rank * shape[0] // processes.size for rank in (processes.rank, processes.rank + 1))
+    on_first(begin)
+    rank, size = rank_and_size()
+    start, stop = rank * shape[0] // size, (rank + 1) * shape[0] // size
     _write_slice(partial, shape, compute, range(start, stop, chunk_size), stop, progress)
-    processes.wait()
-    processes.on_first(complete)
+    wait()
+    on_first(complete)
     return FeatureStore(path)
 
 

@@ -23,12 +23,12 @@ from lvd_lightning import circuits as pc
 from lvd_lightning.checks import check_at_least
 from lvd_lightning.context import DONE_MARKER, Data, StageContext
 from lvd_lightning.files import write_json
-from lvd_lightning.latents.processes import Processes
 from lvd_lightning.metrics import MeanLikelihood
 from lvd_lightning.models.assembled import MAX_NUMBERS
 from lvd_lightning.models.leaves import LeafChoice
 from lvd_lightning.models.structures import PartStructure, StructureName, num_outcomes
 from lvd_lightning.parts import example_leaf
+from lvd_lightning.ranks import on_first, rank_and_size
 from lvd_lightning.stages.em_student import Rule, check_step_sizes, make_optimizer
 from lvd_lightning.stages.stage import StageModule
 
@@ -276,7 +276,7 @@ class CircuitBaseline(StageModule):
             circuit = self._first_circuit(context, sample_ND, plan)
             plan["steps"] = {rule: self._measure(circuit, sample_ND, rule, plan["seconds"]) for rule in RULES}
             context.dir.mkdir(parents=True, exist_ok=True)
-            Processes().on_first(partial(write_json, path, plan))
+            on_first(partial(write_json, path, plan))
         found: dict[str, Any] = json.loads(path.read_text())
         return found
 
@@ -321,10 +321,10 @@ class CircuitBaseline(StageModule):
 
     def _measure(self, circuit: pc.Circuit, sample_ND: Tensor, rule: Rule, seconds: float) -> int:
         """How many steps of all ranks fit into `seconds`, from a few that are timed on a copy. All ranks call."""
-        processes = Processes()
+        rank, size = rank_and_size()
         circuit = copy.deepcopy(circuit).to(self._context.device)
         optimizer = self._optimizer(rule, circuit)
-        batch_BD = sample_ND[: self.hparams["batch_size"]][processes.rank :: processes.size].to(circuit.device)
+        batch_BD = sample_ND[: self.hparams["batch_size"]][rank::size].to(circuit.device)
         spent = []
         for _ in range(TIMED_STEPS):
             start = self._now()

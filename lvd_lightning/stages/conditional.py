@@ -16,7 +16,6 @@ from lvd_lightning.checks import check_at_least
 from lvd_lightning.circuits.engine.workspace import few_sizes
 from lvd_lightning.circuits.io import pack_structure, unpack_structure
 from lvd_lightning.context import Data, StageContext
-from lvd_lightning.growing.agreement import check_agreement, from_first
 from lvd_lightning.growing.clustering import first_heads
 from lvd_lightning.growing.examples import Examples
 from lvd_lightning.growing.features import PatchFeatures
@@ -29,6 +28,7 @@ from lvd_lightning.models.leaves import LeafChoice
 from lvd_lightning.models.priors import chow_liu_prior, latent_tree
 from lvd_lightning.models.routing import route
 from lvd_lightning.models.structures import PartStructure, StructureName
+from lvd_lightning.ranks import check_agreement, from_first
 from lvd_lightning.stages.em_student import EMStudent, Rule
 
 __all__ = ["ConditionalStudent"]

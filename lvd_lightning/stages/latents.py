@@ -9,8 +9,8 @@ from lvd_lightning.context import StageContext
 from lvd_lightning.latents.assignments import load_latents_info
 from lvd_lightning.latents.clusters import write_clusters
 from lvd_lightning.latents.encode import encode_splits, remove_features
-from lvd_lightning.latents.processes import Processes
 from lvd_lightning.latents.settings import LatentsSettings
+from lvd_lightning.ranks import on_first
 from lvd_lightning.stages.stage import PlainStage
 
 __all__ = ["Latents"]
@@ -45,10 +45,9 @@ class Latents(LatentsSettings, PlainStage):
 
     @override
     def run(self, context: StageContext) -> dict[str, float]:
-        processes = Processes()
-        processes.on_first(partial(context.dir.mkdir, parents=True, exist_ok=True))
-        encoding = encode_splits(context, self, processes)
-        processes.on_first(partial(write_clusters, context, self, encoding))
+        on_first(partial(context.dir.mkdir, parents=True, exist_ok=True))
+        encoding = encode_splits(context, self)
+        on_first(partial(write_clusters, context, self, encoding))
         if not self.keep_features:
-            processes.on_first(partial(remove_features, context.dir))
+            on_first(partial(remove_features, context.dir))
         return {name: float(value) for name, value in load_latents_info(context.dir)["figures"].items()}

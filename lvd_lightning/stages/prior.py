@@ -18,11 +18,11 @@ from lvd_lightning.checks import check_at_least
 from lvd_lightning.circuits.io import pack_structure, unpack_structure
 from lvd_lightning.context import Data, StageContext
 from lvd_lightning.latents.assignments import read_assignments
-from lvd_lightning.latents.processes import Processes
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.models.evidence import Candidates, CircuitGroups, EvidenceCache, candidate_table
 from lvd_lightning.models.evidence_source import EvidenceSource, images_within, save_candidate_table
 from lvd_lightning.models.priors import chow_liu_prior, clusters_tree, hidden_prior
+from lvd_lightning.ranks import on_first, rank_and_size, wait
 from lvd_lightning.stages.em_student import EMStudent, Rule
 
 __all__ = ["PriorStudent"]
@@ -195,7 +195,7 @@ class PriorStudent(EMStudent):
             candidates = find_candidates(context, self.assembled, self.z_NP["train"], kept)
         if not finished:
             table_KM = None if candidates is None else candidates.table
-            Processes().on_first(partial(save_candidate_table, folder, table_KM))
+            on_first(partial(save_candidate_table, folder, table_KM))
             cache = self._cache(context, "train", (count, *shape[1:]), candidates) if count else None
         return EvidenceSource(self.assembled, cache, candidates, self.z_NP["train"])
 
@@ -234,11 +234,11 @@ def fill_cache(
     candidates: Candidates | None,
 ) -> None:
     """Fill a cache of `shape` (N, P, M) with all processes, each its share; the first makes and completes it."""
-    processes = Processes()
+    rank, size = rank_and_size()
     sparse, states = candidates is not None, assembled.num_states
-    processes.on_first(partial(EvidenceCache.begin, folder, shape, states, sparse))
-    share = -(-shape[0] // processes.size)
-    rows = range(min(shape[0], processes.rank * share), min(shape[0], (processes.rank + 1) * share))
+    on_first(partial(EvidenceCache.begin, folder, shape, states, sparse))
+    share = -(-shape[0] // size)
+    rows = range(min(shape[0], rank * share), min(shape[0], (rank + 1) * share))
     EvidenceCache.fill(folder, assembled, data, split, rows=rows, z_NP=z_NP, candidates=candidates)
-    processes.wait()
-    processes.on_first(partial(EvidenceCache.complete, folder, states))
+    wait()
+    on_first(partial(EvidenceCache.complete, folder, states))

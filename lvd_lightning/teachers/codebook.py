@@ -6,9 +6,10 @@ Shapes: N vectors, K codes, E features, M dead codes.
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Self
+
+from lvd_lightning.ranks import gathered, sum_in_place
 
 __all__ = ["Codebook"]
 
@@ -100,8 +101,7 @@ class Codebook(nn.Module):
         distance_N = (h_NE - self.codes[z_N]).square().sum(1)
         sums_KE1 = h_NE.new_zeros(len(self.codes), h_NE.shape[1] + 1)
         sums_KE1.index_add_(0, z_N, torch.cat([h_NE, h_NE.new_ones(len(h_NE), 1)], dim=1))
-        if _num_ranks() > 1:
-            dist.all_reduce(sums_KE1)
+        sum_in_place([sums_KE1])
         forget = (9.0 / (10.0 + self.num_updates)).clamp_min(1.0 - self.decay)
         self.num_updates += 1
         self.total.lerp_(sums_KE1[:, :-1], forget)
@@ -131,13 +131,6 @@ def _draw(h_NE: Tensor, weight_N: Tensor, number: int, generator: torch.Generato
     best = quotient_N.topk(min(number, len(h_NE))).indices
     offer_ME1 = h_NE.new_zeros(number, h_NE.shape[1] + 1)
     offer_ME1[: len(best)] = torch.cat([h_NE[best], quotient_N[best, None]], dim=1)
-    if _num_ranks() > 1:
-        offers = [torch.empty_like(offer_ME1) for _ in range(_num_ranks())]
-        dist.all_gather(offers, offer_ME1)
-        offer_ME1 = torch.cat(offers)
+    offer_ME1 = gathered(offer_ME1)
     winners_ME1 = offer_ME1[offer_ME1[:, -1].topk(number).indices]
     return winners_ME1[winners_ME1[:, -1] > 0, :-1]
-
-
-def _num_ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

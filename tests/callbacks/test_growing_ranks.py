@@ -15,8 +15,7 @@ from helpers.processes import as_script, fork_ranks
 from helpers.small_runs import Run, SmallImages
 
 from callbacks import GrowClusters, Prune, ReassignClusters
-from lvd_lightning.growing.agreement import check_agreement, from_first, summed
-from lvd_lightning.ranks import Ranks
+from lvd_lightning.ranks import Ranks, check_agreement, from_first, summed
 from lvd_lightning.runs.metrics_file import MetricsFile, read_metrics
 from lvd_lightning.stages import ConditionalStudent
 from lvd_lightning.strategies import EMStrategy

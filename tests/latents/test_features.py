@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lvd_lightning.color import patchify
 from lvd_lightning.latents.features import FeatureStore, PartValues, write_features
-from lvd_lightning.latents.processes import Processes
 
 SHAPE = (11, 4, 3)
 
@@ -29,7 +28,7 @@ def _compute(start: int, stop: int) -> Tensor:
 
 
 def _write(path: Path, key: str = "k") -> FeatureStore:
-    return write_features(path, SHAPE, _compute, key=key, processes=Processes(), chunk_size=4)
+    return write_features(path, SHAPE, _compute, key=key, chunk_size=4)
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
@@ -52,7 +51,7 @@ def test_an_interrupted_extraction_is_not_complete(tmp_path: Path) -> None:
         return _compute(start, stop)
 
     with pytest.raises(KeyboardInterrupt):
-        write_features(path, SHAPE, dies, key="k", processes=Processes(), chunk_size=4)
+        write_features(path, SHAPE, dies, key="k", chunk_size=4)
     assert not FeatureStore.is_complete(path, "k")
     with pytest.raises(FileNotFoundError, match="no complete features"):
         FeatureStore(path)
@@ -71,7 +70,7 @@ def test_an_interrupted_replacement_leaves_nothing_that_passes_for_new_or_old(tm
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_features(path, SHAPE, dies, key="new", processes=Processes())
+        write_features(path, SHAPE, dies, key="new")
     assert not FeatureStore.is_complete(path, "new")
     assert not FeatureStore.is_complete(path, "old")
 
@@ -106,18 +105,16 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), 1e6])
 def test_features_that_float16_cannot_hold_are_refused(tmp_path: Path, value: float) -> None:
     with pytest.raises(ValueError, match="beyond float16"):
-        write_features(
-            tmp_path / "f.npy", (2, 1, 1), lambda a, b: torch.full((2, 1, 1), value), key="", processes=Processes()
-        )
+        write_features(tmp_path / "f.npy", (2, 1, 1), lambda a, b: torch.full((2, 1, 1), value), key="")
 
 
 def test_features_of_another_shape_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"shape \(2, 5, 3\)"):
-        write_features(tmp_path / "f.npy", (2, 4, 3), lambda a, b: torch.zeros(2, 5, 3), key="", processes=Processes())
+        write_features(tmp_path / "f.npy", (2, 4, 3), lambda a, b: torch.zeros(2, 5, 3), key="")
 
 
 def test_an_empty_split_has_empty_features(tmp_path: Path) -> None:
-    store = write_features(tmp_path / "f.npy", (0, 4, 3), _compute, key="", processes=Processes())
+    store = write_features(tmp_path / "f.npy", (0, 4, 3), _compute, key="")
     assert store.read(0, 5).shape == (0, 4, 3)
 
 
@@ -128,7 +125,6 @@ def test_progress_is_told(tmp_path: Path) -> None:
         SHAPE,
         _compute,
         key="",
-        processes=Processes(),
         chunk_size=4,
         progress=lambda done, total: told.append((done, total)),
     )
@@ -146,7 +142,7 @@ def _write_on_rank(rank: int, folder: str) -> None:
         asked.extend(range(start, stop))
         return _compute(start, stop)
 
-    store = write_features(f"{folder}/features.npy", SHAPE, compute, key="k", processes=Processes(), chunk_size=2)
+    store = write_features(f"{folder}/features.npy", SHAPE, compute, key="k", chunk_size=2)
     torch.save((asked, store.read(0, 11)), f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
