@@ -37,6 +37,8 @@ from lvd_lightning.circuits.graph import CircuitGraph, Node, with_sum_root
 
 __all__ = ["Circuit"]
 
+#: Numbers that the values of one pass may take, by kind of device: what bounds the memory of evaluation.
+MAX_NUMBERS = {"cpu": 1 << 25, "cuda": 1 << 30}
 #: Circuits whose `log_prob` runs the reference pass here and now; copies of them are others.
 _BY_REFERENCE: ContextVar[tuple[object, ...]] = ContextVar("by_reference", default=())
 
@@ -135,6 +137,16 @@ class Circuit(nn.Module):
     def plan(self) -> Plan:
         """How the graphs are folded."""
         return self.engine.plan
+
+    @property
+    def batch_limit(self) -> int:
+        """How many examples every circuit may be given in one pass so that memory stays bounded; at least 1.
+
+        A pass without gradients keeps so many values at once and no more. What takes a backward pass, or draws, needs
+        several times the memory: give it a fraction of this.
+        """
+        limit = MAX_NUMBERS["cpu" if self.device.type == "cpu" else "cuda"]
+        return max(1, limit // self.plan.num_value_rows)
 
     @property
     def matmul_precision(self) -> str:

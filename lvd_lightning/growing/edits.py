@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lvd_lightning import circuits as pc
 from lvd_lightning.growing.examples import Examples
-from lvd_lightning.models.assembled import MAX_NUMBERS
 from lvd_lightning.models.evidence import CircuitGroups
 from lvd_lightning.models.routing import route_in_passes
 
@@ -69,7 +68,6 @@ def _flows(groups: CircuitGroups, examples: Examples, heads: Tensor | None = Non
     """Sums of flows of every group over all patches, or those of `heads`, bool (G, H), of all processes."""
     parts = groups.circuits
     flows = [pc.Flows(part) for part in parts]
-    limit = MAX_NUMBERS["cpu" if groups.whole.device.type == "cpu" else "cuda"] // 4  # flows take a backward pass
     for chunk in examples.chunks(groups.whole.device, heads):
         for members, part, found in zip(groups.members, parts, flows, strict=True):
             local_G = torch.full((groups.whole.num_circuits,), -1, device=chunk.x.device)
@@ -77,7 +75,7 @@ def _flows(groups: CircuitGroups, examples: Examples, heads: Tensor | None = Non
             mine = (local_G[chunk.circuit] >= 0).nonzero()[:, 0]
             if not len(mine):
                 continue
-            slots = max(1, limit // part.plan.num_value_rows)
+            slots = max(1, part.batch_limit // 4)  # flows take a backward pass
             for index_GS, filled_GS in route_in_passes(local_G[chunk.circuit[mine]], len(members), slots):
                 at_GS = mine[index_GS]
                 head_GS = torch.where(filled_GS, chunk.head[at_GS], 0)

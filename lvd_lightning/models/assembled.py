@@ -21,8 +21,6 @@ from lvd_lightning.parts import ImagePatches, Parts, describe_parts, parts_from,
 
 __all__ = ["AssembledCircuit"]
 
-#: Numbers that the values of one pass through the conditional may take: what bounds the memory of evaluation.
-MAX_NUMBERS = {"cpu": 1 << 25, "cuda": 1 << 30}
 #: Nats below the best latent value of a part at which evidence stops to matter: it may come out lower than it is.
 #: A likelihood is never overstated by that, and understated by a share of e^-120 as long as the prior allows the best.
 MARGIN = 120.0
@@ -129,7 +127,7 @@ class AssembledCircuit(nn.Module):
         out = torch.empty(
             *rows.shape[:-1], self.num_states, dtype=self.conditional.dtype, device=self.conditional.device
         )
-        step = self._chunk_size()
+        step = self.conditional.batch_limit
         for low in range(0, len(rows), step):
             at = slice(low, low + step)
             out[at] = self._evidence_rows(rows[at], None if masks is None else masks[at], margin)
@@ -174,7 +172,7 @@ class AssembledCircuit(nn.Module):
         mask_ND = self._split_mask(x, observed).flatten(0, 1)
         out_ND = torch.zeros(x_ND.shape, dtype=self.conditional.dtype, device=x_ND.device)
         total_N = torch.zeros(len(out_ND), dtype=weight_N.dtype, device=out_ND.device).index_add_(0, item_N, weight_N)
-        slots = max(1, self._chunk_size() // 8)
+        slots = max(1, self.conditional.batch_limit // 8)
         for index_GS, filled_GS in route_in_passes(circuit_N, self.conditional.num_circuits, slots):
             item_GS = item_N[index_GS]
             mean_GSD = pc.expectation(
@@ -255,7 +253,7 @@ class AssembledCircuit(nn.Module):
         mask_ND = self._split_mask(x, observed).flatten(0, 1)
         circuit_N, head_N = self.circuit_index(z)
         out_ND = x_ND.clone()
-        slots = max(1, self._chunk_size() // 4)  # drawing takes more memory than a likelihood
+        slots = max(1, self.conditional.batch_limit // 4)  # drawing takes more memory than a likelihood
         for index_GS, filled_GS in route_in_passes(circuit_N, self.conditional.num_circuits, slots):
             drawn_GSD = self.conditional.sample(
                 x=_as_values(x_ND[index_GS]),
@@ -265,11 +263,6 @@ class AssembledCircuit(nn.Module):
             )
             out_ND[index_GS[filled_GS]] = drawn_GSD[filled_GS].to(out_ND.dtype)
         return self.parts.join(out_ND.view(len(x), self.num_positions, -1))
-
-    def _chunk_size(self) -> int:
-        """How many examples every circuit of the conditional may be given at once."""
-        limit = MAX_NUMBERS["cpu" if self.conditional.device.type == "cpu" else "cuda"]
-        return max(1, limit // self.conditional.plan.num_value_rows)
 
     def _evidence_rows(self, x: Tensor, mask: Tensor | None, margin: float | None) -> Tensor:
         """Evidence of parts (N, D), tied, shape (N, K); or of the parts of examples (B, P, D), shape (B, P, K)."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lvd_lightning import circuits as pc
 from lvd_lightning.files import write_atomically, write_json
-from lvd_lightning.models.assembled import MAX_NUMBERS, AssembledCircuit
+from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.models.routing import route_in_passes
 
 __all__ = ["Candidates", "CircuitGroups", "EvidenceCache", "candidate_table"]
@@ -94,8 +94,7 @@ class CircuitGroups:
             mine = (local_G[circuit] >= 0).nonzero()[:, 0]
             if not len(mine):
                 continue
-            slots = max(1, MAX_NUMBERS["cpu" if part.device.type == "cpu" else "cuda"] // part.plan.num_value_rows)
-            for index_GS, filled_GS in route_in_passes(local_G[circuit[mine]], len(members), slots):
+            for index_GS, filled_GS in route_in_passes(local_G[circuit[mine]], len(members), part.batch_limit):
                 at_GS = mine[index_GS]
                 wanted_GSH = filled_GS[..., None].expand(-1, -1, part.num_heads)
                 log_GSH = part.log_prob(x_ND[item[at_GS]], wanted=wanted_GSH)

@@ -24,7 +24,6 @@ from lvd_lightning.checks import check_at_least
 from lvd_lightning.context import DONE_MARKER, Data, StageContext
 from lvd_lightning.files import write_json
 from lvd_lightning.metrics import MeanLikelihood
-from lvd_lightning.models.assembled import MAX_NUMBERS
 from lvd_lightning.models.leaves import LeafChoice
 from lvd_lightning.models.structures import PartStructure, StructureName, num_outcomes
 from lvd_lightning.parts import example_leaf
@@ -374,9 +373,7 @@ class _RandomBatches(Sampler[Tensor]):
 
 def _log_prob(circuit: pc.Circuit, images: Tensor) -> Tensor:
     """log p(x) in nats of whole examples, in bounded memory."""
-    limit = MAX_NUMBERS["cpu" if circuit.device.type == "cpu" else "cuda"]
-    step = max(1, limit // circuit.plan.num_value_rows)
-    return torch.cat([circuit.log_prob(part.flatten(1))[:, 0] for part in images.split(step)])
+    return torch.cat([circuit.log_prob(part.flatten(1))[:, 0] for part in images.split(circuit.batch_limit)])
 
 
 def _mean_likelihood(circuit: pc.Circuit, data: Data, split: str) -> float:

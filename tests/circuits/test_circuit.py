@@ -11,6 +11,7 @@ from helpers.cases import few_discrete_structures, few_structures
 from helpers.gradients import EXACT
 
 import lvd_lightning.circuits as pc
+from lvd_lightning.circuits import circuit as module
 
 
 def test_worlds_sum_to_one(discrete: Any) -> None:
@@ -241,3 +242,11 @@ def test_buffers_of_inference_mode_stay_in_it() -> None:
     with torch.no_grad():
         torch.testing.assert_close(circuit.log_prob(x), inside)
     circuit.log_prob(x).sum().backward()
+
+
+def test_a_pass_holds_as_many_examples_as_its_values_leave_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    circuit = pc.Circuit([pc.hclt([-1, 0, 0], 4, pc.Bernoulli())] * 2)
+    rows = circuit.plan.num_value_rows
+    for room, expected in ((10 * rows, 10), (10 * rows - 1, 9), (rows - 1, 1)):
+        monkeypatch.setitem(module.MAX_NUMBERS, "cpu", room)
+        assert circuit.batch_limit == expected

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
-from lvd_lightning.growing import CircuitSize, edits, examples, grow_circuits, mean_log_probs, prune_circuits
+from lvd_lightning.circuits import circuit as limits
+from lvd_lightning.growing import CircuitSize, examples, grow_circuits, mean_log_probs, prune_circuits
 
 
 @pytest.fixture(autouse=True)
 def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examples, "CHUNK_IMAGES", 7)
-    monkeypatch.setitem(edits.MAX_NUMBERS, "cpu", 2000)
+    monkeypatch.setitem(limits.MAX_NUMBERS, "cpu", 2000)
 
 
 def own(small: Any, g: int, heads: list[int] | None = None) -> tuple[Tensor, Tensor]:

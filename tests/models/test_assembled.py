@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
+from lvd_lightning.circuits import circuit as limits
 from lvd_lightning.models import assembled as module
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.parts import ImagePatches
@@ -49,7 +50,7 @@ def test_evidence_is_that_of_single_circuits(assembled: Any, images: Tensor, mon
     for mask in (None, observed):
         torch.testing.assert_close(assembled.circuit.evidence(images, mask), assembled.given(images, mask))
     whole = assembled.circuit.evidence(images, observed)
-    monkeypatch.setattr(module, "MAX_NUMBERS", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(limits, "MAX_NUMBERS", {"cpu": 1, "cuda": 1})
     torch.testing.assert_close(assembled.circuit.evidence(images, observed), whole)
 
 
@@ -114,7 +115,7 @@ def test_circuits_of_patches(assembled: Any) -> None:
 
 def test_samples_have_the_right_distribution(assembled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # Few slots per pass, so that there are many passes.
-    monkeypatch.setattr(module, "MAX_NUMBERS", {"cpu": 4000 * assembled.circuit.conditional.plan.num_value_rows})
+    monkeypatch.setattr(limits, "MAX_NUMBERS", {"cpu": 4000 * assembled.circuit.conditional.plan.num_value_rows})
     drawn = assembled.circuit.sample(6000, generator=torch.Generator().manual_seed(0))
     assert drawn.shape == (6000, 3, 4, 4)
     assert drawn.dtype == torch.uint8

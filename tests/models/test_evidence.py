@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
+from lvd_lightning.circuits import circuit as limits
 from lvd_lightning.circuits.engine import sparse
-from lvd_lightning.models import assembled as limits
 from lvd_lightning.models import evidence as module
 from lvd_lightning.models.evidence import Candidates, CircuitGroups, EvidenceCache, candidate_table
 
