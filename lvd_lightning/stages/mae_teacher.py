@@ -3,8 +3,6 @@
 Shapes: B images of a batch, P patches.
 """
 
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,6 +17,7 @@ from typing_extensions import override
 from lvd_lightning import teachers
 from lvd_lightning.context import StageContext, VisibleData
 from lvd_lightning.seeds import derive_seed
+from lvd_lightning.stages.schedules import warmup_cosine
 from lvd_lightning.stages.stage import StageModule, image_patches
 
 __all__ = ["MAETeacher", "save_picture"]
@@ -110,11 +109,7 @@ class MAETeacher(StageModule):
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.hparams["lr"], betas=(0.9, 0.95))
         num_steps = self.trainer.estimated_stepping_batches
-        if math.isinf(num_steps):
-            raise ValueError(
-                f"the schedule needs an end: set max_epochs or max_steps of stage {self._context.stage}'s trainer"
-            )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(int(num_steps), self.hparams["warmup"]))
+        schedule = warmup_cosine(optimizer, num_steps, self.hparams["warmup"], self._context.stage)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @override
@@ -190,18 +185,6 @@ def save_picture(module: StageModule, stage_dir: Path, name: str, key: str, pixe
     for logger in module.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(key=key, images=[picture])
-
-
-def warmup_cosine(num_steps: int, warmup: float) -> Callable[[int], float]:
-    """The factor of the learning rate at a step: linear up over the first share, then a half cosine down to zero."""
-    num_warmup = round(warmup * num_steps)
-
-    def factor(step: int) -> float:
-        if step < num_warmup:
-            return (step + 1) / (num_warmup + 1)
-        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - num_warmup) / max(1, num_steps - num_warmup))))
-
-    return factor
 
 
 def reconstruction_rows(

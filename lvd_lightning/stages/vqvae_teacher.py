@@ -5,7 +5,6 @@ Shapes: B images, P patches, K codes.
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +19,7 @@ from lvd_lightning.color import unpatchify
 from lvd_lightning.context import StageContext, VisibleData
 from lvd_lightning.seeds import derive_seed
 from lvd_lightning.stages.mae_teacher import save_picture
+from lvd_lightning.stages.schedules import warmup_cosine
 from lvd_lightning.stages.stage import StageModule, image_patches
 from lvd_lightning.teachers.vqvae_scores import VQVAEScores
 
@@ -116,20 +116,8 @@ class VQVAETeacher(StageModule):
         final_lr, warmup = self.hparams["final_lr"], self.hparams["warmup"]
         if final_lr is None and warmup == 0.0:
             return optimizer
-        num_steps = self.trainer.estimated_stepping_batches
-        if math.isinf(num_steps):
-            raise ValueError(
-                f"the schedule needs an end: set max_epochs or max_steps of stage {self._context.stage}'s trainer"
-            )
-        num_warmup, ratio = round(warmup * num_steps), 1.0 if final_lr is None else final_lr / self.hparams["lr"]
-
-        def factor(step: int) -> float:
-            if step < num_warmup:
-                return (step + 1) / (num_warmup + 1)
-            share = min(1.0, (step - num_warmup) / max(1, num_steps - num_warmup))
-            return ratio + (1.0 - ratio) * 0.5 * (1.0 + math.cos(math.pi * share))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        final = 1.0 if final_lr is None else final_lr / self.hparams["lr"]
+        schedule = warmup_cosine(optimizer, self.trainer.estimated_stepping_batches, warmup, self._context.stage, final)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @override

@@ -166,7 +166,8 @@ def test_number_of_parameters(case: Any) -> None:
             live = node.weight.numel() if node.mask is None else int(node.mask.sum())
             expected += live - node.num_units
         else:
-            free = {pc.Gaussian: 2, pc.DiscretizedLogistic: 2, pc.Binomial: 1}.get(type(node.distribution))
+            two = (pc.Gaussian, pc.DiscretizedGaussian, pc.DiscretizedLogistic)
+            free = {**dict.fromkeys(two, 2), pc.Binomial: 1}.get(type(node.distribution))
             free = node.params.shape[1] - 1 if free is None else free
             expected += node.num_units * free
     assert case.circuit.num_parameters == expected

@@ -32,7 +32,7 @@ def assert_flows(graph: pc.CircuitGraph, reference: Any, expected: dict[int, np.
         if isinstance(node.distribution, pc.Binomial):
             p, total = reference.params[index][:, 0], node.distribution.total
             flow = ((flow[:, 1] - total * p * flow[:, 0]) / (1 - p))[:, None]
-        elif isinstance(node.distribution, pc.Gaussian | pc.DiscretizedLogistic):
+        elif isinstance(node.distribution, pc.Gaussian | pc.DiscretizedGaussian | pc.DiscretizedLogistic):
             mean, spread = reference.params[index].T
             weight, first, second = flow[:, -3:].T  # sums of (r, r y, r y^2) of a normal y with precision r / spread^2
             square = second - 2 * mean * first + mean**2 * weight

@@ -1,6 +1,5 @@
 """The teacher stage: it learns, resumes exactly, validates at fixed masks, and hands on what it learned."""
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from lvd_lightning.color import encode_color
 from lvd_lightning.context import StageContext
 from lvd_lightning.stages import MAETeacher
-from lvd_lightning.stages.mae_teacher import reconstruction_rows, warmup_cosine
+from lvd_lightning.stages.mae_teacher import reconstruction_rows
 from lvd_lightning.teachers import MAE, load_teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on small loaders
@@ -194,14 +193,6 @@ def test_reconstruction_rows_show_pixels_where_they_belong() -> None:
         assert (seen[:, corner, corner] == 128).all()
         seen[:, corner, corner] = rgb[b, :, corner, corner]
         assert torch.equal(seen, rgb[b])
-
-
-def test_warmup_rises_then_falls_to_zero() -> None:
-    factors = [warmup_cosine(100, 0.1)(step) for step in range(101)]
-    assert 0 < factors[0] < factors[9] < factors[10] == 1.0
-    assert all(a >= b for a, b in pairwise(factors[10:]))
-    assert factors[100] == pytest.approx(0.0)
-    assert warmup_cosine(10, 0.0)(0) == 1.0
 
 
 def test_an_endless_trainer_is_refused(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_numbers_that_are_too_small_take_the_general_pass(switch: Any) -> None:
     space = passes.FusedWorkspace(circuit.engine, 1, keep=False)
     batch, tables = circuit.prepare(x, None), circuit.probabilities()
     space.forward(batch, tables)
-    assert inexact(circuit, batch, tables, space) is not None
+    assert inexact(circuit.engine, batch, tables, space) is not None
     torch.testing.assert_close(circuit.log_prob(x).double(), expected, rtol=1e-4, atol=0)
 
 

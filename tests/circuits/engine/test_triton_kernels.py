@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lvd_lightning.circuits as pc
+from lvd_lightning.circuits.engine import bad_flows
 from lvd_lightning.circuits.engine import batch as batches
 from lvd_lightning.circuits.engine.kernels import triton as triton_kernels
 from lvd_lightning.circuits.engine.kernels.triton import check
@@ -47,6 +48,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check values behind the computation, as on a GPU."""
     monkeypatch.setattr(batches, "is_late", lambda device: True)
+    monkeypatch.setattr(bad_flows, "is_late", lambda device: True)
 
 
 @compiled
@@ -113,6 +115,7 @@ def test_live_edges_alone(build_case: Callable[..., Any], rule: Any, monkeypatch
     compare(circuit, case.x[:4], case.observed[:4])
     single, optimizer = circuit.float(), rule(circuit)
     monkeypatch.setattr("lvd_lightning.circuits.em.may_ask", lambda tensor: False)
+    monkeypatch.setattr("lvd_lightning.circuits.circuit.may_ask", lambda tensor: False)
     with triton_kernels.switched(True), NoHostReads():
         (-single.log_prob(case.x[:4].float(), head=0).sum()).backward()
         optimizer.step()
@@ -352,6 +355,7 @@ def test_no_number_is_read_in_a_step(
     head, optimizer = torch.randint(heads, (2,)), rule(circuit)
     # What looks at the device to go on as on a GPU.
     monkeypatch.setattr("lvd_lightning.circuits.em.may_ask", lambda tensor: False)
+    monkeypatch.setattr("lvd_lightning.circuits.circuit.may_ask", lambda tensor: False)
     monkeypatch.setattr("lvd_lightning.circuits.distributions.tables.may_ask", lambda tensor: False)
     with triton_kernels.switched(True):
         train(circuit, x, optimizer, head, observed)  # makes what is made once
