@@ -5,7 +5,6 @@ Shapes: B examples, P parts (positions), D variables of a part, K latent values,
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from lvd_lightning import circuits as pc
 from lvd_lightning.files import write_json
+from lvd_lightning.models.head_index import HeadIndex
 from lvd_lightning.models.routing import route_in_passes
 from lvd_lightning.parts import ImagePatches, Parts, describe_parts, parts_from, variable_type
 
@@ -34,8 +34,11 @@ class AssembledCircuit(nn.Module):
     Args:
         prior: circuit over P variables with soft evidence of K states.
         conditional: batch of circuits (`pc.Circuit([...])`) with K heads altogether over the D variables of a part,
-            tied over positions; or with P x K heads, position by position. Heads are counted through: circuit 0 first.
+            tied over positions; or with P x K heads, position by position.
         parts: how an example falls into parts.
+
+    Attributes:
+        head_index: which head of the conditional a latent value stands for.
 
     Raises:
         ValueError: prior, conditional and parts do not belong together.
@@ -52,15 +55,7 @@ class AssembledCircuit(nn.Module):
         self.num_positions = prior.num_variables
         self.num_states = evidence.num_states
         self._check_parts()
-        self.tied = self._is_tied()
-        heads_G = torch.tensor([structure.num_heads for structure in conditional.structures])
-        first_G = heads_G.cumsum(0) - heads_G
-        self.circuit_of: Tensor  # of every head
-        self.head_of: Tensor  # its number within its circuit
-        self.position_of: Tensor  # of every circuit, if not tied
-        self.register_buffer("circuit_of", torch.arange(len(heads_G)).repeat_interleave(heads_G), persistent=False)
-        self.register_buffer("head_of", torch.arange(len(self.circuit_of)) - first_G[self.circuit_of], persistent=False)
-        self.register_buffer("position_of", first_G // self.num_states, persistent=False)
+        self.head_index = HeadIndex.of(conditional, self.num_states, self.num_positions)
 
     @property
     def num_parameters(self) -> int:
@@ -122,7 +117,7 @@ class AssembledCircuit(nn.Module):
             which takes less time where heads are shared by all positions; None for exact numbers.
         """
         rows, masks = self.split(x), None if observed is None else self._split_mask(x, observed)
-        if self.tied:
+        if self.head_index.tied:
             rows, masks = rows.flatten(0, 1), None if masks is None else masks.flatten(0, 1)
         out = torch.empty(
             *rows.shape[:-1], self.num_states, dtype=self.conditional.dtype, device=self.conditional.device
@@ -132,13 +127,6 @@ class AssembledCircuit(nn.Module):
             at = slice(low, low + step)
             out[at] = self._evidence_rows(rows[at], None if masks is None else masks[at], margin)
         return out.view(len(x), self.num_positions, self.num_states)
-
-    def circuit_index(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Which circuit of the conditional, and which of its heads, models each part: z (B, P) to two of (B P,)."""
-        if not self.tied:
-            z = z + self.num_states * torch.arange(self.num_positions, device=z.device)
-        flat = z.reshape(-1)
-        return self.circuit_of[flat], self.head_of[flat]
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -166,8 +154,7 @@ class AssembledCircuit(nn.Module):
         image, position, state = (posterior_BPK > RARE).nonzero(as_tuple=True)
         weight_N = posterior_BPK[image, position, state]
         item_N = image * self.num_positions + position
-        flat_N = state if self.tied else position * self.num_states + state
-        circuit_N, head_N = self.circuit_of[flat_N], self.head_of[flat_N]
+        circuit_N, head_N = self.head_index.locate(state, position)
         x_ND = self.split(x).flatten(0, 1)
         mask_ND = self._split_mask(x, observed).flatten(0, 1)
         out_ND = torch.zeros(x_ND.shape, dtype=self.conditional.dtype, device=x_ND.device)
@@ -223,20 +210,6 @@ class AssembledCircuit(nn.Module):
                 f"(`pc.Circuit([...])`) over the {size} of a part"
             )
 
-    def _is_tied(self) -> bool:
-        heads = [structure.num_heads for structure in self.conditional.structures]
-        if sum(heads) == self.num_states:
-            return True
-        if sum(heads) != self.num_states * self.num_positions:
-            raise ValueError(
-                f"conditional: has {sum(heads)} heads, expected {self.num_states} (tied over positions) or "
-                f"{self.num_states * self.num_positions} (one set per position)"
-            )
-        ends = set(itertools.accumulate(heads))
-        if not ends.issuperset(range(self.num_states, sum(heads) + 1, self.num_states)):
-            raise ValueError(f"conditional: a circuit has heads of two positions; every {self.num_states} are one's")
-        return False
-
     def _split_mask(self, x: Tensor, observed: Tensor) -> Tensor:
         """The mask of the parts, bool (B, P, D)."""
         fits = all(size in (1, wanted) for size, wanted in zip(observed.shape[::-1], x.shape[::-1]))
@@ -251,7 +224,7 @@ class AssembledCircuit(nn.Module):
         """Draw unobserved variables of every part from the conditional of its latent value."""
         x_ND = self.split(x).flatten(0, 1)
         mask_ND = self._split_mask(x, observed).flatten(0, 1)
-        circuit_N, head_N = self.circuit_index(z)
+        circuit_N, head_N = (found_BP.flatten() for found_BP in self.head_index.locate(z))
         out_ND = x_ND.clone()
         slots = max(1, self.conditional.batch_limit // 4)  # drawing takes more memory than a likelihood
         for index_GS, filled_GS in route_in_passes(circuit_N, self.conditional.num_circuits, slots):
@@ -266,14 +239,17 @@ class AssembledCircuit(nn.Module):
 
     def _evidence_rows(self, x: Tensor, mask: Tensor | None, margin: float | None) -> Tensor:
         """Evidence of parts (N, D), tied, shape (N, K); or of the parts of examples (B, P, D), shape (B, P, K)."""
-        if self.tied:
-            log_GNH = self.conditional.log_prob(x, observed=mask, margin=margin)
-            return log_GNH[self.circuit_of, :, self.head_of].T
-        chosen_GBD = x.transpose(0, 1)[self.position_of]
-        mask_GBD = None if mask is None else mask.transpose(0, 1)[self.position_of]
+        value_K = torch.arange(self.num_states, device=x.device)
+        if self.head_index.tied:
+            circuit_K, head_K = self.head_index.locate(value_K)
+            return self.conditional.log_prob(x, observed=mask, margin=margin)[circuit_K, :, head_K].T
+        position_G = self.head_index.position(torch.arange(self.conditional.num_circuits, device=x.device))
+        chosen_GBD = x.transpose(0, 1)[position_G]
+        mask_GBD = None if mask is None else mask.transpose(0, 1)[position_G]
         log_GBH = self.conditional.log_prob(chosen_GBD, observed=mask_GBD)
-        found_TB = log_GBH[self.circuit_of, :, self.head_of]
-        return found_TB.view(self.num_positions, self.num_states, -1).permute(2, 0, 1)
+        position_P1 = torch.arange(self.num_positions, device=x.device)[:, None]
+        circuit_PK, head_PK = self.head_index.locate(value_K, position_P1)
+        return log_GBH[circuit_PK, :, head_PK].permute(2, 0, 1)
 
 
 def _as_values(x: Tensor) -> Tensor:

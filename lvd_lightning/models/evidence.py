@@ -172,8 +172,8 @@ class Candidates:
         batch, positions, kept = states_BPM.shape
         patches_ND = assembled.split(images).flatten(0, 1)
         item = torch.arange(batch * positions, device=images.device).repeat_interleave(kept)
-        circuit, head = assembled.circuit_index(states_BPM.permute(0, 2, 1).reshape(batch * kept, positions))
-        circuit, head = (found.view(batch, kept, positions).transpose(1, 2).reshape(-1) for found in (circuit, head))
+        position_P1 = torch.arange(positions, device=images.device)[:, None]
+        circuit, head = (found.flatten() for found in assembled.head_index.locate(states_BPM, position_P1))
         return states_BPM, self.groups.log_prob(patches_ND, item, circuit, head).view(batch, positions, kept)
 
 

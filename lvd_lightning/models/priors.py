@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lvd_lightning import circuits as pc
 from lvd_lightning.circuits.structures import chow_liu_tree
+from lvd_lightning.models.head_index import HeadIndex
 
 __all__ = ["chow_liu_prior", "clusters_tree", "hidden_prior", "latent_tree"]
 
@@ -16,22 +17,20 @@ def latent_tree(z: Tensor, num_states: int, max_examples: int = 20000) -> Tensor
     return chow_liu_tree(z, num_categories=num_states, num_bins=num_states, max_examples=max_examples)
 
 
-def clusters_tree(z: Tensor, num_states: int, conditional: pc.Circuit) -> Tensor:
-    """Chow-Liu tree over the circuits that model the patches, where those have several heads; parents (P,).
+def clusters_tree(z: Tensor, heads: HeadIndex) -> Tensor:
+    """Chow-Liu tree over the circuits that model the patches, if all positions share them; parents (P,).
 
     Which head of a circuit models a patch says little about other patches, and the cost of the tree is quadratic in
     the number of values.
 
     Args:
-        z: int64 (N, P), heads counted through: circuit 0 first.
-        num_states: K.
-        conditional: batch of circuits; if it is tied over positions, with K heads altogether.
+        z: int64 (N, P), latent values.
+        heads: which circuit a value stands for; values themselves make the tree if every position has its own.
     """
-    heads_G = torch.tensor([structure.num_heads for structure in conditional.structures])
-    if int(heads_G.sum()) != num_states or len(heads_G) == num_states:
-        return latent_tree(z, num_states)
-    circuit_K = torch.arange(len(heads_G)).repeat_interleave(heads_G)
-    return latent_tree(circuit_K[z], len(heads_G))
+    if not heads.tied:
+        return latent_tree(z, heads.num_values)
+    circuit_NP, _ = heads.locate(z)
+    return latent_tree(circuit_NP, heads.num_circuits)
 
 
 def chow_liu_prior(z: Tensor, num_states: int, parents: Tensor, pseudocount: float = 1.0) -> pc.Circuit:

@@ -24,6 +24,7 @@ from lvd_lightning.latents import load_latents_info
 from lvd_lightning.latents.assignments import read_clusters, write_assignments
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.models.first_circuits import first_circuits
+from lvd_lightning.models.head_index import HeadIndex
 from lvd_lightning.models.leaves import LeafChoice
 from lvd_lightning.models.priors import chow_liu_prior, latent_tree
 from lvd_lightning.models.routing import route
@@ -166,7 +167,7 @@ class ConditionalStudent(EMStudent):
         images, index = batch
         conditional = self.assembled.conditional
         z_BP = self._latent_values(self.clusters_NP["train"][index.cpu()], self.heads_NP[index.cpu()]).to(images.device)
-        circuit_N, head_N = self.assembled.circuit_index(z_BP)
+        circuit_N, head_N = (found_BP.flatten() for found_BP in self.assembled.head_index.locate(z_BP))
         slots = few_sizes(round(self.hparams["slots"] * len(circuit_N) / conditional.num_circuits))
         routed = route(circuit_N, conditional.num_circuits, slots=slots, generator=self.step_generator(batch_idx))
         patches_ND = self.assembled.split(images).flatten(0, 1)
@@ -279,21 +280,18 @@ class ConditionalStudent(EMStudent):
     def _assemble(self, graphs: list[pc.CircuitGraph], heads_NP: Tensor) -> None:
         """The circuits, and their prior by the counts of latent values."""
         self.heads_NP = heads_NP
-        heads_G = torch.tensor([graph.num_heads for graph in graphs])
-        self._first_G = heads_G.cumsum(0) - heads_G
+        num_sets = 1 if self.hparams["tied"] else heads_NP.shape[1]
+        self._head_index = HeadIndex([graph.num_heads for graph in graphs], num_sets)
         conditional = pc.Circuit(graphs)
-        self.num_states = int(heads_G.sum())
-        if not self.hparams["tied"]:
-            self.num_states //= self.heads_NP.shape[1]
         self.assembled = AssembledCircuit(self._prior(), conditional, self._context.data.parts).to(self.device)
 
     def _prior(self) -> pc.Circuit:
         z_NP = self._latent_values(self.clusters_NP["train"], self.heads_NP)
-        return chow_liu_prior(z_NP, self.num_states, self._tree).requires_grad_(False)
+        return chow_liu_prior(z_NP, self._head_index.num_values, self._tree).requires_grad_(False)
 
     def _latent_values(self, clusters: Tensor, heads: Tensor) -> Tensor:
-        """z of patches by cluster and head: heads counted through, circuit 0 first."""
-        return self._first_G[clusters] + heads if self.hparams["tied"] else clusters
+        """z of patches (..., P) by cluster and head."""
+        return self._head_index.value(self._head_index.circuit(clusters), heads)
 
     @torch.no_grad()
     def _update_metrics(self, images: Tensor, index: Tensor) -> None:
@@ -307,7 +305,9 @@ class ConditionalStudent(EMStudent):
         """The likeliest head of each patch's cluster, as a latent value (B, P)."""
         if self.assembled.conditional.num_heads == 1:
             return clusters_BP
-        elsewhere_BPK = self.assembled.circuit_of != clusters_BP[..., None]
+        value_K = torch.arange(self.assembled.num_states, device=clusters_BP.device)
+        circuit_K, _ = self.assembled.head_index.locate(value_K)
+        elsewhere_BPK = circuit_K != clusters_BP[..., None]
         # A patch that no head explains gets one of its own cluster, too.
         return evidence_BPK.nan_to_num(neginf=-1e30).masked_fill(elsewhere_BPK, -torch.inf).argmax(-1)
 

@@ -148,7 +148,7 @@ class FinetuneStudent(EMStudent):
         near = kept_BPK > kept_BPK.amax(-1, keepdim=True) - self.hparams["margin"]
         image, position, state = near.nonzero(as_tuple=True)
         image = image_B[image]
-        circuit, head = self._circuits(position, state)
+        circuit, head = self.assembled.head_index.locate(state, position)
         patches_ND = self.assembled.split(images).flatten(0, 1)
         item = image * self.assembled.num_positions + position
         found_BPK[image, position, state] = self.groups.log_prob(patches_ND, item, circuit, head)
@@ -157,7 +157,7 @@ class FinetuneStudent(EMStudent):
     def _conditional_loss(self, images: Tensor, posterior_BPK: Tensor, batch_idx: int) -> Tensor:
         """Minus the log-likelihoods of the conditionals, weighted by posteriors."""
         image, position, state = (posterior_BPK > self.hparams["posterior_floor"]).nonzero(as_tuple=True)
-        circuit, head = self._circuits(position, state)
+        circuit, head = self.assembled.head_index.locate(state, position)
         conditional = self.assembled.conditional
         # An example is a patch in a circuit: the heads that it may have share everything below them.
         item = image * self.assembled.num_positions + position
@@ -175,11 +175,6 @@ class FinetuneStudent(EMStudent):
         weight_GSH = routed.weight[..., None] * share_GSH
         log_GSH = conditional.log_prob(patches_ND[item[routed.index]], wanted=weight_GSH > 0)
         return -(weight_GSH * log_GSH).sum()
-
-    def _circuits(self, position: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Circuit and head of pairs of a position and a latent value."""
-        flat = state if self.assembled.tied else position * self.assembled.num_states + state
-        return self.assembled.circuit_of[flat], self.assembled.head_of[flat]
 
     def _source(self, context: StageContext, folder: Path) -> EvidenceSource:
         """What training the prior kept, and how to compute the rest of it."""
@@ -199,5 +194,5 @@ class FinetuneStudent(EMStudent):
         kept_BPK = cache.evidence(sample, "cpu")
         near = kept_BPK > kept_BPK.amax(-1, keepdim=True) - self.hparams["margin"]
         _, position, state = near.nonzero(as_tuple=True)
-        circuit, _ = self._circuits(position, state)
+        circuit, _ = self.assembled.head_index.locate(state, position)
         return torch.bincount(circuit, minlength=self.assembled.conditional.num_circuits)

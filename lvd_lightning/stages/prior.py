@@ -21,6 +21,7 @@ from lvd_lightning.latents.assignments import read_assignments
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.models.evidence import Candidates, CircuitGroups, EvidenceCache, candidate_table
 from lvd_lightning.models.evidence_source import EvidenceSource, images_within, save_candidate_table
+from lvd_lightning.models.head_index import HeadIndex
 from lvd_lightning.models.priors import chow_liu_prior, clusters_tree, hidden_prior
 from lvd_lightning.ranks import on_first, rank_and_size, wait
 from lvd_lightning.stages.em_student import EMStudent, Rule
@@ -178,7 +179,7 @@ class PriorStudent(EMStudent):
 
     def _first_prior(self, context: StageContext, num_states: int, conditional: pc.Circuit) -> pc.Circuit:
         z_NP = self.z_NP["train"]
-        tree = clusters_tree(z_NP, num_states, conditional)
+        tree = clusters_tree(z_NP, HeadIndex.of(conditional, num_states, z_NP.shape[1]))
         if self.hparams["num_units"] is None:
             return chow_liu_prior(z_NP, num_states, tree, self.hparams["counts_pseudocount"])
         return hidden_prior(num_states, self.hparams["num_units"], tree, context.generator("parameters"))
@@ -219,8 +220,8 @@ def find_candidates(
     sample = torch.randperm(len(z_NP), generator=context.generator("candidates"))[:num_images].sort().values
     images, z_BP = context.data.batch("train", sample).to(context.device), z_NP[sample].to(context.device)
     table_KM = candidate_table(assembled, images, z_BP, num_candidates)
-    circuit, _ = assembled.circuit_index(table_KM[z_BP].permute(0, 2, 1).reshape(-1, z_NP.shape[1]))
-    load = torch.bincount(circuit, minlength=assembled.conditional.num_circuits)
+    circuit_BMP, _ = assembled.head_index.locate(table_KM[z_BP].permute(0, 2, 1))
+    load = torch.bincount(circuit_BMP.flatten(), minlength=assembled.conditional.num_circuits)
     return Candidates(table_KM, CircuitGroups(assembled.conditional, load))
 
 

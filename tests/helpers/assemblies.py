@@ -54,7 +54,7 @@ class Assembly:
             mask = None if mask_BPD is None else mask_BPD[:, p]
             found = [pc.Circuit(graph).log_prob(patches_BPD[:, p], observed=mask) for graph in self.graphs]
             heads = torch.cat(found, 1).detach()
-            out_BPK[:, p] = heads if self.circuit.tied else heads[:, STATES * p : STATES * (p + 1)]
+            out_BPK[:, p] = heads if self.circuit.head_index.tied else heads[:, STATES * p : STATES * (p + 1)]
         return out_BPK
 
     def log_joint(self, images: Tensor, observed: Tensor | None = None) -> Tensor:

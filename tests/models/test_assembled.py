@@ -107,10 +107,10 @@ def test_number_of_parameters(assembled: Any) -> None:
 
 def test_circuits_of_patches(assembled: Any) -> None:
     z = torch.tensor([[0, 1, 2, 2], [1, 1, 0, 2]])
-    circuit, head = assembled.circuit.circuit_index(z)
-    first = 0 if assembled.circuit.tied else 3 * torch.arange(4)
+    circuit, head = assembled.circuit.head_index.locate(z)
+    first = 0 if assembled.circuit.head_index.tied else 3 * torch.arange(4)
     before = torch.tensor([0, *[graph.num_heads for graph in assembled.graphs]]).cumsum(0)
-    assert torch.equal(before[circuit] + head, (z + first).flatten())
+    assert torch.equal(before[circuit] + head, z + first)
 
 
 def test_samples_have_the_right_distribution(assembled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +181,7 @@ def test_files_keep_every_bit(make_assembly: Callable[..., Any], images: Tensor,
     circuit.save(tmp_path)
     loaded = AssembledCircuit.load(tmp_path)
     assert torch.equal(loaded.log_prob(images), circuit.log_prob(images))
-    assert (loaded.parts.arguments, loaded.tied) == (ImagePatches((3, 4, 4), 2).arguments, kind == "tied")
+    assert (loaded.parts.arguments, loaded.head_index.tied) == (ImagePatches((3, 4, 4), 2).arguments, kind == "tied")
     for name, tensor in circuit.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name])
 

@@ -24,7 +24,7 @@ def joint_gradients(circuit: AssembledCircuit, images: Tensor) -> list[Tensor]:
     columns = []
     for p in range(circuit.num_positions):
         log_GBH = circuit.conditional.log_prob(patches_BPD[:, p])
-        mine = heads if circuit.tied else heads[p * circuit.num_states : (p + 1) * circuit.num_states]
+        mine = heads if circuit.head_index.tied else heads[p * circuit.num_states : (p + 1) * circuit.num_states]
         columns.append(torch.stack([log_GBH[g, :, h] for g, h in mine], 1))
     (-circuit.prior.log_prob(torch.stack(columns, 1)).sum()).backward()
     found = [table.grad.clone() for part in (circuit.prior, circuit.conditional) for table in part.tables]
