@@ -11,7 +11,6 @@ from torch import Tensor
 from lvd_lightning import circuits as pc
 from lvd_lightning.growing.examples import Examples
 from lvd_lightning.models.evidence import CircuitGroups
-from lvd_lightning.models.routing import route_in_passes
 
 __all__ = ["grow_circuits", "prune_circuits"]
 
@@ -66,20 +65,11 @@ def grow_circuits(
 
 def _flows(groups: CircuitGroups, examples: Examples, heads: Tensor | None = None) -> list[pc.Flows]:
     """Sums of flows of every group over all patches, or those of `heads`, bool (G, H), of all processes."""
-    parts = groups.circuits
-    flows = [pc.Flows(part) for part in parts]
+    flows = [pc.Flows(part) for part in groups.circuits]
     for chunk in examples.chunks(groups.whole.device, heads):
-        for members, part, found in zip(groups.members, parts, flows, strict=True):
-            local_G = torch.full((groups.whole.num_circuits,), -1, device=chunk.x.device)
-            local_G[members.to(chunk.x.device)] = torch.arange(len(members), device=chunk.x.device)
-            mine = (local_G[chunk.circuit] >= 0).nonzero()[:, 0]
-            if not len(mine):
-                continue
-            slots = max(1, part.batch_limit // 4)  # flows take a backward pass
-            for index_GS, filled_GS in route_in_passes(local_G[chunk.circuit[mine]], len(members), slots):
-                at_GS = mine[index_GS]
-                head_GS = torch.where(filled_GS, chunk.head[at_GS], 0)
-                found.add(chunk.x[at_GS], head=head_GS, weight=filled_GS.to(part.dtype))
+        for number, index_GS, filled_GS in groups.passes(chunk.circuit, memory=4):  # flows take a backward pass
+            head_GS = torch.where(filled_GS, chunk.head[index_GS], 0)
+            flows[number].add(chunk.x[index_GS], head=head_GS, weight=filled_GS.to(groups.circuits[number].dtype))
     for found in flows:
         found.all_reduce()
     return flows

@@ -6,6 +6,7 @@ Shapes: N images, B batch, P patches, K latent values, M candidates per patch, G
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,19 +88,32 @@ class CircuitGroups:
     def log_prob_of_heads(self, x_ND: Tensor, item: Tensor, circuit: Tensor) -> Tensor:
         """log p of x_ND[item[m]] under all heads of one circuit each, shape (M, H); heads it has not are -inf."""
         out_MH = torch.full((len(item), self.whole.num_heads), -torch.inf, dtype=self.whole.dtype, device=x_ND.device)
-        for members, part in zip(self.members, self.circuits, strict=True):
-            members = members.to(x_ND.device)
-            local_G = torch.full((self.whole.num_circuits,), -1, device=x_ND.device)
-            local_G[members] = torch.arange(len(members), device=x_ND.device)
+        for number, index_GS, filled_GS in self.passes(circuit):
+            part = self.circuits[number]
+            wanted_GSH = filled_GS[..., None].expand(-1, -1, part.num_heads)
+            log_GSH = part.log_prob(x_ND[item[index_GS]], wanted=wanted_GSH)
+            out_MH[index_GS[filled_GS], : part.num_heads] = log_GSH[filled_GS]
+        return out_MH
+
+    def passes(self, circuit: Tensor, memory: int = 1) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Every example once, group by group, each in as many passes as its memory allows.
+
+        circuit: int64 (M,), the circuit of the whole that each example is for.
+        memory: how many times as much as a likelihood alone a pass takes.
+
+        Yields:
+            The number of the group, the indices of examples in the slots of its circuits, int64 (G, S), and which
+            slots are filled, bool (G, S).
+        """
+        for number, (members, part) in enumerate(zip(self.members, self.circuits, strict=True)):
+            local_G = torch.full((self.whole.num_circuits,), -1, device=circuit.device)
+            local_G[members.to(circuit.device)] = torch.arange(len(members), device=circuit.device)
             mine = (local_G[circuit] >= 0).nonzero()[:, 0]
             if not len(mine):
                 continue
-            for index_GS, filled_GS in route_in_passes(local_G[circuit[mine]], len(members), part.batch_limit):
-                at_GS = mine[index_GS]
-                wanted_GSH = filled_GS[..., None].expand(-1, -1, part.num_heads)
-                log_GSH = part.log_prob(x_ND[item[at_GS]], wanted=wanted_GSH)
-                out_MH[at_GS[filled_GS], : part.num_heads] = log_GSH[filled_GS]
-        return out_MH
+            slots = max(1, part.batch_limit // memory)
+            for index_GS, filled_GS in route_in_passes(local_G[circuit[mine]], len(members), slots):
+                yield number, mine[index_GS], filled_GS
 
     def _parameter_rows(self, members: Tensor, part: pc.Circuit) -> list[_Copy]:
         """Where the parameters of a group are in the whole, whose tables may divide its nodes otherwise."""

@@ -73,6 +73,23 @@ class TestGroups:
             assert min(given) <= 8 * rows // part.plan.num_value_rows
         assert max(given) <= 8 * rows // min(part.plan.num_value_rows for part in groups.circuits)
 
+    @pytest.mark.parametrize("memory", [1, 4])
+    def test_passes_take_every_example_once(
+        self, whole: pc.Circuit, monkeypatch: pytest.MonkeyPatch, memory: int
+    ) -> None:
+        groups = CircuitGroups(whole, torch.tensor([500, 300, 0, 100, 50, 30, 20]))
+        monkeypatch.setitem(limits.MAX_NUMBERS, "cpu", 16 * max(part.plan.num_value_rows for part in groups.circuits))
+        _, circuit, _ = pairs(whole, 300, torch.Generator().manual_seed(1))
+        taken, widest = [], 0
+        for number, index, filled in groups.passes(circuit, memory):
+            assert filled.shape[1] <= max(1, groups.circuits[number].batch_limit // memory)
+            widest = max(widest, filled.shape[1])
+            own = groups.members[number][:, None].expand(filled.shape)
+            assert torch.equal(circuit[index[filled]], own[filled])
+            taken += index[filled].tolist()
+        assert sorted(taken) == list(range(300))
+        assert widest > 1
+
     def test_pruned_circuits_are_refreshed(self, whole: pc.Circuit, monkeypatch: pytest.MonkeyPatch) -> None:
         """Groups hold live edges only in tables of their own, which are not those of the whole."""
         monkeypatch.setattr(sparse, "LEAST_WIDTH", 1)
