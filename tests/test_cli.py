@@ -22,7 +22,9 @@ name: base
 shared: {patch_size: 4, num_clusters: 5, color: ycocg_r, region: whole}
 data:
   class_path: datamodules.Arrays
-  init_args: {path: images.npy, image_size: 8, color: "${shared.color}", seed: "${seed}", batch_size: 16}
+  init_args:
+    {path: images.npy, image_size: 8, color: "${shared.color}", seed: "${seed}", batch_size: 16,
+     patch_size: "${shared.patch_size}"}
 trainer: {accelerator: cpu, max_epochs: 7, limit_val_batches: 3}
 stages:
   teacher:
@@ -61,7 +63,7 @@ class TestConfig:
     def test_unknown_name_lists_the_known_ones(self, base: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["fit", "--config", "imagenet33"]) == 2
         assert (
-            "there is no config 'imagenet33'; configs/ has cifar10, folder, folder_pg, imagenet32"
+            "there is no config 'imagenet33'; configs/ has cifar10, digits, folder, folder_pg, imagenet32"
             in capsys.readouterr().err
         )
 

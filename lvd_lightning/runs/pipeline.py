@@ -206,6 +206,9 @@ class Pipeline:
                 f"stage {stage.name!r}: a {type(module).__name__} is neither a StageModule nor a PlainStage"
             )
         module.begin_stage(context)
+        if module.monitor is None:
+            module.follow(context.data.unit)
+        assert module.monitor is not None
         checkpoint = EpochCheckpoint(context.dir, module.monitor, module.monitor_mode)
         metrics = MetricsFile(context.dir / METRICS, lambda: clock.seconds)
         last_epoch = self.ranks.on_first(partial(resume_epoch, checkpoint))

@@ -179,7 +179,7 @@ class CircuitBaseline(StageModule):
     @override
     def on_validation_epoch_end(self) -> None:
         scores = {rule: float(self._metric("val", rule).compute()) for rule in RULES}
-        self.log(self.monitor, self._best(scores), sync_dist=True)  # the same on all ranks
+        self.log(f"val/{self.unit.name}", self._best(scores), sync_dist=True)  # the same on all ranks
         if self.trainer.sanity_checking:
             return
         for rule, score in scores.items():

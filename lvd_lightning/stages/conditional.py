@@ -188,7 +188,7 @@ class ConditionalStudent(EMStudent):
         wanted = index < self.hparams["val_images"]
         if bool(wanted.any()):
             self._update_metrics(images[wanted], index[wanted])
-        self.log(self.monitor, self.val_likelihood, on_step=False, on_epoch=True, prog_bar=True)
+        self.log(f"val/{self.unit.name}", self.val_likelihood, on_step=False, on_epoch=True, prog_bar=True)
         self.log(f"val/lvd_objective_{self.unit.name}", self.val_objective, on_step=False, on_epoch=True)
 
     @override

@@ -110,7 +110,7 @@ class FinetuneStudent(EMStudent):
         wanted = index < self.hparams["val_images"]
         if bool(wanted.any()):
             self.val_likelihood.update(self.assembled.log_prob(images[wanted]))
-        self.log(self.monitor, self.val_likelihood, on_step=False, on_epoch=True, prog_bar=True)
+        self.log(f"val/{self.unit.name}", self.val_likelihood, on_step=False, on_epoch=True, prog_bar=True)
 
     @override
     @torch.no_grad()

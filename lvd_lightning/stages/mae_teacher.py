@@ -3,6 +3,8 @@
 Shapes: B images of a batch, P patches.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import ClassVar
 

@@ -161,7 +161,7 @@ class PriorStudent(EMStudent):
         if bool(wanted.any()):
             evidence_BPK = self.val_cache.evidence(index[wanted], images.device)
             self.val_likelihood.update(self.assembled.prior.log_prob(evidence_BPK)[:, 0])
-        self.log(self.monitor, self.val_likelihood, on_step=False, on_epoch=True, prog_bar=True)
+        self.log(f"val/{self.unit.name}", self.val_likelihood, on_step=False, on_epoch=True, prog_bar=True)
 
     @override
     def finish_stage(self, context: StageContext) -> dict[str, float]:

@@ -87,7 +87,8 @@ class StageModule(Stage, LightningModule):
     A module that defines `train_dataloader` brings its own data (patches, codes, cached likelihoods); otherwise the
     loaders are those of the datamodule and yield `(examples [b, ...], index int64 [b])`.
 
-    monitor, monitor_mode: the logged validation metric that says which epoch is best; see `follow`.
+    monitor, monitor_mode: the logged validation metric that says which epoch is best; None: the validation
+        likelihood in the data's unit, `val/<unit>`. See `follow`.
     em: whether the module is trained by EM, whose optimizers all-reduce sums themselves, so that the distributed
         strategy has to leave its gradients alone.
     accumulates: for those, whether flows of several batches are added up for one step.
@@ -108,7 +109,7 @@ class StageModule(Stage, LightningModule):
         ('min', ())
     """
 
-    monitor: str = "val/loss"
+    monitor: str | None = None
     monitor_mode: str = "min"
     em: ClassVar[bool] = False
     accumulates: ClassVar[bool] = False

@@ -14,6 +14,7 @@ from callbacks import LogGrowth, ReassignClusters
 from lvd_lightning.runs.metrics_file import MetricsFile
 from lvd_lightning.runs.pictures import growth_series
 from lvd_lightning.stages import ConditionalStudent, PriorStudent
+from lvd_lightning.units import BitsPerDimension
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on small loaders
 
@@ -64,8 +65,8 @@ def test_sizes_and_bpd_by_epoch() -> None:
         {"epoch": "1", "train/bpd": "4.9"},
         {"epoch": "1", "val/bpd": "4.5"},
     ]
-    assert growth_series(rows) == [(0, 4.0, 90.0, 5.0), (1, 6.0, 120.0, 4.5)]
-    assert growth_series(rows[:1]) == []
+    assert growth_series(rows, BitsPerDimension()) == [(0, 4.0, 90.0, 5.0), (1, 6.0, 120.0, 4.5)]
+    assert growth_series(rows[:1], BitsPerDimension()) == []
 
 
 def test_pictures_go_to_wandb(coarse: Any, monkeypatch: pytest.MonkeyPatch) -> None:

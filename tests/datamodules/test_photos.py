@@ -12,7 +12,7 @@ from datamodules.splits import SPLITS
 
 def show(monkeypatch: pytest.MonkeyPatch, *pictures: np.ndarray) -> None:
     """Put other photographs in the place of the real ones."""
-    monkeypatch.setattr(photos, "load_sample_images", lambda: SimpleNamespace(images=list(pictures)))
+    monkeypatch.setattr("sklearn.datasets.load_sample_images", lambda: SimpleNamespace(images=list(pictures)))
 
 
 def test_the_photographs_give_all_three_splits() -> None:

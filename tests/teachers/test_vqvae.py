@@ -209,7 +209,7 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="prior_hidden_size is 30"):
         VQVAE(prior_hidden_size=30)
     vqvae = _make()
-    with pytest.raises(ValueError, match="expected uint8"):
+    with pytest.raises(ValueError, match="expected whole numbers"):
         vqvae.features(_images(1).float())
     with pytest.raises(ValueError, match="encodes whole images"):
         vqvae.features(_images(1), torch.ones(16, 16, dtype=torch.bool))
