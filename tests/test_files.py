@@ -4,6 +4,7 @@ import errno
 import json
 import resource
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,18 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond 4 KiB: writing more fails as it does on a full disk, without the name of the file."""
+    """No file may grow beyond 4 KiB: writing more fails as it does on a full disk, without the name of the file.
+
+    For the writing alone: what pytest prints may go to a file as well.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_written_whole(tmp_path: Path) -> None:
@@ -60,10 +66,10 @@ def test_a_writer_is_given_a_path_with_the_suffix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path: Path, full_disk: None, name: str) -> None:
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path: Path, name: str) -> None:
     path = tmp_path / "some.file"
     path.write_text("before")
-    with pytest.raises(OSError, match=r"some\.file") as raised:
+    with pytest.raises(OSError, match=r"some\.file") as raised, full_disk():
         WRITERS[name](path)
     assert ".partial" not in str(raised.value)
     assert raised.value.errno == (errno.EIO if name in ("array", "tensors") else errno.EFBIG)
