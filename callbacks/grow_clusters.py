@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from callbacks.structure_edit import StructureEdit
+from lvd_lightning.checks import check_at_least, check_counts, check_share
 from lvd_lightning.growing import CircuitSize, grow_circuits, mean_log_probs, recluster, select_heads
 from lvd_lightning.stages.conditional import ConditionalStudent
 
@@ -55,14 +56,9 @@ class GrowClusters(StructureEdit):
         last_epoch: int | None = None,
     ) -> None:
         super().__init__(every_n_epochs, first_epoch, last_epoch)
-        if target < 1:
-            raise ValueError(f"target: got {target}, expected at least 1 head per circuit")
-        if not 0 <= share < 1:
-            raise ValueError(f"share: got {share}, expected 0 <= share < 1, a part of a circuit's patches")
-        if min_examples < 1:
-            raise ValueError(f"min_examples: got {min_examples}, expected at least 1")
-        if not sigma >= 0:
-            raise ValueError(f"sigma: got {sigma}, expected 0 or more")
+        check_counts(target=target, min_examples=min_examples)
+        check_share(share=share)
+        check_at_least(0, sigma=sigma)
         self.target, self.share, self.min_examples, self.sigma = target, share, min_examples, sigma
 
     @override

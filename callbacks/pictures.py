@@ -8,6 +8,8 @@ from pathlib import Path
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from lvd_lightning.checks import check_counts
+
 __all__ = ["PictureCallback"]
 
 
@@ -20,8 +22,7 @@ class PictureCallback(Callback):
     """
 
     def __init__(self, every_n_epochs: int, seed: int = 0) -> None:
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs: got {every_n_epochs}, expected at least 1")
+        check_counts(every_n_epochs=every_n_epochs)
         self.every_n_epochs = every_n_epochs
         self.seed = seed
 

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from typing_extensions import override
 
 from callbacks.structure_edit import StructureEdit
+from lvd_lightning.checks import check_share
 from lvd_lightning.growing import CircuitSize, prune_circuits
 from lvd_lightning.stages.conditional import ConditionalStudent
 
@@ -41,8 +42,7 @@ class Prune(StructureEdit):
         last_epoch: int | None = None,
     ) -> None:
         super().__init__(every_n_epochs, first_epoch, last_epoch)
-        if not 0 <= threshold < 1:
-            raise ValueError(f"threshold: got {threshold}, expected 0 <= threshold < 1, a share of the examples' flow")
+        check_share(threshold=threshold)
         self.threshold = threshold
 
     @override

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from typing_extensions import override
 
 from callbacks.structure_edit import StructureEdit
+from lvd_lightning.checks import check_at_least
 from lvd_lightning.growing import best_heads
 from lvd_lightning.stages.conditional import ConditionalStudent
 
@@ -42,8 +43,7 @@ class ReassignClusters(StructureEdit):
         last_epoch: int | None = None,
     ) -> None:
         super().__init__(every_n_epochs, first_epoch, last_epoch)
-        if not reluctance >= 0:
-            raise ValueError(f"reluctance: got {reluctance}, expected 0 nats or more")
+        check_at_least(0, reluctance=reluctance)
         self.reluctance = reluctance
 
     @override

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lvd_lightning.checks import check_counts, expect
 from lvd_lightning.stages.conditional import ConditionalStudent
 
 __all__ = ["StructureEdit"]
@@ -33,15 +34,13 @@ class StructureEdit(Callback, ABC):
     position: ClassVar[int] = 0
 
     def __init__(self, every_n_epochs: int = 5, first_epoch: int | None = None, last_epoch: int | None = None) -> None:
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs: got {every_n_epochs}, expected at least 1")
+        check_counts(every_n_epochs=every_n_epochs)
         self.every_n_epochs = every_n_epochs
         self.first_epoch = every_n_epochs if first_epoch is None else first_epoch
         self.last_epoch = last_epoch
-        if self.first_epoch < 1:
-            raise ValueError(f"first_epoch: got {first_epoch}, expected at least 1: circuits are trained first")
-        if last_epoch is not None and last_epoch < self.first_epoch:
-            raise ValueError(f"last_epoch: got {last_epoch}, expected first_epoch, {self.first_epoch}, or later")
+        expect(self.first_epoch >= 1, "first_epoch", first_epoch, "at least 1: circuits are trained first")
+        is_later = last_epoch is None or last_epoch >= self.first_epoch
+        expect(is_later, "last_epoch", last_epoch, f"first_epoch, {self.first_epoch}, or later")
 
     def should_act(self, epoch: int) -> bool:
         """Whether to act at the start of this epoch (counted from 0)."""

@@ -16,6 +16,7 @@ from datamodules.files import require, resolve
 from datamodules.images import ImageRows, Pixels, encode_images
 from datamodules.rgb import RGBDataModule
 from datamodules.splits import SPLITS, Rows, Split, check_fractions, divide
+from lvd_lightning.checks import expect
 
 __all__ = ["Arrays", "MappedImages"]
 
@@ -167,8 +168,7 @@ def _read_archive(file: Path, key: str | None) -> Pixels:
     names = _names(file)
     if key is None and len(names) == 1:
         key = names[0]
-    if key not in names:
-        raise ValueError(f"key: got {key!r}, expected one of the arrays in {file}: {', '.join(names)}")
+    expect(key in names, "key", key, f"one of the arrays in {file}: {', '.join(names)}")
     try:
         with np.load(file, allow_pickle=False) as archive:
             return archive[key]

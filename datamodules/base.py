@@ -15,6 +15,7 @@ from datamodules.identity import identity_of_images
 from datamodules.images import ImageRows, IndexedImages
 from datamodules.sampler import GlobalBatchSampler
 from datamodules.splits import SPLITS, Rows, Split, subset
+from lvd_lightning.checks import check_at_least, check_choice, check_counts
 from lvd_lightning.parts import ImagePatches
 from lvd_lightning.ranks import rank_and_size
 from lvd_lightning.units import BitsPerDimension, Unit
@@ -71,16 +72,10 @@ class ImageDataModule(LightningDataModule):
         max_examples: int | None = None,
     ) -> None:
         super().__init__()
-        for name, number, least in (
-            ("patch_size", patch_size, 1),
-            ("batch_size", batch_size, 1),
-            ("val_batch_size", val_batch_size, 1),
-            ("max_examples", max_examples, 1),
-            ("num_workers", num_workers, 0),
-            ("seed", seed, 0),
-        ):
-            if number is not None and number < least:
-                raise ValueError(f"{name}: got {number}, expected at least {least}")
+        check_counts(
+            patch_size=patch_size, batch_size=batch_size, val_batch_size=val_batch_size, max_examples=max_examples
+        )
+        check_at_least(0, num_workers=num_workers, seed=seed)
         self.patch_size = patch_size
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -182,8 +177,7 @@ class ImageDataModule(LightningDataModule):
 
     def images(self, split: Split) -> Tensor | ImageRows:
         """All images of a split, encoded, with shape (N, C, H, W); large sets give an object indexed like a tensor."""
-        if split not in SPLITS:
-            raise ValueError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
+        check_choice(SPLITS, split=split)
         if not self._images:
             raise RuntimeError(f"{type(self).__name__} holds no images yet: call setup() first")
         return self._images[split]

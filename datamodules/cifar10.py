@@ -11,6 +11,7 @@ from datamodules.files import require, resolve
 from datamodules.pickles import read_pixels
 from datamodules.rgb import RGBDataModule
 from datamodules.splits import Split, carve
+from lvd_lightning.checks import expect
 
 __all__ = ["CIFAR10"]
 
@@ -41,8 +42,7 @@ class CIFAR10(RGBDataModule):
 
     def __init__(self, path: str, num_val: int = 5000, **common: Any) -> None:
         super().__init__(**common)
-        if self.image_size != 32:
-            raise ValueError(f"image_size: got {self.image_size}, CIFAR-10 is 32 x 32")
+        expect(self.image_size == 32, "image_size", self.image_size, "32: CIFAR-10 is 32 x 32")
         self.path = path
         self.num_val = num_val
 
@@ -57,8 +57,8 @@ class CIFAR10(RGBDataModule):
         )
         known = np.concatenate([read_pixels(folder / name, self.image_size) for name in TRAIN_FILES])
         test = read_pixels(folder / TEST_FILE, self.image_size)
-        if not 0 < self.num_val < len(known):
-            raise ValueError(f"num_val: got {self.num_val}, expected 1 to {len(known) - 1} of the training images")
+        fits = 0 < self.num_val < len(known)
+        expect(fits, "num_val", self.num_val, f"1 to {len(known) - 1} of the training images")
         train_rows, val_rows = carve(len(known), self.num_val)
         return {
             "train": self.encode(known[train_rows[self.limit(len(train_rows))]]),

@@ -15,6 +15,7 @@ from typing_extensions import override
 from datamodules.base import ImageDataModule
 from datamodules.files import resolve
 from datamodules.splits import Split, carve
+from lvd_lightning.checks import check_choice, expect
 
 __all__ = ["EMNIST", "MNIST", "FashionMNIST"]
 
@@ -58,8 +59,8 @@ class MNIST(ImageDataModule):
     @override
     def load(self) -> Mapping[Split, Tensor]:
         known, test = (self._read(self.files[name]) for name in ("train", "test"))
-        if not 0 < self.num_val < len(known):
-            raise ValueError(f"num_val: got {self.num_val}, expected 1 to {len(known) - 1} of the training images")
+        fits = 0 < self.num_val < len(known)
+        expect(fits, "num_val", self.num_val, f"1 to {len(known) - 1} of the training images")
         train_rows, val_rows = carve(len(known), self.num_val)
         return {
             "train": known[torch.from_numpy(train_rows[self.limit(len(train_rows))])],
@@ -122,8 +123,7 @@ class EMNIST(MNIST):
 
     def __init__(self, path: str, subset: str = "letters", num_val: int = 5000, **common: Any) -> None:
         super().__init__(path, num_val, **common)
-        if subset not in EMNIST_SETS:
-            raise ValueError(f"subset: got {subset!r}, expected one of {', '.join(EMNIST_SETS)}")
+        check_choice(EMNIST_SETS, subset=subset)
         self.files = {  # type: ignore[misc]
             name: f"emnist-{subset}-{name}-images-idx3-ubyte" for name in ("train", "test")
         }

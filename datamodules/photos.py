@@ -12,6 +12,7 @@ from typing_extensions import override
 from datamodules.images import Pixels
 from datamodules.rgb import RGBDataModule
 from datamodules.splits import SPLITS, Split, subset
+from lvd_lightning.checks import check_counts
 
 __all__ = ["Photos"]
 
@@ -54,13 +55,9 @@ class Photos(RGBDataModule):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if reduce < 1:
-            raise ValueError(f"reduce: got {reduce}, expected at least 1")
+        check_counts(reduce=reduce, num_train=num_train, num_val=num_val, num_test=num_test)
         self.reduce = reduce
         self.num_crops: dict[Split, int] = {"train": num_train, "val": num_val, "test": num_test}
-        for split, number in self.num_crops.items():
-            if number < 1:
-                raise ValueError(f"num_{split}: got {number}, expected at least 1")
         self.flip = flip
 
     @override

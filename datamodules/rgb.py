@@ -7,6 +7,7 @@ from typing_extensions import override
 
 from datamodules.base import ImageDataModule
 from datamodules.images import Pixels, encode_images
+from lvd_lightning.checks import check_choice, check_counts, expect
 from lvd_lightning.color import COLORS, REGIONS, decode_color, decode_mean, is_lossy
 
 __all__ = ["RGBDataModule"]
@@ -41,11 +42,10 @@ class RGBDataModule(ImageDataModule):
 
     def __init__(self, image_size: int = 32, color: str = "ycocg_r", region: str = "whole", **common: Any) -> None:
         super().__init__(**common)
-        for name, value, choices in (("color", color, COLORS), ("region", region, REGIONS)):
-            if value not in choices:
-                raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
-        if image_size < 1 or (region == "quadrant" and image_size % 2):
-            raise ValueError(f"image_size: got {image_size}, expected a positive number, even for a quadrant")
+        check_choice(COLORS, color=color)
+        check_choice(REGIONS, region=region)
+        check_counts(image_size=image_size)
+        expect(region != "quadrant" or not image_size % 2, "image_size", image_size, "an even number, for quadrants")
         self.image_size = image_size
         self.color = color
         self.region = region

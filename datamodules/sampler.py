@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from lvd_lightning.checks import expect
+
 __all__ = ["GlobalBatchSampler"]
 
 
@@ -42,8 +44,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank: got {rank}, expected 0 to {world_size - 1} for a world_size of {world_size}")
+        expect(0 <= rank < world_size, "rank", rank, f"0 to {world_size - 1} for a world_size of {world_size}")
         if batch_size < world_size:
             raise ValueError(
                 f"batch_size: {batch_size} examples do not go round {world_size} ranks; it counts all ranks together"

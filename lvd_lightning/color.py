@@ -6,6 +6,8 @@ Shapes: B images, P patches, H height, W width, p patch side; leading dimensions
 import torch
 from torch import Tensor
 
+from lvd_lightning.checks import check_choice
+
 __all__ = [
     "COLORS",
     "REGIONS",
@@ -103,7 +105,7 @@ def decode_mean(images: Tensor, color: str) -> Tensor:
     Raises:
         ValueError: the colour is unknown, or there are not three channels.
     """
-    _check_name(color)
+    check_choice(COLORS, color=color)
     if images.ndim < 3 or images.shape[-3] != 3:
         raise ValueError(f"images: got shape {tuple(images.shape)}, expected (..., 3, H, W)")
     first, second, third = images.double().unbind(-3)
@@ -122,7 +124,7 @@ def decode_mean(images: Tensor, color: str) -> Tensor:
 
 def is_lossy(color: str) -> bool:
     """Whether the encoding merges colours, so that whatever prints a likelihood has to say so."""
-    _check_name(color)
+    check_choice(COLORS, color=color)
     return color == "ycbcr_lossy"
 
 
@@ -139,8 +141,7 @@ def crop_region(images: Tensor, region: str) -> Tensor:
     Raises:
         ValueError: the region is unknown, or an odd side has no half.
     """
-    if region not in REGIONS:
-        raise ValueError(f"region: got {region!r}, expected one of {', '.join(REGIONS)}")
+    check_choice(REGIONS, region=region)
     if region == "whole":
         return images
     height, width = images.shape[-2:]
@@ -197,13 +198,8 @@ def unpatchify(patches: Tensor, patch_size: int, height: int, width: int) -> Ten
     return cells.reshape(count, channels, height, width)
 
 
-def _check_name(color: str) -> None:
-    if color not in COLORS:
-        raise ValueError(f"color: got {color!r}, expected one of {', '.join(COLORS)}")
-
-
 def _check(images: Tensor, color: str) -> None:
-    _check_name(color)
+    check_choice(COLORS, color=color)
     if images.dtype != torch.uint8 or images.ndim < 3 or images.shape[-3] != 3:
         raise ValueError(f"images: got {images.dtype} of shape {tuple(images.shape)}, expected uint8 (..., 3, H, W)")
 

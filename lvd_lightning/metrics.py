@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lvd_lightning.checks import check_counts
 from lvd_lightning.units import BitsPerDimension, Unit
 
 __all__ = ["BitsPerDim", "LVDGap", "MeanLikelihood"]
@@ -36,8 +37,7 @@ class MeanLikelihood(Metric):
 
     def __init__(self, unit: Unit, num_dims: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if num_dims < 1:
-            raise ValueError(f"num_dims: expected at least 1, got {num_dims}")
+        check_counts(num_dims=num_dims)
         self.unit = unit
         self.num_dims = num_dims
         self.add_state("nats", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -95,8 +95,7 @@ class LVDGap(Metric):
 
     def __init__(self, unit: Unit, num_dims: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if num_dims < 1:
-            raise ValueError(f"num_dims: expected at least 1, got {num_dims}")
+        check_counts(num_dims=num_dims)
         self.unit = unit
         self.num_dims = num_dims
         for name in self.STATES:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from lvd_lightning.checks import expect
 from lvd_lightning.circuits.distributions import Categorical, Distribution
 from lvd_lightning.color import patchify, unpatchify
 
@@ -77,8 +78,8 @@ class ImagePatches:
                 f"patch_size: {patch_size} does not tile images of {height} x {width}; choose a divisor of both"
             )
         numbers = [num_categories] * channels if isinstance(num_categories, int) else list(num_categories)
-        if len(numbers) != channels or min(numbers) < 2:
-            raise ValueError(f"num_categories: got {num_categories}, expected 2 or more, or one such for each channel")
+        fits = len(numbers) == channels and min(numbers) >= 2
+        expect(fits, "num_categories", num_categories, "2 or more, or one such for each channel")
         self.example_shape: tuple[int, ...] = (channels, height, width)
         self.patch_size = patch_size
         self.num_categories = tuple(numbers)

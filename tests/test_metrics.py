@@ -48,7 +48,7 @@ def test_impossible_examples_are_infinite_and_no_examples_are_nan() -> None:
 
 
 def test_no_dimensions_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_dims: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_dims: got 0, expected a whole number of at least 1"):
         BitsPerDim(0)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lvd_lightning.checks import check_share
+
 __all__ = ["select_heads"]
 
 
@@ -28,8 +30,7 @@ def select_heads(
     References:
         Liu, Liu, Van den Broeck and Liang, ICML 2023, Algorithm 1.
     """
-    if not 0 <= share < 1:
-        raise ValueError(f"share: got {share}, expected 0 <= share < 1, a part of a circuit's examples")
+    check_share(share=share)
     out: list[list[int]] = []
     for g, heads in enumerate(num_heads):
         counts, means = count[g, :heads].tolist(), mean[g, :heads].tolist()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lvd_lightning.checks import check_choice
 from lvd_lightning.context import Artefacts, StageContext
 from lvd_lightning.files import write_array, write_json
 from lvd_lightning.latents.clusters import INFO_FILE, assignments_path
@@ -78,8 +79,7 @@ def load_assignments(stage_dir: str | os.PathLike[str], split: str) -> Tensor:
         FileNotFoundError: if the stage has not been run.
         ValueError: if the file does not hold clusters of that stage.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+    check_choice(SPLITS, split=split)
     info, path = load_latents_info(stage_dir), assignments_path(Path(stage_dir), split)
     stage = path.parent.name
     if not path.is_file():

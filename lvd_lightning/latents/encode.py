@@ -79,7 +79,7 @@ def _in_context(teacher: Any, settings: LatentsSettings) -> bool:
     """Whether patches are encoded together with their ancestors in a tree."""
     if settings.context == "tree" and not teacher.contextual:
         raise ValueError(
-            f"context is 'tree', but a {type(teacher).__name__} encodes whole images: leave it away or say none"
+            f"context: got 'tree', but a {type(teacher).__name__} encodes whole images: leave it away or say none"
         )
     return bool(teacher.contextual) and settings.context != "none"
 
@@ -89,11 +89,11 @@ def _codebook(teacher: Any, settings: LatentsSettings) -> Tensor | None:
     if settings.method != "codes":
         return None
     if not hasattr(teacher, "codes"):
-        raise ValueError("method is 'codes', but there is no teacher with codes: train a VQVAE, or say kmeans")
+        raise ValueError("method: got 'codes', but there is no teacher with codes: train a VQVAE, or say kmeans")
     codebook: Tensor = teacher.codebook.codes.cpu()
     if settings.num_clusters not in (None, len(codebook)):
         raise ValueError(
-            f"num_clusters is {settings.num_clusters}, but the teacher's codebook has {len(codebook)} codes: "
+            f"num_clusters: got {settings.num_clusters}, but the teacher's codebook has {len(codebook)} codes: "
             "with method codes say the same number, or null"
         )
     return codebook

@@ -6,6 +6,8 @@ Shapes: N points, E features, K clusters.
 import torch
 from torch import Tensor
 
+from lvd_lightning.checks import expect
+
 __all__ = ["add_seeds", "assign", "fit_centroids", "refine", "used_centroids"]
 
 _CHUNK_ENTRIES = 2**24  # scores of a chunk of points against all centroids: 128 MiB of float64
@@ -43,9 +45,9 @@ def fit_centroids(
     """
     points_NE = points.detach().to("cpu", torch.float32).contiguous()
     if points_NE.dim() != 2 or not points_NE.isfinite().all():
-        raise ValueError(f"points have shape {tuple(points.shape)} or are not all finite, expected finite (N, E)")
-    if not 1 <= num_clusters <= len(points_NE):
-        raise ValueError(f"num_clusters is {num_clusters}, expected 1 to the number of points, {len(points_NE)}")
+        raise ValueError(f"points: got shape {tuple(points.shape)} or not all are finite, expected finite (N, E)")
+    fits = 1 <= num_clusters <= len(points_NE)
+    expect(fits, "num_clusters", num_clusters, f"1 to the number of points, {len(points_NE)}")
     generator = generator or torch.Generator().manual_seed(0)
     seed = int(torch.randint(2**31 - 1, (), generator=generator))
     centroids_KE = _train_faiss(points_NE, num_clusters, iterations, seed, num_threads)

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
+from lvd_lightning.checks import check_choice, check_counts, expect
+
 __all__ = ["SPLITS", "LatentsContext", "LatentsSettings", "float64_device"]
 
 SPLITS = ("train", "val", "test")
@@ -69,18 +71,13 @@ class LatentsSettings:
     num_threads: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_clusters", "max_points", "iterations", "batch_size", "context_images", "pca", "num_threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
-        if self.method not in ("kmeans", "codes"):
-            raise ValueError(f"method is {self.method!r}, expected 'kmeans' or 'codes'")
-        if self.method == "kmeans" and self.num_clusters is None:
-            raise ValueError("num_clusters is missing: the number of values of a latent variable")
-        if self.context not in (None, "tree", "none"):
-            raise ValueError(f"context is {self.context!r}, expected 'tree' or 'none'")
-        if self.center not in (None, "position", "none"):
-            raise ValueError(f"center is {self.center!r}, expected 'position' or 'none'")
+        counts = ("num_clusters", "max_points", "iterations", "batch_size", "context_images", "pca", "num_threads")
+        check_counts(**{name: getattr(self, name) for name in counts})
+        check_choice(("kmeans", "codes"), method=self.method)
+        is_told = self.method != "kmeans" or self.num_clusters is not None
+        expect(is_told, "num_clusters", self.num_clusters, "the number of values of a latent variable")
+        check_choice(("tree", "none"), context=self.context)
+        check_choice(("position", "none"), center=self.center)
         if self.method == "codes":
             for name, value, only in (
                 ("pooled", self.pooled, True),
@@ -88,11 +85,13 @@ class LatentsSettings:
                 ("pca", self.pca, None),
                 ("whiten", self.whiten, False),
             ):
-                if value != only:
-                    raise ValueError(
-                        f"{name} is {value!r}, expected {only!r} with method codes: codes are nearest to the "
-                        "features as they are, and the same for all positions"
-                    )
+                expect(
+                    value == only,
+                    name,
+                    value,
+                    f"{only!r} with method codes: codes are nearest to the features as they are, and the same for all "
+                    "positions",
+                )
 
 
 def float64_device(device: torch.device) -> torch.device:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lvd_lightning.checks import expect
 from lvd_lightning.latents.features import PatchVectors
 
 __all__ = ["AffineMap", "fit_map"]
@@ -70,8 +71,8 @@ def fit_map(
         ValueError: if there are fewer features than components.
     """
     num_features = vectors.shape[2]
-    if num_components is not None and not 1 <= num_components <= num_features:
-        raise ValueError(f"pca is {num_components}, expected 1 to the number of features, {num_features}")
+    fits = num_components is None or 1 <= num_components <= num_features
+    expect(fits, "pca", num_components, f"1 to the number of features, {num_features}")
     rotate = num_components is not None or whiten
     if not center and not rotate:
         return AffineMap(torch.zeros(1, num_features), None)

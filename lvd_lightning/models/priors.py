@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lvd_lightning import circuits as pc
+from lvd_lightning.checks import expect
 from lvd_lightning.circuits.structures import chow_liu_tree
 from lvd_lightning.models.head_index import HeadIndex
 
@@ -44,8 +45,7 @@ def chow_liu_prior(z: Tensor, num_states: int, parents: Tensor, pseudocount: flo
         z: int64 (N, P), values below `num_states`.
         parents: (P,) from `latent_tree`.
     """
-    if not pseudocount > 0:
-        raise ValueError(f"pseudocount: must be positive, or some states are impossible for good, got {pseudocount}")
+    expect(pseudocount > 0, "pseudocount", pseudocount, "more than 0, or some states are impossible for good")
     graph = pc.hclt(parents, num_states, pc.SoftEvidence(num_states))
     variable_of = {node: v for v, node in graph.latents.items()}
     overall_K = torch.bincount(z.reshape(-1), minlength=num_states).double() + 1e-3

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lvd_lightning.checks import check_counts
 from lvd_lightning.circuits.engine.workspace import few_sizes
 
 __all__ = ["Routed", "route", "route_in_passes"]
@@ -48,8 +49,7 @@ def route(
         weight: (N,) of the examples, 0 or larger; 1 by default.
         generator: for the samples; not used if there are slots for all.
     """
-    if slots is not None and slots < 1:
-        raise ValueError(f"slots: expected at least 1, got {slots}")
+    check_counts(slots=slots)
     weights = torch.ones(len(circuit), device=circuit.device) if weight is None else weight
     counts = torch.bincount(circuit, minlength=num_circuits)
     busiest = int(counts.max())

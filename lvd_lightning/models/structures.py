@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lvd_lightning import circuits as pc
-from lvd_lightning.checks import check_at_least
+from lvd_lightning.checks import check_choice, check_counts, expect
 from lvd_lightning.circuits.structures.regions import ProductKind
 
 __all__ = ["Leaf", "PartStructure", "StructureName", "num_outcomes"]
@@ -55,8 +55,7 @@ class PartStructure:
         Raises:
             ValueError: an unknown structure, a setting that it has not, or a value that the setting cannot have.
         """
-        if structure not in SETTINGS:
-            raise ValueError(f"structure: got {structure!r}, expected one of {', '.join(SETTINGS)}")
+        check_choice(SETTINGS, structure=structure)
         given = dict(settings or {})
         unknown = [name for name in given if name not in SETTINGS[structure]]
         if unknown:
@@ -170,17 +169,11 @@ class PartStructure:
 
     def _check(self) -> None:
         counts = {"depth": self.depth, "num_repetitions": self.num_repetitions}
-        for name, value in counts.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError(f"structure_settings.{name}: got {value!r}, expected a whole number")
-        check_at_least(1, **{f"structure_settings.{name}": value for name, value in counts.items()})
+        check_counts(**{f"structure_settings.{name}": value for name, value in counts.items()})
         steps = [] if self.delta is None else self.delta if isinstance(self.delta, list) else [self.delta]
-        if self.delta == [] or not all(isinstance(step, int) and step >= 1 for step in steps):
-            raise ValueError(f"structure_settings.delta: got {self.delta!r}, expected pixels, or a list of them")
-        if self.product not in get_args(ProductKind):
-            raise ValueError(
-                f"structure_settings.product: got {self.product!r}, expected one of {', '.join(get_args(ProductKind))}"
-            )
+        is_delta = self.delta != [] and all(isinstance(step, int) and step >= 1 for step in steps)
+        expect(is_delta, "structure_settings.delta", self.delta, "pixels, or a list of them")
+        check_choice(get_args(ProductKind), **{"structure_settings.product": self.product})
 
 
 def _halves(side: int) -> list[int]:

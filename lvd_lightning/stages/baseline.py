@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from typing_extensions import override
 
 from lvd_lightning import circuits as pc
-from lvd_lightning.checks import check_at_least
+from lvd_lightning.checks import check_at_least, check_choice, check_counts
 from lvd_lightning.context import DONE_MARKER, Data, StageContext
 from lvd_lightning.files import write_json
 from lvd_lightning.metrics import MeanLikelihood
@@ -93,13 +93,11 @@ class CircuitBaseline(StageModule):
         super().__init__()
         self.structure = PartStructure.of(structure, structure_settings)
         self.leaf = LeafChoice(leaf)
-        if init not in ("random", "quantiles"):
-            raise ValueError(f"init: got {init!r}, expected one of random, quantiles")
+        check_choice(("random", "quantiles"), init=init)
         for name, lr in (("em_lr", em_lr), ("anemone_lr", anemone_lr)):
             check_step_sizes(lr, lr, momentum, lr_name=name)
         check_at_least(0, seconds=seconds, em_pseudocount=em_pseudocount, anemone_pseudocount=anemone_pseudocount)
-        check_at_least(
-            1,
+        check_counts(
             num_units=num_units,
             batch_size=batch_size,
             max_tree_examples=max_tree_examples,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lvd_lightning import circuits as pc
-from lvd_lightning.checks import check_at_least
+from lvd_lightning.checks import check_above, check_choice, check_counts
 from lvd_lightning.circuits.engine.workspace import few_sizes
 from lvd_lightning.circuits.io import pack_structure, unpack_structure
 from lvd_lightning.context import Data, StageContext
@@ -104,12 +104,10 @@ class ConditionalStudent(EMStudent):
         super().__init__()
         self.structure = PartStructure.of(structure, structure_settings)
         self.leaf = LeafChoice(leaf)
-        if init not in ("quantiles", "random"):
-            raise ValueError(f"init: got {init!r}, expected one of quantiles, random")
-        if not slots > 0:
-            raise ValueError(f"slots: got {slots}, expected a positive multiple of the mean number of patches")
-        check_at_least(1, num_units=num_units, num_heads=num_heads, min_examples=min_examples)
-        check_at_least(1, max_examples=max_examples, round_epochs=round_epochs)
+        check_choice(("quantiles", "random"), init=init)
+        check_above(0, slots=slots)
+        check_counts(num_units=num_units, num_heads=num_heads, min_examples=min_examples)
+        check_counts(max_examples=max_examples, round_epochs=round_epochs)
         if num_heads > 1 and not tied:
             raise ValueError(f"num_heads: got {num_heads}, but circuits of their own per position have one head each")
 

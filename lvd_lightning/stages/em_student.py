@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lvd_lightning import circuits as pc
-from lvd_lightning.checks import check_at_least
+from lvd_lightning.checks import check_at_least, check_choice, check_counts, check_share, expect
 from lvd_lightning.context import StageContext
 from lvd_lightning.metrics import MeanLikelihood
 from lvd_lightning.models.assembled import AssembledCircuit
@@ -22,7 +22,6 @@ from lvd_lightning.stages.stage import StageModule
 __all__ = [
     "EMStudent",
     "Rule",
-    "check_rule",
     "check_step_sizes",
     "make_optimizer",
     "step_factor",
@@ -31,24 +30,16 @@ __all__ = [
 Rule = Literal["anemone", "em"]
 
 
-def check_rule(name: str, rule: str) -> None:
-    if rule not in get_args(Rule):
-        raise ValueError(f"{name}: got {rule!r}, expected one of {', '.join(get_args(Rule))}")
-
-
 def check_step_sizes(lr: float, final_lr: float, momentum: float, lr_name: str = "lr") -> None:
     """Raise a ValueError if these are no step sizes and momentum of EM."""
-    if not 0 < lr <= 1:
-        raise ValueError(f"{lr_name}: got {lr}, expected a step size of EM, above 0 and at most 1")
-    if not 0 < final_lr <= lr:
-        raise ValueError(f"final_lr: got {final_lr}, expected a step size above 0 and at most {lr_name}, which is {lr}")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum: got {momentum}, expected 0 <= momentum < 1")
+    expect(0 < lr <= 1, lr_name, lr, "a step size of EM, above 0 and at most 1")
+    expect(0 < final_lr <= lr, "final_lr", final_lr, f"a step size above 0 and at most {lr_name}, which is {lr}")
+    check_share(momentum=momentum)
 
 
 def make_optimizer(rule: Rule, module: nn.Module, lr: float, momentum: float, pseudocount: float) -> Optimizer:
     """Anemone, or the classical mini-batch rule (which has no momentum)."""
-    check_rule("optimizer", rule)
+    check_choice(get_args(Rule), optimizer=rule)
     if rule == "anemone":
         return pc.Anemone(module, lr=lr, momentum=momentum, pseudocount=pseudocount)
     return pc.CircuitEM(module, lr=lr, pseudocount=pseudocount)
@@ -87,10 +78,10 @@ class EMStudent(StageModule, ABC):
         self.automatic_optimization = False
         self.save_hyperparameters()
         settings = self.hparams
-        check_rule("optimizer", settings["optimizer"])
+        check_choice(get_args(Rule), optimizer=settings["optimizer"])
         check_step_sizes(settings["lr"], settings["final_lr"], settings["momentum"])
         check_at_least(0, pseudocount=settings["pseudocount"])
-        check_at_least(1, val_images=settings["val_images"])
+        check_counts(val_images=settings["val_images"])
 
     def begin_stage(self, context: StageContext) -> None:
         self._context = context

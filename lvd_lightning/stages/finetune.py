@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lvd_lightning.checks import check_above, check_share, expect
 from lvd_lightning.circuits.engine.workspace import few_sizes
 from lvd_lightning.context import StageContext
 from lvd_lightning.latents.assignments import read_assignments
@@ -70,12 +71,9 @@ class FinetuneStudent(EMStudent):
         val_images: int = 256,
     ) -> None:
         super().__init__()
-        if margin is not None and not margin > 0:
-            raise ValueError(f"margin: got {margin}, expected a positive number of nats, or null for no limit")
-        if not 0 <= posterior_floor < 1:
-            raise ValueError(f"posterior_floor: got {posterior_floor}, expected 0 <= floor < 1")
-        if not slots > 0:
-            raise ValueError(f"slots: got {slots}, expected a positive multiple of the mean number of patches")
+        expect(margin is None or margin > 0, "margin", margin, "more than 0 nats, or null for no limit")
+        check_share(posterior_floor=posterior_floor)
+        check_above(0, slots=slots)
 
     @override
     def begin_stage(self, context: StageContext) -> None:

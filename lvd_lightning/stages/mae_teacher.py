@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lvd_lightning import teachers
+from lvd_lightning.checks import check_between, check_share
 from lvd_lightning.context import StageContext, VisibleData
 from lvd_lightning.seeds import derive_seed
 from lvd_lightning.stages.schedules import warmup_cosine
@@ -75,10 +76,9 @@ class MAETeacher(StageModule):
         num_pictures: int = 8,
     ) -> None:
         super().__init__()
-        if not 0.0 <= mask_min <= mask_max <= 1.0:
-            raise ValueError(f"mask_min is {mask_min} and mask_max {mask_max}, expected 0 <= mask_min <= mask_max <= 1")
-        if not 0.0 <= warmup < 1.0:
-            raise ValueError(f"warmup is {warmup}, expected a share of the steps, 0 <= warmup < 1")
+        check_between(0, 1, mask_max=mask_max)
+        check_between(0, mask_max, mask_min=mask_min)
+        check_share(warmup=warmup)
         self.save_hyperparameters()
 
     @override

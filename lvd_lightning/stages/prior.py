@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lvd_lightning import circuits as pc
-from lvd_lightning.checks import check_at_least
+from lvd_lightning.checks import check_above, check_at_least, check_counts, check_share
 from lvd_lightning.circuits.io import pack_structure, unpack_structure
 from lvd_lightning.context import Data, StageContext
 from lvd_lightning.latents.assignments import read_assignments
@@ -78,16 +78,14 @@ class PriorStudent(EMStudent):
         val_images: int = 256,
     ) -> None:
         super().__init__()
-        check_at_least(1, num_units=num_units, candidates=candidates)
+        check_counts(num_units=num_units, candidates=candidates)
         check_at_least(0, hard_epochs=hard_epochs, max_cache_gb=max_cache_gb)
         if num_units is not None and hard_epochs < 1:
             raise ValueError(
                 f"hard_epochs: got {hard_epochs}, but a prior with num_units starts at random: give it 1 or more"
             )
-        if not counts_pseudocount > 0:
-            raise ValueError(f"counts_pseudocount: got {counts_pseudocount}, expected a positive number of examples")
-        if prune_threshold is not None and not 0 <= prune_threshold < 1:
-            raise ValueError(f"prune_threshold: got {prune_threshold}, expected 0 <= threshold < 1, or null")
+        check_above(0, counts_pseudocount=counts_pseudocount)
+        check_share(prune_threshold=prune_threshold)
 
     @override
     def begin_stage(self, context: StageContext) -> None:

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from lvd_lightning import teachers
+from lvd_lightning.checks import check_above, check_at_least, check_between, check_share
 from lvd_lightning.color import unpatchify
 from lvd_lightning.context import StageContext, VisibleData
 from lvd_lightning.seeds import derive_seed
@@ -80,12 +81,10 @@ class VQVAETeacher(StageModule):
         num_pictures: int = 8,
     ) -> None:
         super().__init__()
-        if commitment < 0:
-            raise ValueError(f"commitment is {commitment}, expected 0 or more")
-        if not lr > 0 or (final_lr is not None and not 0 <= final_lr <= lr):
-            raise ValueError(f"lr is {lr} and final_lr {final_lr}, expected 0 <= final_lr <= lr and lr > 0")
-        if not 0.0 <= warmup < 1.0:
-            raise ValueError(f"warmup is {warmup}, expected a share of the steps, 0 <= warmup < 1")
+        check_at_least(0, commitment=commitment)
+        check_above(0, lr=lr)
+        check_between(0, lr, final_lr=final_lr)
+        check_share(warmup=warmup)
         self.save_hyperparameters()
 
     @override

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lvd_lightning.checks import check_counts, check_share
 from lvd_lightning.ranks import gathered, sum_in_place
 
 __all__ = ["Codebook"]
@@ -52,12 +53,8 @@ class Codebook(nn.Module):
 
     def __init__(self, num_codes: int, num_features: int, *, decay: float = 0.99, dead_below: float = 0.1) -> None:
         super().__init__()
-        for name, number in (("num_codes", num_codes), ("num_features", num_features)):
-            if number < 1:
-                raise ValueError(f"{name} is {number}, expected at least 1")
-        for name, share in (("decay", decay), ("dead_below", dead_below)):
-            if not 0.0 <= share < 1.0:
-                raise ValueError(f"{name} is {share}, expected 0 <= {name} < 1")
+        check_counts(num_codes=num_codes, num_features=num_features)
+        check_share(decay=decay, dead_below=dead_below)
         self.decay, self.dead_below = decay, dead_below
         self.register_buffer("codes", torch.randn(num_codes, num_features))
         self.register_buffer("count", torch.zeros(num_codes))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
+from lvd_lightning.checks import check_between, check_counts, expect
 from lvd_lightning.color import patchify, unpatchify
 from lvd_lightning.teachers.scaling import PixelScale, image_sides
 
@@ -75,10 +76,9 @@ class MAE(nn.Module):
     ) -> None:
         super().__init__()
         height, width = image_sides(image_size)
-        if patch_size < 1 or height % patch_size or width % patch_size or height * width < 2 * patch_size**2:
-            raise ValueError(
-                f"image_size is {image_size}, expected multiples of patch_size {patch_size}, for two patches or more"
-            )
+        check_counts(patch_size=patch_size)
+        tiles = not height % patch_size and not width % patch_size and height * width >= 2 * patch_size**2
+        expect(tiles, "image_size", image_size, f"multiples of patch_size, {patch_size}, for two patches or more")
         _check_width("hidden_size", hidden_size, num_heads)
         _check_width("decoder_hidden_size", decoder_hidden_size, decoder_num_heads)
         self.init_args: dict[str, Any] = {
@@ -113,7 +113,7 @@ class MAE(nn.Module):
             noise: any numbers with shape (B, P); of each image the patches with the largest are hidden.
         """
         if noise.shape != (len(images), self.num_patches):
-            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {(len(images), self.num_patches)}")
+            raise ValueError(f"noise: got shape {tuple(noise.shape)}, expected {(len(images), self.num_patches)}")
         num_masked = self.num_masked(mask_ratio)
         tokens_BPE = self._embed(images)
         shuffled_BP = noise.argsort(dim=1)
@@ -131,8 +131,7 @@ class MAE(nn.Module):
 
     def num_masked(self, mask_ratio: float) -> int:
         """The number of patches that a mask ratio hides, 1 to P - 1."""
-        if not 0.0 <= mask_ratio <= 1.0:
-            raise ValueError(f"mask_ratio is {mask_ratio}, expected a share of the patches, 0 to 1")
+        check_between(0, 1, mask_ratio=mask_ratio)
         return min(max(round(mask_ratio * self.num_patches), 1), self.num_patches - 1)
 
     @torch.no_grad()
@@ -221,7 +220,7 @@ def _group_by_size(visible: Tensor, num_patches: int, max_tokens: int) -> list[_
     """Distinct rows of `visible`, grouped by how many patches they hold, at most `max_tokens` tokens in a group."""
     if visible.dtype != torch.bool or visible.shape != (num_patches, num_patches):
         raise ValueError(
-            f"visible is {visible.dtype} with shape {tuple(visible.shape)}, expected bool with shape "
+            f"visible: got {visible.dtype} with shape {tuple(visible.shape)}, expected bool with shape "
             f"({num_patches}, {num_patches}): one row of visible patches per patch"
         )
     seen_PP = visible.cpu() | torch.eye(num_patches, dtype=torch.bool)
@@ -249,8 +248,8 @@ def _position_embeddings(grid: tuple[int, int], width: int) -> Tensor:
 
 
 def _check_width(name: str, width: int, num_heads: int) -> None:
-    if width % 4 or width % num_heads:
-        raise ValueError(f"{name} is {width}, expected a multiple of 4 and of the number of heads, {num_heads}")
+    divides = width >= 1 and not width % 4 and not width % num_heads
+    expect(divides, name, width, f"a multiple of 4 and of the number of heads, {num_heads}")
 
 
 def _config(args: dict[str, Any]) -> ViTMAEConfig:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lvd_lightning.checks import expect
+
 __all__ = ["PixelScale", "image_sides"]
 
 
@@ -30,8 +32,8 @@ class PixelScale:
     def __init__(self, image_shape: tuple[int, int, int], num_categories: int | Sequence[int]) -> None:
         channels = image_shape[0]
         numbers = [num_categories] * channels if isinstance(num_categories, int) else list(num_categories)
-        if len(numbers) != channels or min(numbers) < 2:
-            raise ValueError(f"num_categories is {num_categories}, expected 2 or more, or one such for each channel")
+        fits = len(numbers) == channels and min(numbers) >= 2
+        expect(fits, "num_categories", num_categories, "2 or more, or one such for each channel")
         self.image_shape = image_shape
         self.num_categories = numbers
         # One number where channels are alike, which is what most images have.
@@ -58,7 +60,7 @@ class PixelScale:
         """
         if images.is_floating_point() or tuple(images.shape[1:]) != self.image_shape:
             raise ValueError(
-                f"images are {images.dtype} with shape {tuple(images.shape)}, expected whole numbers with shape "
+                f"images: got {images.dtype} with shape {tuple(images.shape)}, expected whole numbers with shape "
                 f"(B, {', '.join(map(str, self.image_shape))})"
             )
         return images.to(dtype) / self._halves(images) - 1.0

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, relu
 from transformers import GPT2Config, GPT2Model
 
+from lvd_lightning.checks import check_choice, check_counts, expect
 from lvd_lightning.color import patchify, unpatchify
 from lvd_lightning.teachers.codebook import Codebook
 from lvd_lightning.teachers.logistics import LogisticMixture
@@ -104,16 +105,12 @@ class VQVAE(nn.Module):
     ) -> None:
         super().__init__()
         height, width = image_sides(image_size)
-        if patch_size < 2 or patch_size & (patch_size - 1):
-            raise ValueError(
-                f"patch_size is {patch_size}, expected a power of two, 2 or more: the encoder halves sides"
-            )
-        if min(height, width) < patch_size or height % patch_size or width % patch_size:
-            raise ValueError(f"image_size is {image_size}, expected multiples of patch_size {patch_size}")
-        if decoder not in DECODERS:
-            raise ValueError(f"decoder is {decoder!r}, expected one of {', '.join(DECODERS)}")
-        if num_components < 1:
-            raise ValueError(f"num_components is {num_components}, expected at least 1")
+        halves = patch_size >= 2 and not patch_size & (patch_size - 1)
+        expect(halves, "patch_size", patch_size, "a power of two, 2 or more: the encoder halves sides")
+        tiles = min(height, width) >= patch_size and not height % patch_size and not width % patch_size
+        expect(tiles, "image_size", image_size, f"multiples of patch_size, {patch_size}")
+        check_choice(DECODERS, decoder=decoder)
+        check_counts(num_components=num_components)
         self.init_args: dict[str, Any] = {
             "image_size": [height, width],
             "patch_size": patch_size,
@@ -187,7 +184,7 @@ class VQVAE(nn.Module):
         """
         if visible is not None:
             raise ValueError(
-                f"visible has shape {tuple(visible.shape)}, expected None: a VQVAE encodes whole images, so there is "
+                f"visible: got shape {tuple(visible.shape)}, expected None: a VQVAE encodes whole images, so there is "
                 "nothing to choose (set latents.context to none)"
             )
         return self._encode(images).float()
@@ -255,8 +252,8 @@ class CodePrior(nn.Module):
         self, num_codes: int, num_patches: int, hidden_size: int, num_layers: int, num_heads: int, dropout: float
     ) -> None:
         super().__init__()
-        if hidden_size < 1 or hidden_size % num_heads:
-            raise ValueError(f"prior_hidden_size is {hidden_size}, expected a multiple of prior_num_heads, {num_heads}")
+        divides = hidden_size >= 1 and not hidden_size % num_heads
+        expect(divides, "prior_hidden_size", hidden_size, f"a multiple of prior_num_heads, {num_heads}")
         config = GPT2Config(
             vocab_size=num_codes + 1,
             n_positions=num_patches,

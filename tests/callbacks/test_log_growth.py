@@ -102,5 +102,5 @@ def test_other_modules_are_left_alone(coarse: Any) -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="every_n_epochs: got 0, expected at least 1"):
+    with pytest.raises(ValueError, match="every_n_epochs: got 0, expected a whole number of at least 1"):
         LogGrowth(every_n_epochs=0)

@@ -123,5 +123,5 @@ def test_a_config_can_name_it() -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="every_n_epochs: got 0, expected at least 1"):
+    with pytest.raises(ValueError, match="every_n_epochs: got 0, expected a whole number of at least 1"):
         LogSamples(every_n_epochs=0)

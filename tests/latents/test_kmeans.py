@@ -81,7 +81,7 @@ def test_fewer_distinct_points_than_clusters_are_refused() -> None:
     assert len(fit_centroids(points, 4)) == 4
     with pytest.raises(ValueError, match="fewer distinct points than clusters"):
         fit_centroids(points, 5)
-    with pytest.raises(ValueError, match="num_clusters is 300"):
+    with pytest.raises(ValueError, match="num_clusters: got 300"):
         fit_centroids(points, 300)
     with pytest.raises(ValueError, match="finite"):
         fit_centroids(torch.full((10, 2), float("nan")), 2)

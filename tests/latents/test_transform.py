@@ -77,5 +77,5 @@ def test_features_that_do_not_vary_are_not_blown_up(x: Tensor) -> None:
 
 
 def test_too_many_components_are_refused(x: Tensor) -> None:
-    with pytest.raises(ValueError, match="pca is 5"):
+    with pytest.raises(ValueError, match="pca: got 5"):
         fit_map(InMemory(x), center=True, per_position=False, num_components=5)

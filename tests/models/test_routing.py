@@ -108,7 +108,7 @@ def test_passes_hold_every_example_once(circuit: Tensor, slots: int) -> None:
 
 
 def test_no_slots_are_refused(circuit: Tensor) -> None:
-    with pytest.raises(ValueError, match="slots: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="slots: got 0, expected a whole number of at least 1"):
         route(circuit, 4, slots=0)
 
 

@@ -84,7 +84,7 @@ def test_settings_are_kept() -> None:
         ({"lr": 0.1, "final_lr": 0.2}, "final_lr: got 0.2, .* at most lr, which is 0.1"),
         ({"momentum": 1.0}, "momentum: got 1.0"),
         ({"pseudocount": -1.0}, "pseudocount: got -1.0, expected at least 0"),
-        ({"val_images": 0}, "val_images: got 0, expected at least 1"),
+        ({"val_images": 0}, "val_images: got 0, expected a whole number of at least 1"),
     ],
 )
 def test_wrong_settings_are_named(student: type[Any], settings: dict[str, Any], message: str) -> None:

@@ -154,10 +154,10 @@ def test_codes_need_a_codebook_of_that_size(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no teacher with codes"):
         Latents(method="codes").run(_context(tmp_path / "pixels", teacher=False))
     context = _vqvae_context(tmp_path / "vqvae")
-    with pytest.raises(ValueError, match="num_clusters is 5, but the teacher's codebook has 24 codes"):
+    with pytest.raises(ValueError, match="num_clusters: got 5, but the teacher's codebook has 24 codes"):
         Latents(method="codes", num_clusters=5).run(context)
     for settings in ({"pooled": False}, {"center": "position"}, {"pca": 3}, {"whiten": True}):
-        with pytest.raises(ValueError, match=f"{next(iter(settings))} is .* with method codes"):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))}: got .* with method codes"):
             Latents(method="codes", **settings).run(context)
 
 
@@ -290,12 +290,12 @@ def test_a_split_may_be_empty(tmp_path: Path) -> None:
 def test_wrong_settings_are_named(tmp_path: Path) -> None:
     context = _context(tmp_path)
     for settings, message in (
-        ({}, "num_clusters is missing"),
+        ({}, "num_clusters: got None"),
         ({"num_clusters": 0}, "num_clusters is 0"),
-        ({"num_clusters": 4, "method": "means"}, "method is 'means'"),
-        ({"num_clusters": 4, "context": "trees"}, "context is 'trees'"),
-        ({"num_clusters": 4, "center": "mean"}, "center is 'mean'"),
-        ({"num_clusters": 4, "pca": 9}, "pca is 9"),
+        ({"num_clusters": 4, "method": "means"}, "method: got 'means'"),
+        ({"num_clusters": 4, "context": "trees"}, "context: got 'trees'"),
+        ({"num_clusters": 4, "center": "mean"}, "center: got 'mean'"),
+        ({"num_clusters": 4, "pca": 9}, "pca: got 9"),
         ({"num_clusters": 10_000}, "all positions: num_clusters is 10000"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -307,7 +307,7 @@ def test_damaged_or_missing_results_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="run stage latents first"):
         load_assignments(context.dir, "train")
     Latents(num_clusters=3).run(context)
-    with pytest.raises(ValueError, match="split is 'valid'"):
+    with pytest.raises(ValueError, match="split: got 'valid'"):
         load_assignments(context.dir, "valid")
     path = context.dir / "assignments_val.npy"
     labels = np.load(path)

@@ -204,7 +204,7 @@ def test_an_endless_trainer_is_refused(tmp_path: Path) -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match=r"mask_min is 0\.9"):
+    with pytest.raises(ValueError, match=r"mask_min: got 0\.9"):
         MAETeacher(mask_min=0.9, mask_max=0.1)
-    with pytest.raises(ValueError, match=r"warmup is 1\.0"):
+    with pytest.raises(ValueError, match=r"warmup: got 1\.0"):
         MAETeacher(warmup=1.0)

@@ -169,13 +169,13 @@ def test_the_learning_rate_rises_and_falls(run: Any) -> None:
 
 
 def test_wrong_arguments_are_named(run: Any) -> None:
-    with pytest.raises(ValueError, match=r"commitment is -1"):
+    with pytest.raises(ValueError, match=r"commitment: got -1"):
         VQVAETeacher(commitment=-1.0)
-    with pytest.raises(ValueError, match=r"lr is 0\.1 and final_lr 0\.2"):
+    with pytest.raises(ValueError, match=r"final_lr: got 0\.2, expected 0 to 0\.1"):
         VQVAETeacher(lr=0.1, final_lr=0.2)
-    with pytest.raises(ValueError, match=r"warmup is 1\.0"):
+    with pytest.raises(ValueError, match=r"warmup: got 1\.0"):
         VQVAETeacher(warmup=1.0)
-    with pytest.raises(ValueError, match="decoder is 'dense'"):
+    with pytest.raises(ValueError, match="decoder: got 'dense'"):
         run.begin("teacher", VQVAETeacher(decoder="dense"))
     with pytest.raises(ValueError, match="set max_epochs"):
         run.train("teacher", VQVAETeacher(**SMALL, final_lr=0.0), -1)

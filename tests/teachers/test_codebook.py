@@ -135,11 +135,11 @@ def test_every_group_of_vectors_gets_a_code() -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="num_codes is 0"):
+    with pytest.raises(ValueError, match="num_codes: got 0"):
         Codebook(0, 3)
-    with pytest.raises(ValueError, match=r"decay is 1\.0"):
+    with pytest.raises(ValueError, match=r"decay: got 1\.0"):
         Codebook(2, 3, decay=1.0)
-    with pytest.raises(ValueError, match=r"dead_below is -1"):
+    with pytest.raises(ValueError, match=r"dead_below: got -1"):
         Codebook(2, 3, dead_below=-1.0)
 
 

@@ -131,15 +131,15 @@ def test_the_loss_falls(mae: MAE) -> None:
 
 
 def test_wrong_arguments_are_named(mae: MAE) -> None:
-    with pytest.raises(ValueError, match="image_size is 18"):
+    with pytest.raises(ValueError, match="image_size: got 18"):
         MAE(image_size=18)
-    with pytest.raises(ValueError, match="hidden_size is 30"):
+    with pytest.raises(ValueError, match="hidden_size: got 30"):
         MAE(hidden_size=30)
     with pytest.raises(ValueError, match="expected whole numbers"):
         mae.features(_images(1).float())
     with pytest.raises(ValueError, match=r"expected bool with shape \(16, 16\)"):
         mae.features(_images(1), torch.ones(4, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"mask_ratio is 1\.5"):
+    with pytest.raises(ValueError, match=r"mask_ratio: got 1\.5"):
         mae(_images(1), 1.5, torch.rand(1, NUM_PATCHES))
-    with pytest.raises(ValueError, match="noise has shape"):
+    with pytest.raises(ValueError, match="noise: got shape"):
         mae(_images(2), 0.5, torch.rand(1, NUM_PATCHES))

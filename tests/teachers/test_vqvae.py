@@ -198,15 +198,15 @@ def test_it_learns(decoder: str) -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="patch_size is 3"):
+    with pytest.raises(ValueError, match="patch_size: got 3"):
         VQVAE(12, 3)
-    with pytest.raises(ValueError, match="image_size is 18"):
+    with pytest.raises(ValueError, match="image_size: got 18"):
         VQVAE(18, 4)
-    with pytest.raises(ValueError, match="decoder is 'dense'"):
+    with pytest.raises(ValueError, match="decoder: got 'dense'"):
         VQVAE(decoder="dense")
-    with pytest.raises(ValueError, match="num_components is 0"):
+    with pytest.raises(ValueError, match="num_components: got 0"):
         VQVAE(num_components=0)
-    with pytest.raises(ValueError, match="prior_hidden_size is 30"):
+    with pytest.raises(ValueError, match="prior_hidden_size: got 30"):
         VQVAE(prior_hidden_size=30)
     vqvae = _make()
     with pytest.raises(ValueError, match="expected whole numbers"):
