@@ -299,7 +299,10 @@ def test_merge_drops_arguments_of_another_class() -> None:
         (["--stages.teacher.model.lr=fast"], "Parser key \"lr\": Expected a <class 'float'>. Got value: fast"),
         (["--stages.student.model.lr=3"], "unrecognized arguments: --stages.student.model.lr=3"),
         (["--stages.latents.model.clusters=3"], "Option 'clusters' is not accepted"),
-        (["--stages.latents.model.num_clusters=0"], "stages.latents: num_clusters is 0, expected at least 1"),
+        (
+            ["--stages.latents.model.num_clusters=0"],
+            "stages.latents: num_clusters: got 0, expected a whole number of at least 1",
+        ),
         (["--stages.latents.trainer.max_epochs=3"], "stages.latents.trainer cannot be set: a Latents is run without a"),
         (["--stages.teacher=3"], "--stages.teacher: got '3', expected null, which drops the stage; its parts are"),
         (["--stages.student", "null"], "--stages.student: there is no such stage; the config has teacher, latents"),

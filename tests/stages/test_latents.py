@@ -291,12 +291,12 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
     context = _context(tmp_path)
     for settings, message in (
         ({}, "num_clusters: got None"),
-        ({"num_clusters": 0}, "num_clusters is 0"),
+        ({"num_clusters": 0}, "num_clusters: got 0"),
         ({"num_clusters": 4, "method": "means"}, "method: got 'means'"),
         ({"num_clusters": 4, "context": "trees"}, "context: got 'trees'"),
         ({"num_clusters": 4, "center": "mean"}, "center: got 'mean'"),
         ({"num_clusters": 4, "pca": 9}, "pca: got 9"),
-        ({"num_clusters": 10_000}, "all positions: num_clusters is 10000"),
+        ({"num_clusters": 10_000}, "all positions: num_clusters: got 10000"),
     ):
         with pytest.raises(ValueError, match=message):
             Latents(**settings).run(context)
