@@ -5,7 +5,6 @@ Shapes: G circuits, B batch, D variables, H heads, F folded nodes, V and E the r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from lvd_lightning.circuits import queries
 from lvd_lightning.circuits.checks import check_number, check_type, plain_integers
-from lvd_lightning.circuits.distributions.base import may_ask
 from lvd_lightning.circuits.engine.batch import Batch, head_index, prepare, wanted_heads
 from lvd_lightning.circuits.engine.changes import KnownTables
 from lvd_lightning.circuits.engine.engine import Engine
@@ -230,27 +228,26 @@ class Circuit(nn.Module):
             True
         """
         x, head = plain_integers(x), plain_integers(head)
-        by_reference = any(found is self for found in _BY_REFERENCE.get())
-        given = [found for found in (x, observed, head) if by_reference and isinstance(found, Tensor)]
+        engine, inside = self.engine, _BY_REFERENCE.get()
+        by_reference = bool(inside) and any(found is self for found in inside)
+        given = [found for found in (x, observed, head) if isinstance(found, Tensor)] if by_reference else []
         checked = not any(is_vmapped(found) for found in given)
         batch = self.prepare(x, observed, late=True, checked=checked)
         tables = self.probabilities()
         inputs = self._inputs_with_gradient(x)
         parts = tables if inputs is None else [*tables, inputs]
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in parts)
-        head_GB = None if head is None else head_index(self.engine, head, batch.size, late=True, checked=checked)
+        head_GB = None if head is None else head_index(engine, head, batch.size, late=True, checked=checked)
         shape = (self.num_circuits, batch.size) if head is not None else (self.num_circuits, batch.size, self.num_heads)
         if margin is not None:
             check_number("margin", margin, 0, above_low=True, meaning=", in nats")
             if keep:
                 raise ValueError("margin: is for values without gradients; call log_prob under torch.no_grad()")
-        selected = wanted_heads(self.engine, wanted, head_GB, shape)
+        selected = wanted_heads(engine, wanted, head_GB, shape)
         if by_reference:
             log_GHB = self._reference_pass(x, observed, tables)
         else:
-            log_GHB = self._fused_pass(batch, keep, selected, margin, inputs, *tables)
-            if log_GHB.requires_grad and may_ask(log_GHB):
-                log_GHB.register_hook(self._note_gradient)
+            log_GHB = self._fused_pass(engine, batch, keep, selected, margin, inputs, *tables)
         found = log_GHB.transpose(1, 2) if head_GB is None else log_GHB.gather(1, head_GB[:, None])[:, 0]
         if wanted is not None:
             found = found.masked_fill(~wanted.view(shape), 0.0)
@@ -429,7 +426,7 @@ class Circuit(nn.Module):
     def _fused_pass(self, *arguments: object) -> Tensor:
         """log p of all heads, (G, H, B)."""
         try:
-            return LogProb.apply(self.engine, *arguments)
+            return LogProb.apply(*arguments)
         except RuntimeError as error:
             if "setup_context" not in str(error):  # a static method that PyTorch misses in our autograd function
                 raise
@@ -460,14 +457,6 @@ class Circuit(nn.Module):
                 log_FKB.register_hook(self._lack_statistics)
         return found.heads
 
-    def _note_gradient(self, grad_GHB: Tensor | None) -> None:
-        """Remember the first example whose gradient is NaN or infinite: in the sums over examples it is lost."""
-        if grad_GHB is not None and not math.isfinite(grad_GHB.sum()) and self.engine.bad_example is None:
-            found = (~grad_GHB.isfinite()).nonzero().tolist()
-            if found:
-                g, h, b = found[0]
-                self.engine.bad_example = f"example {b} under head {h}" + (f" of circuit {g}" if self.batched else "")
-
     def _lack_statistics(self, _: Tensor) -> None:
         self.engine.lacks_statistics = True
 
@@ -485,22 +474,26 @@ class Circuit(nn.Module):
         """Take the parameters as they are for good ones: an EM step made them."""
         self._known_tables.trust()
 
-    @torch.no_grad()
     def check_tables(self) -> None:
         """Raise a ValueError if parameters were changed, since last time, to what are none.
 
         Costs next to nothing where nothing was changed, or by an EM step.
         """
         if self.parameterization == "probabilities":
-            tables = self.tables._parameters.values()  # a list of parameters takes its time to be walked
-            for number in self._known_tables.changed(table for table in tables if table is not None):
-                check_probabilities(self.engine.dense(number, self.tables[number]), self.plan.groups[number])
-                self._known_tables.learn(number, self.tables[number])
+            tables = self.stored()
+            for number in self._known_tables.changed(tables):
+                with torch.no_grad():
+                    check_probabilities(self.engine.dense(number, tables[number]), self.plan.groups[number])
+                self._known_tables.learn(number, tables[number])
+
+    def stored(self) -> list[Tensor]:
+        """All of `tables`; to walk the `nn.ParameterList` takes as long as a small operation for every tensor in it."""
+        return [table for table in self.tables._parameters.values() if table is not None]
 
     def probabilities(self) -> list[Tensor]:
         """The normalised parameters of all groups: the stored tensors, or a function of the logits; see `dense`."""
         if self.parameterization == "probabilities":
-            return list(self.tables)
+            return self.stored()
         return [
             from_logits(logits, group, self.engine.mask(number))
             for number, (logits, group) in enumerate(zip(self.tables, self.plan.groups, strict=True))

@@ -113,7 +113,7 @@ class _CircuitOptimizer(torch.optim.Optimizer, ABC):
             )
         self._reduce()
         for circuit in self.circuits:
-            refuse_bad_flows(circuit.engine, list(circuit.tables), type(self).__name__)
+            refuse_bad_flows(circuit.engine, circuit.stored(), type(self).__name__)
         for circuit, group in zip(self.circuits, self.param_groups, strict=True):
             if any(table.grad is not None for table in group["params"]):
                 self._step_circuit(circuit, group)
@@ -127,7 +127,7 @@ class _CircuitOptimizer(torch.optim.Optimizer, ABC):
         """
         for circuit in self.circuits:
             circuit.engine.forget()
-            for number, table in enumerate(circuit.tables):
+            for number, table in enumerate(circuit.stored()):
                 if table.grad is None:
                     continue
                 if set_to_none:
@@ -147,7 +147,7 @@ class _CircuitOptimizer(torch.optim.Optimizer, ABC):
         taking_part = any_rank([any(table.grad is not None for table in circuit.tables) for circuit in self.circuits])
         sums: list[Tensor] = []
         for circuit, active in zip(self.circuits, taking_part, strict=True):
-            for number, table in enumerate(circuit.tables):
+            for number, table in enumerate(circuit.stored()):
                 if not (active and table.requires_grad):
                     continue
                 if table.grad is None:
@@ -199,16 +199,16 @@ class CircuitEM(_CircuitOptimizer):
         super().__init__(module, {"lr": lr, "pseudocount": pseudocount})
 
     def _step_circuit(self, circuit: Circuit, group: dict[str, Any]) -> None:
-        step, pseudocount = group["lr"], group["pseudocount"]
-        for number, table in enumerate(circuit.tables):
+        step, pseudocount, engine = group["lr"], group["pseudocount"], circuit.engine
+        for number, table in enumerate(circuit.stored()):
             if table.grad is None:
                 continue
-            sums_PXT = circuit.engine.statistics_of(number, table)
+            sums_PXT = engine.statistics_of(number, table)
             if sums_PXT is not None:
                 _move_inputs(_family(circuit, number), table, sums_PXT, pseudocount, step)
                 continue
-            floor, edges = _has_floor(circuit, number, pseudocount), circuit.engine.edges(number)
-            mask = None if edges is not None else circuit.engine.mask(number)
+            floor, edges = _has_floor(circuit, number, pseudocount), engine.edges(number)
+            mask = None if edges is not None else engine.mask(number)
             starts = None if edges is None else edges.start
             rest = {"pseudocount": pseudocount, "floor": floor, "starts": starts}
             if _update_in_kernels(table, table.grad, mask, step=step, **rest):
@@ -295,7 +295,7 @@ class Anemone(_CircuitOptimizer):
 
     def _step_circuit(self, circuit: Circuit, group: dict[str, Any]) -> None:
         momentum = group["momentum"]
-        for number, table in enumerate(circuit.tables):
+        for number, table in enumerate(circuit.stored()):
             if table.grad is not None:
                 self._average(circuit, number, table, momentum)
         root_GH = self._root_flow(circuit)
@@ -305,7 +305,7 @@ class Anemone(_CircuitOptimizer):
         # Without any flow no row is visited and nothing changes: an accelerator need not be asked.
         share_GH = root_GH / total.clamp_min(torch.finfo(total.dtype).tiny)
         top_down = circuit.engine.top_down(circuit.probabilities(), share_GH.to(circuit.dtype))
-        for number, table in enumerate(circuit.tables):
+        for number, table in enumerate(circuit.stored()):
             if table.grad is None:
                 continue
             correction = 1 - momentum ** self.state[table]["step"]
@@ -329,8 +329,9 @@ class Anemone(_CircuitOptimizer):
     ) -> None:
         """theta = (s F + (1 - s) N TD theta + a / |ch|) / (the sum of that): rows of theta sum to one."""
         step, pseudocount = group["lr"] / correction, group["pseudocount"]
-        flows, edges = self.state[table]["flow"], circuit.engine.edges(number)
-        mask = None if edges is not None else circuit.engine.mask(number)
+        flows, engine = self.state[table]["flow"], circuit.engine
+        edges = engine.edges(number)
+        mask = None if edges is not None else engine.mask(number)
         floor = _has_floor(circuit, number, pseudocount)
         statistics = {"flow_PXY": flows, "scale_PX1": scale_PX1, "starts": None if edges is None else edges.start}
         if _update_in_kernels(table, None, mask, step=step, pseudocount=pseudocount, floor=floor, **statistics):
@@ -375,8 +376,9 @@ class Anemone(_CircuitOptimizer):
         """The averaged flow of every head, (G, H), bias-corrected."""
         out_GH = torch.zeros(circuit.engine.roots.shape, dtype=torch.float64, device=circuit.device)
         momentum = self.param_groups[self._group(circuit)]["momentum"]
+        tables = circuit.stored()
         for number, circuits, rows in circuit.engine.root_places():
-            state = self.state.get(circuit.tables[number])
+            state = self.state.get(tables[number])
             if state:
                 flow_FH = state["flow"][rows].sum(-1).double() / (1 - momentum ** state["step"])
                 width = min(out_GH.shape[1], flow_FH.shape[1])  # either may be padded

@@ -4,7 +4,7 @@ The gradients of the heads and the sums for EM are looked at, which are few numb
 loss, a weight or a batch is in the flow of a head, whether it came from above or, with the values, from below. On an
 accelerator nobody waits: these numbers decide on the device whether flows count, and the engine's late check tells it.
 
-Shapes: F nodes, H heads, K inner units.
+Shapes: G circuits, H heads, B batch.
 """
 
 from __future__ import annotations
@@ -16,15 +16,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lvd_lightning.circuits.distributions.base import may_ask
 from lvd_lightning.circuits.engine.late_checks import is_late
 
 if TYPE_CHECKING:
     from lvd_lightning.circuits.engine.engine import Engine
 
-__all__ = ["BAD_FLOWS", "refuse_bad_flows"]
+__all__ = ["BAD_FLOWS", "note_bad_gradient", "refuse_bad_flows"]
 
 #: What the late check of an engine says.
 BAD_FLOWS = "EM: gradients hold NaN or infinity (the loss, a weight or the batch did); the step went without any flow"
+
+
+def note_bad_gradient(engine: Engine, grad_GHB: Tensor) -> None:
+    """Remember the first example whose gradient is NaN or infinite: in the sums over examples it is lost."""
+    if may_ask(grad_GHB) and not math.isfinite(grad_GHB.sum()) and engine.bad_example is None:
+        found = (~grad_GHB.isfinite()).nonzero().tolist()
+        if found:
+            g, h, b = found[0]
+            engine.bad_example = f"example {b} under head {h}" + (f" of circuit {g}" if engine.batched else "")
 
 
 def refuse_bad_flows(engine: Engine, tables: Sequence[Tensor], name: str) -> None:
@@ -32,10 +42,11 @@ def refuse_bad_flows(engine: Engine, tables: Sequence[Tensor], name: str) -> Non
 
     On an accelerator they become 0 instead, and the late check of the engine raises.
     """
-    watched = [(number, tables[number].grad) for number, _, _ in engine.root_places()]
+    device = engine.device
+    watched = [(number, tables[number].grad) for number, _, _ in engine.root_parameters]
     watched += engine.statistics.items()
-    found = {number: tensor for number, tensor in watched if tensor is not None and tensor.device == engine.device}
-    if is_late(engine.device):
+    found = {number: tensor for number, tensor in watched if tensor is not None and tensor.device == device}
+    if is_late(device):
         _empty_bad_flows(engine, tables, list(found.values()))
         return
     for number, tensor in found.items():

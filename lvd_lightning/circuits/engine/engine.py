@@ -66,6 +66,8 @@ class Engine(nn.Module):
             else KroneckerLayer(found, number)
             for number, found in enumerate(plan.layers)
         )
+        self._inner_layers = tuple(layer for layer in self.layers if isinstance(layer, Layer))
+        self._leaf_layers = tuple(layer for layer in self.input_layers if isinstance(layer, InputLayer))
         self._mark_shared_rows()
         self.root_parameters = root_rows(plan, self.structures)
         self.register_buffer("roots", torch.from_numpy(plan.roots), persistent=False)
@@ -91,7 +93,9 @@ class Engine(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where everything is."""
-        return self.roots.device
+        roots = self._buffers["roots"]  # `self.roots` is found only after all that it might be
+        assert roots is not None
+        return roots.device
 
     def set_mask(self, number: int, mask: Tensor | None) -> None:
         """Say which edges of a parameter group live, (rows, units, alternatives); None: all do."""
@@ -99,7 +103,8 @@ class Engine(nn.Module):
 
     def forget(self) -> None:
         """Start anew with the sums for EM, and with what was noted beside them."""
-        self.lacks_statistics, self.bad_example = False, None
+        if self.lacks_statistics or self.bad_example is not None:  # to set what a module has takes its time
+            self.lacks_statistics, self.bad_example = False, None
         for statistics in self.statistics.values():
             statistics.zero_()
 
@@ -108,13 +113,13 @@ class Engine(nn.Module):
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(fn, recurse)
 
-    def inner_layers(self) -> list[Layer]:
+    def inner_layers(self) -> tuple[Layer, ...]:
         """From the inputs to the heads."""
-        return [layer for layer in self.layers if isinstance(layer, Layer)]
+        return self._inner_layers
 
-    def leaf_layers(self) -> list[InputLayer]:
+    def leaf_layers(self) -> tuple[InputLayer, ...]:
         """In the order of the plan."""
-        return [layer for layer in self.input_layers if isinstance(layer, InputLayer)]
+        return self._leaf_layers
 
     def statistics_of(self, number: int, table: Tensor) -> Tensor | None:
         """The sums for EM of a parameter group's inputs, (rows, units, T), made if need be; None where there are none.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lvd_lightning.circuits.engine import layers
+from lvd_lightning.circuits.engine.bad_flows import note_bad_gradient
 from lvd_lightning.circuits.engine.kernels import triton as triton_kernels
 from lvd_lightning.circuits.engine.kernels.cpu import passes
 from lvd_lightning.circuits.engine.kernels.cpu.passes import FusedWorkspace
@@ -105,6 +106,7 @@ class LogProb(torch.autograd.Function):
             _gradient_buffer(engine, number, table) if need else None
             for number, (table, need) in enumerate(zip(tables, for_tables))
         ]
+        note_bad_gradient(engine, grad_GHB)
         if again is not None:
             again_GHS, grad_GHB = again.split(grad_GHB)
         input_shape = ctx.input_shape if for_inputs else None

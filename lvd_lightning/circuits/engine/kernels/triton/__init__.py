@@ -31,9 +31,9 @@ _forced: bool | None = None
 
 def applies(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether circuits of this type on this device are computed by the kernels."""
-    if dtype != torch.float32 or os.environ.get("LVD_LIGHTNING_TRITON", "1") == "0":
+    if dtype != torch.float32 or device.type != ("cpu" if interprets() else "cuda"):
         return False
-    if device.type != ("cpu" if interprets() else "cuda"):
+    if os.environ.get("LVD_LIGHTNING_TRITON", "1") == "0":
         return False
     return _is_usable(str(device)) if _forced is None else _forced
 
