@@ -1,28 +1,55 @@
 """Tests of several processes: a test file run as a script, runs that are killed, two ranks."""
 
+import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
 
-__all__ = ["as_script", "exit_codes", "fork_ranks", "free_port", "one_of_two"]
+__all__ = ["as_script", "exit_codes", "fork_ranks", "free_port", "one_of_two", "script_server"]
 
 TESTS = Path(__file__).parents[1]
 
 
 def as_script(file: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a test file as a script, with one thread, and wait for it."""
+    """Run a test file as a script, with one thread, and wait for it.
+
+    It is forked from a process that all of them share: to import the library takes longer than what most of them do.
+    """
+    server = script_server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    with tempfile.TemporaryDirectory() as folder:
+        printed = [Path(folder, name) for name in ("out", "errors")]
+        server.stdin.write(json.dumps([file, arguments, *map(str, printed)]) + "\n")
+        server.stdin.flush()
+        if not select.select([server.stdout], [], [], 300)[0]:
+            script_server.cache_clear()
+            os.killpg(server.pid, signal.SIGKILL)
+            raise subprocess.TimeoutExpired([file, *arguments], 300)
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess([file, *arguments], code, *(path.read_text() for path in printed))
+
+
+@cache
+def script_server() -> subprocess.Popen[str]:
+    """See `helpers.scripts`; it ends with this process, which closes its input."""
     path = os.pathsep.join([str(TESTS.parent), str(TESTS), *sys.path])
-    return subprocess.run(
-        [sys.executable, file, *arguments],
-        capture_output=True,
+    return subprocess.Popen(
+        [sys.executable, "-m", "helpers.scripts"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=300,
+        start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )
 
