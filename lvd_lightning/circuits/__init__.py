@@ -1,5 +1,6 @@
 """Probabilistic circuits in plain PyTorch: graphs, folded layers, EM, exact queries, files."""
 
+from lvd_lightning.circuits import kernel_check  # noqa: F401 (the engine calls it before the first use of a GPU)
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import (
     Bernoulli,

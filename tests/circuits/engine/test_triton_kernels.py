@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lvd_lightning.circuits as pc
+from lvd_lightning.circuits import kernel_check
 from lvd_lightning.circuits.engine import bad_flows
 from lvd_lightning.circuits.engine import batch as batches
 from lvd_lightning.circuits.engine.kernels import triton as triton_kernels
-from lvd_lightning.circuits.engine.kernels.triton import check
 from lvd_lightning.circuits.engine.kronecker import KroneckerLayer
 from lvd_lightning.circuits.engine.layers import Layer
 from lvd_lightning.circuits.engine.workspace import Workspace
@@ -372,7 +372,7 @@ def test_a_failing_check_warns_once(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     def fail(device: torch.device) -> None:
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(check, "compare", fail)
+    monkeypatch.setattr(triton_kernels, "_check", fail)
     monkeypatch.setattr("lvd_lightning.circuits.engine.kernels.triton.passes.forward", fail)
     triton_kernels._is_usable.cache_clear()
     circuit = pc.Circuit(pc.hclt(torch.tensor([-1, 0]), 3, pc.Categorical(4))).float()
@@ -387,7 +387,7 @@ def test_a_failing_check_warns_once(monkeypatch: pytest.MonkeyPatch, caplog: pyt
 
 @interpreted
 def test_the_check_passes_and_notices_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    check.compare(torch.device("cpu"))
+    kernel_check.compare(torch.device("cpu"))
     from lvd_lightning.circuits.engine.kernels.triton import passes
 
     forward = passes._forward_sums
@@ -398,7 +398,7 @@ def test_the_check_passes_and_notices_wrong_numbers(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(passes, "_forward_sums", wrong)
     with pytest.raises(RuntimeError, match="gradient . differs"):
-        check.compare(torch.device("cpu"))
+        kernel_check.compare(torch.device("cpu"))
 
 
 @interpreted

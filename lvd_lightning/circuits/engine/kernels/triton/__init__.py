@@ -4,7 +4,8 @@ They take the general pass of `layers.py`: logarithms between layers, matrix pro
 host would have to ask for (did a sum underflow?) is settled inside the kernels, so that a training step never waits for
 the device. Single precision only.
 
-Before their first use on a device they compute a small circuit that PyTorch computes as well. `LVD_LIGHTNING_TRITON=0`
+Before their first use on a device they compute a small circuit that PyTorch computes as well (`kernel_check.py`, which
+hands in its check since it knows circuits and nothing here does). `LVD_LIGHTNING_TRITON=0`
 in the environment turns them off. With `TRITON_INTERPRET=1` they run on the CPU, slowly, for tests.
 """
 
@@ -14,12 +15,12 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
 
-__all__ = ["PRECISIONS", "applies", "interprets", "on", "passes_for", "switched"]
+__all__ = ["PRECISIONS", "applies", "check_first_with", "interprets", "on", "passes_for", "switched"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 
 _forced: bool | None = None
+#: Raises if kernels and PyTorch differ on a device.
+_check: Callable[[torch.device], None] | None = None
 
 
 def applies(device: torch.device, dtype: torch.dtype) -> bool:
@@ -57,6 +60,12 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def check_first_with(check: Callable[[torch.device], None]) -> None:
+    """Say what is called before the first use of a device; it raises where the kernels do not work."""
+    global _check
+    _check = check
+
+
 @contextlib.contextmanager
 def switched(on: bool) -> Iterator[None]:
     """Use the kernels, or PyTorch, without asking whether they work on the device: for comparisons."""
@@ -72,9 +81,8 @@ def switched(on: bool) -> Iterator[None]:
 def _is_usable(device: str) -> bool:
     """Whether the kernels compile for this device and agree with PyTorch; says so once if not."""
     try:
-        from lvd_lightning.circuits.engine.kernels.triton.check import compare
-
-        compare(torch.device(device))
+        assert _check is not None
+        _check(torch.device(device))
     except Exception as error:  # no Triton, no compiler, too little shared memory, wrong numbers
         logger.warning(
             "circuits on %s run without fused kernels, by PyTorch operations that wait for the device: %s: %s",

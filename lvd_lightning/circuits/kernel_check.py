@@ -1,4 +1,4 @@
-"""Do the kernels of this package agree with PyTorch on a device?"""
+"""Do the fused kernels for GPUs agree with PyTorch on a device? Asked of small circuits before any other runs there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import itertools
 import torch
 from torch import Tensor
 
+from lvd_lightning.circuits.circuit import Circuit
+from lvd_lightning.circuits.distributions import Categorical
+from lvd_lightning.circuits.em import Anemone, CircuitEM
 from lvd_lightning.circuits.engine.kernels import triton as triton_kernels
+from lvd_lightning.circuits.structures import hclt
 
 __all__ = ["compare"]
 
@@ -43,11 +47,6 @@ def _results(
     device: torch.device, num_latents: int, size: int, precision: str, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """What a step computes, by the kernels in float32, by PyTorch in float64; always from the same random numbers."""
-    from lvd_lightning.circuits.circuit import Circuit
-    from lvd_lightning.circuits.distributions import Categorical
-    from lvd_lightning.circuits.em import Anemone, CircuitEM
-    from lvd_lightning.circuits.structures import hclt
-
     generator = torch.Generator().manual_seed(0)
     tree = torch.tensor([-1, 0, 0, 1])
     graph = hclt(tree, num_latents, Categorical(NUM_CATEGORIES), generator=generator)
@@ -69,3 +68,6 @@ def _results(
         for number, table in enumerate(circuit.tables):
             found[f"{rule.__name__} {number}"] = table.detach().clone()
     return found
+
+
+triton_kernels.check_first_with(compare)
