@@ -67,7 +67,7 @@ class CircuitGroups:
                 # Either may be padded more than the other; what both have room for holds all parameters.
                 units, inner = min(table.shape[1], current.shape[1]), min(table.shape[2], current.shape[2])
                 rows = copy.source_rows.to(current.device)
-                table[copy.rows.to(table.device), :units, :inner] = current[rows, :units, :inner]
+                table[copy.rows.to(table.device), :units, :inner] = current[rows, :units, :inner].to(table.dtype)
             for number, table in enumerate(part.tables):
                 edges = part.engine.edges(number)
                 if edges is not None:
@@ -92,7 +92,7 @@ class CircuitGroups:
             part = self.circuits[number]
             wanted_GSH = filled_GS[..., None].expand(-1, -1, part.num_heads)
             log_GSH = part.log_prob(x_ND[item[index_GS]], wanted=wanted_GSH)
-            out_MH[index_GS[filled_GS], : part.num_heads] = log_GSH[filled_GS]
+            out_MH[index_GS[filled_GS], : part.num_heads] = log_GSH[filled_GS].to(out_MH.dtype)
         return out_MH
 
     def passes(self, circuit: Tensor, memory: int = 1) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -40,22 +40,25 @@ class EvidenceSource:
         return 0 if self.cache is None else len(self.cache)
 
     def evidence(self, images: Tensor, index: Tensor) -> Tensor:
-        """(B, P, K) in nats of training images with these numbers; -inf for values that are no candidates."""
-        kept_B = index < self.num_kept
+        """(B, P, K) in nats of training images with these numbers; -inf for values that are no candidates.
+
+        Of the prior's type, whatever that of the conditionals.
+        """
+        kept_B, dtype = index < self.num_kept, self.assembled.prior.dtype
         if self.cache is not None and bool(kept_B.all()):
-            return self.cache.evidence(index, images.device).to(self.assembled.prior.dtype)
+            return self.cache.evidence(index, images.device).to(dtype)
         if not bool(kept_B.any()):
-            return self.fresh(images, index)
+            return self.fresh(images, index).to(dtype)
         assert self.cache is not None
         shape = (len(images), self.assembled.num_positions, self.assembled.num_states)
-        out_BPK = torch.empty(shape, dtype=self.assembled.prior.dtype, device=images.device)
-        out_BPK[kept_B] = self.cache.evidence(index[kept_B], images.device).to(out_BPK.dtype)
-        out_BPK[~kept_B] = self.fresh(images[~kept_B], index[~kept_B])
+        out_BPK = torch.empty(shape, dtype=dtype, device=images.device)
+        out_BPK[kept_B] = self.cache.evidence(index[kept_B], images.device).to(dtype)
+        out_BPK[~kept_B] = self.fresh(images[~kept_B], index[~kept_B]).to(dtype)
         return out_BPK
 
     @torch.no_grad()
     def fresh(self, images: Tensor, index: Tensor) -> Tensor:
-        """The same, computed now, whatever is on disk."""
+        """The same, computed now, whatever is on disk; of the conditionals' type."""
         if self.candidates is None:
             return self.assembled.evidence(images)
         z_BP = self.z_NP[index.cpu()].to(images.device)

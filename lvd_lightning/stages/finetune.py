@@ -149,7 +149,7 @@ class FinetuneStudent(EMStudent):
         circuit, head = self.assembled.head_index.locate(state, position)
         patches_ND = self.assembled.split(images).flatten(0, 1)
         item = image * self.assembled.num_positions + position
-        found_BPK[image, position, state] = self.groups.log_prob(patches_ND, item, circuit, head)
+        found_BPK[image, position, state] = self.groups.log_prob(patches_ND, item, circuit, head).to(found_BPK.dtype)
         return found_BPK
 
     def _conditional_loss(self, images: Tensor, posterior_BPK: Tensor, batch_idx: int) -> Tensor:

@@ -36,7 +36,7 @@ def test_circuits_refuse_less_than_float32_before_any_stage(precision: str, tmp_
     experiment_from(parse([*ARGUMENTS, f"--stages.teacher.trainer.precision={precision}"])[1])
 
 
-@pytest.mark.parametrize("stages", [("finetune",), CIRCUITS], ids=["finetune", "all circuits"])
+@pytest.mark.parametrize("stages", [("finetune",), ("prior",), CIRCUITS], ids="-".join)
 def test_circuits_are_trained_in_float64(stages: tuple[str, ...], tmp_path: Path) -> None:
     words = [*ARGUMENTS, *(f"--stages.{name}.trainer.precision=64-true" for name in stages)]
     assert main([*words, "--name=run", f"--run_dir={tmp_path}"]) == 0

@@ -189,6 +189,33 @@ def test_images_without_kept_evidence_are_finetuned_as_well(run: Any, candidates
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("wide", ["prior", "conditional"])
+@pytest.mark.parametrize("candidates", [None, 2])
+def test_prior_and_conditionals_of_two_types(run: Any, candidates: int | None, wide: str) -> None:
+    """What one hands to the other takes the other's type: kept evidence, fresh evidence, and copies of parameters."""
+    run.complete("conditional", ConditionalStudent(2, lr=0.03, init="random"), 2)
+    run.complete("prior", PriorStudent(candidates=candidates, max_cache_gb=5e-7), 1)
+    module = run.begin("finetune", FinetuneStudent(margin=1e4, posterior_floor=0.0, slots=20.0))
+    index = torch.arange(40)
+    assert module.source is not None
+    assert 0 < module.source.num_kept < len(index)
+    images = run.data.splits["train"][index]
+    expected = step_gradients(module, images, index)
+    getattr(module.assembled, wide).double()
+    for _ in range(2):
+        found = step_gradients(module, images, index)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3, check_dtype=False)
+        module.on_fit_start()  # until here the copies of the conditionals were of the old type
+    few = index[-5:]
+    assert module.source.evidence(images[-5:], few).dtype == module.assembled.prior.dtype
+    module.assembled.zero_grad()
+    assert module.assembled.log_prob(images).isfinite().all()
+    observed = torch.rand(images.shape) < 0.5
+    assert torch.equal(module.assembled.inpaint(images, observed)[observed], images[observed])
+    assert module.assembled.expected(images, observed).isfinite().all()
+
+
 def test_missing_evidence_is_named(prepared: Any) -> None:
     (prepared.folder / "prior" / "evidence" / "train" / "evidence.json").unlink()
     with pytest.raises(ValueError, match="evidence: is not complete; run stage prior again, or set margin: null"):
