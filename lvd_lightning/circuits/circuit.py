@@ -196,7 +196,8 @@ class Circuit(nn.Module):
             x: (B, D); for a batch of circuits (G, B, D), or (B, D) given to all of them. Evidence has one more
                 dimension, the states. Of any integer type, or a floating point one (needed as soon as one variable is
                 continuous); see `Distribution`. Gradients flow into evidence and, where x requires them, into values of
-                Gaussians and of families rounded from continuous ones; those of other variables are 0.
+                Gaussians and of families rounded from continuous ones. An x of both kinds of variables requires them
+                as one tensor, so that those of its discrete variables, in which log p has no derivative, are 0.
             head: None for all heads; an int, or a tensor (B,) ((G, B) for a batch of circuits), for one per example.
             observed: bool, the shape of x without states; False marginalises the variable, and its value may be
                 anything, NaN included.
@@ -211,8 +212,8 @@ class Circuit(nn.Module):
 
         Raises:
             ValueError: a value outside the support of its variable, a wrong shape, NaN in an observed variable, or an x
-                that requires a gradient though all variables are discrete. On a GPU values and heads are checked behind
-                the computation, and a later call raises; see `check_inputs`.
+                that requires a gradient though all variables are discrete, or one of them is to some inputs alone. On a
+                GPU values and heads are checked behind the computation, and a later call raises; see `check_inputs`.
 
         Example:
             >>> import torch
@@ -444,6 +445,11 @@ class Circuit(nn.Module):
             raise ValueError(
                 "x: requires a gradient, but all variables are discrete and log p has no derivative in them; "
                 "give x.detach()"
+            )
+        if self.engine.half_smooth is not None:
+            raise ValueError(
+                f"x: requires a gradient, but variable {self.engine.half_smooth} has discrete inputs beside continuous "
+                "ones, so that log p has no derivative in it; give x.detach()"
             )
         return x
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import lvd_lightning.circuits as pc
 
@@ -67,3 +68,39 @@ def test_discrete_variables_have_no_gradient() -> None:
         circuit.log_prob(x)
     with torch.no_grad():
         assert circuit.log_prob(x).shape == (2, 2)
+
+
+def test_gradients_of_the_continuous_variables_alone() -> None:
+    """Put together from two tensors, x hands them to the one that asked, and nothing to the other."""
+    circuit = make_circuit([pc.Gaussian(), pc.Gaussian(), pc.Categorical(3), pc.Bernoulli()])
+    for table in circuit.tables:
+        table.requires_grad_(False)
+    discrete = torch.tensor([[2.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+
+    def log_prob(continuous: Tensor) -> Tensor:
+        return circuit.log_prob(torch.cat([continuous, discrete], 1))
+
+    assert torch.autograd.gradcheck(log_prob, (torch.randn(2, 2, dtype=torch.float64).requires_grad_(),))
+
+
+def mixed_inputs(*families: pc.Distribution) -> pc.CircuitGraph:
+    """A mixture of different families over variable 1, beside a Gaussian variable 0."""
+    graph = pc.CircuitGraph()
+    parts = [graph.add_product([graph.add_input(0, pc.Gaussian(), 2), graph.add_input(1, one, 2)]) for one in families]
+    graph.add_sum(parts, 1)
+    return graph
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_variable_with_a_derivative_in_some_inputs_has_none(batched: bool) -> None:
+    """The gradient of a part of log p would look like that of all of it."""
+    half = mixed_inputs(pc.Gaussian(), pc.Binomial(4))
+    circuit = pc.Circuit([mixed_inputs(pc.Gaussian()), half] if batched else half).double()
+    x = torch.tensor([[0.5, 3.0]], dtype=torch.float64)
+    assert circuit.log_prob(x).isfinite().all()
+    with pytest.raises(ValueError, match="variable 1 has discrete inputs beside continuous ones"):
+        circuit.log_prob(x.requires_grad_())
+    apart = pc.Circuit([mixed_inputs(pc.Gaussian()), mixed_inputs(pc.Binomial(4))]).double()
+    (found,) = torch.autograd.grad(apart.log_prob(x).sum(), x)
+    (expected,) = torch.autograd.grad(apart.log_prob(x)[0].sum(), x)
+    assert found[0, 1] == expected[0, 1] != 0

@@ -76,6 +76,7 @@ class Engine(nn.Module):
         self.register_buffer("circuit_of_node", _circuit_of_nodes(plan), persistent=False)
         self.is_linear = all(found.distribution.is_table for found in plan.inputs) and plan.is_slim_tree
         self.is_evidence = self._check_evidence()
+        self.half_smooth = _half_smooth(plan)
         self.pool = Pool()
         self.checks = LateCheck(
             [f"x: {found.distribution} got values outside its support" for found in plan.inputs]
@@ -282,6 +283,16 @@ class Engine(nn.Module):
             if layer.group >= 0 and bool((uses[layer.group] > 1).any()):
                 layer.accumulate = True
         self.accumulated = {layer.group for layer in folded if layer.accumulate}
+
+
+def _half_smooth(plan: Plan) -> int | None:
+    """The first variable that one circuit reads by inputs with a derivative and by others; None: there is none."""
+    read: dict[bool, set[tuple[int, int]]] = {False: set(), True: set()}
+    for found in plan.inputs:
+        places = zip(found.circuits.tolist(), found.variables.tolist(), strict=True)
+        read[found.distribution.is_smooth].update(places)
+    both = read[False] & read[True]
+    return min(variable for _, variable in both) if both else None
 
 
 def _circuit_of_nodes(plan: Plan) -> Tensor:
