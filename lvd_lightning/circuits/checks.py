@@ -54,13 +54,13 @@ def check_type(where: str, value: Any, kind: type) -> None:
     if not isinstance(value, kind):
         remedy = _REMEDIES.get((type(value).__name__, kind.__name__), "")
         name = "tensor" if kind is Tensor else kind.__name__
-        raise ValueError(f"{where}: expected a {name}, got {described(value)}{remedy}")
+        raise ValueError(f"{where}: got {described(value)}, expected a {name}{remedy}")
 
 
 def check_leaf(where: str, leaf: Any) -> None:
     """Raise a ValueError unless `leaf` is a distribution (and not its class)."""
     if not isinstance(leaf, Distribution):
-        raise ValueError(f"{where}: expected a distribution such as Categorical(256), got {described(leaf)}")
+        raise ValueError(f"{where}: got {described(leaf)}, expected a distribution such as Categorical(256)")
 
 
 def check_generator(caller: str, generator: Any, device: torch.device | None = None) -> None:
@@ -68,20 +68,20 @@ def check_generator(caller: str, generator: Any, device: torch.device | None = N
     if generator is None:
         return
     if not isinstance(generator, torch.Generator):
-        raise ValueError(f"{caller}: generator: expected a torch.Generator or None, got {described(generator)}")
+        raise ValueError(f"{caller}: generator: got {described(generator)}, expected a torch.Generator or None")
     kind = "cpu" if device is None else device.type
     if generator.device.type != kind:
         name = "the CPU" if kind == "cpu" else kind
-        raise ValueError(f"{caller}: generator: must be a generator of {name}, got one of {generator.device}")
+        raise ValueError(f"{caller}: generator: got a generator of {generator.device}, expected a generator of {name}")
 
 
 def check_counts(caller: str, **counts: Any) -> None:
     """Raise a ValueError that names the first argument that is no whole number of at least 1."""
     for name, count in counts.items():
         if not is_whole(count):
-            raise ValueError(f"{caller}: {name} must be a whole number of at least 1, got {described(count)}")
+            raise ValueError(f"{caller}: {name}: got {described(count)}, expected a whole number of at least 1")
         if count < 1:
-            raise ValueError(f"{caller}: {name} must be at least 1, got {count}")
+            raise ValueError(f"{caller}: {name}: got {count}, expected at least 1")
 
 
 def float_type(caller: str, dtype: Any) -> torch.dtype:
@@ -93,7 +93,7 @@ def float_type(caller: str, dtype: Any) -> torch.dtype:
     if dtype is None:
         return torch.get_default_dtype()
     if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{caller}: dtype: expected torch.float32 or torch.float64, got {described(dtype)}")
+        raise ValueError(f"{caller}: dtype: got {described(dtype)}, expected torch.float32 or torch.float64")
     return dtype
 
 
@@ -110,7 +110,7 @@ def check_number(
         fits = False
     if not fits or isinstance(value, bool):
         interval = f"{'(' if above_low else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
-        raise ValueError(f"{where}: must be a number in {interval}{meaning}, got {described(value)}")
+        raise ValueError(f"{where}: got {described(value)}, expected a number in {interval}{meaning}")
 
 
 def are_whole(values: Any) -> bool:
@@ -129,7 +129,7 @@ def as_tensor(where: str, values: Any) -> Tensor:
     try:
         return torch.as_tensor(values).clone()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{where}: expected a tensor of numbers, got {described(values)}") from error
+        raise ValueError(f"{where}: got {described(values)}, expected a tensor of numbers") from error
 
 
 def as_indices(where: str, values: Tensor | Sequence[int]) -> Tensor:
@@ -143,7 +143,7 @@ def as_indices(where: str, values: Tensor | Sequence[int]) -> Tensor:
     if is_row and not isinstance(found, Tensor):
         found = list(found)
     if not is_row or not len(found) or not are_whole(found[:1] if isinstance(found, Tensor) else found):
-        raise ValueError(f"{where}: expected a list or an integer tensor of shape (n,), got {described(values)}")
+        raise ValueError(f"{where}: got {described(values)}, expected a list or an integer tensor of shape (n,)")
     if isinstance(found, Tensor):
         return found.long()
     return torch.tensor([operator.index(value) for value in found], dtype=torch.int64)

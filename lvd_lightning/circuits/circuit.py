@@ -82,9 +82,9 @@ class Circuit(nn.Module):
         if not graphs:
             raise ValueError("Circuit: got an empty list of graphs, expected at least one")
         if parameterization not in ("probabilities", "logits"):
-            raise ValueError(f"parameterization: expected 'probabilities' or 'logits', got {parameterization!r}")
+            raise ValueError(f"parameterization: got {parameterization!r}, expected 'probabilities' or 'logits'")
         if layout not in LAYOUTS:
-            raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+            raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
         if layout == "sparse" and parameterization == "logits":
             raise ValueError("layout: got 'sparse', but logits are stored densely; expected 'auto' or 'dense'")
         graphs = [with_sum_root(found) for found in graphs]
@@ -163,7 +163,7 @@ class Circuit(nn.Module):
     def matmul_precision(self, precision: str) -> None:
         if precision not in triton_kernels.PRECISIONS:
             raise ValueError(
-                f"matmul_precision: expected one of {', '.join(triton_kernels.PRECISIONS)}, got {precision!r}"
+                f"matmul_precision: got {precision!r}, expected one of {', '.join(triton_kernels.PRECISIONS)}"
             )
         self.engine.matmul_precision = precision
 

@@ -68,7 +68,7 @@ class _CircuitOptimizer(torch.optim.Optimizer, ABC):
 
     def _expected(self, got: Any) -> str:
         name = type(self).__name__
-        return f"{name}: expected a module, or groups {{'params': module, 'lr': ...}}, got {described(got)}"
+        return f"{name}: got {described(got)}, expected a module, or groups {{'params': module, 'lr': ...}}"
 
     def __getstate__(self) -> dict[str, Any]:
         """As in every optimizer, and its circuits: a copy has copies of them, those that are copied along with it."""
@@ -282,7 +282,7 @@ class Anemone(_CircuitOptimizer):
         super()._check(group, is_new=is_new)
         check_number("momentum", group["momentum"], 0, meaning=", below 1")
         if group["momentum"] >= 1:
-            raise ValueError(f"momentum: must be below 1, got {group['momentum']}")
+            raise ValueError(f"momentum: got {group['momentum']}, expected less than 1")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in every optimizer, but averaged statistics of inputs stay in double precision."""

@@ -107,7 +107,7 @@ class Flows:
         check_counts("Flows.add", chunk_size=chunk_size)
         if not isinstance(x, Tensor) or x.ndim < 2:
             raise ValueError(
-                f"x: expected a tensor of shape {expected_shape(self.circuit.engine)}, got {type(x).__name__}"
+                f"x: got {type(x).__name__}, expected a tensor of shape {expected_shape(self.circuit.engine)}"
             )
         evidence = any(plan.distribution.is_evidence for plan in self.circuit.plan.inputs)
         axis = x.ndim - 3 if evidence else x.ndim - 2
@@ -116,7 +116,7 @@ class Flows:
         weight_GB = self._weights(weight, head_GB)
         shape = x.shape[:-1] if evidence else x.shape
         if observed is not None and not (isinstance(observed, Tensor) and observed.shape == shape):
-            raise ValueError(f"observed: expected a bool tensor of shape {tuple(shape)}, got {described(observed)}")
+            raise ValueError(f"observed: got {described(observed)}, expected a bool tensor of shape {tuple(shape)}")
         chunks = []
         for low in range(0, size, chunk_size):
             part = slice(low, min(low + chunk_size, size))
@@ -244,7 +244,7 @@ class Flows:
         else:
             if not isinstance(weight, Tensor) or tuple(weight.shape) != shape:
                 got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-                raise ValueError(f"weight: expected a tensor of shape {shape}, got {got}")
+                raise ValueError(f"weight: got {got}, expected a tensor of shape {shape}")
             weight_GB = weight.to(head_GB.device, torch.float64).view(head_GB.shape)
         if not bool(((weight_GB >= 0) & torch.isfinite(weight_GB)).all()):
             raise ValueError("weight: must be finite and not negative")
@@ -259,9 +259,9 @@ class Flows:
 
     def _node(self, node: int, circuit: int) -> Node:
         if not is_whole(circuit) or not 0 <= circuit < self.circuit.num_circuits:
-            raise ValueError(f"circuit: expected 0..{self.circuit.num_circuits - 1}, got {described(circuit)}")
+            raise ValueError(f"circuit: got {described(circuit)}, expected 0..{self.circuit.num_circuits - 1}")
         if not is_whole(node):
-            raise ValueError(f"node: expected the id of a node, got {described(node)}")
+            raise ValueError(f"node: got {described(node)}, expected the id of a node")
         nodes = self.circuit.structures[circuit].nodes
         if not 0 <= node < len(nodes):
             raise ValueError(f"node: circuit {circuit} has {len(nodes)} nodes, got {node}")

@@ -118,7 +118,7 @@ class CircuitGraph:
             ValueError: an argument of another kind or shape, or parameters that are none of the family.
         """
         if not is_whole(variable) or variable < 0:
-            raise ValueError(f"add_input: variable must be a whole number, 0 or larger, got {described(variable)}")
+            raise ValueError(f"add_input: variable: got {described(variable)}, expected a whole number, 0 or larger")
         check_leaf("add_input: distribution", distribution)
         check_counts("add_input", num_units=num_units)
         check_generator("add_input", generator)
@@ -167,7 +167,7 @@ class CircuitGraph:
             return self._append(Node("product", sizes[0], children))
         units = as_tensor("add_product: units", units)
         if units.is_floating_point() or units.is_complex() or units.dtype == torch.bool:
-            raise ValueError(f"add_product: units: expected whole numbers, got {units.dtype}")
+            raise ValueError(f"add_product: units: got {units.dtype}, expected whole numbers")
         units = units.long()
         if units.ndim != 2 or units.shape[1] != len(children) or len(units) == 0:
             raise ValueError(
@@ -249,7 +249,7 @@ class CircuitGraph:
         """
         check_type("embed: other", other, CircuitGraph)
         if latents is not None and not is_whole(latents):
-            raise ValueError(f"embed: latents: expected a whole number or None, got {described(latents)}")
+            raise ValueError(f"embed: latents: got {described(latents)}, expected a whole number or None")
         size = other.num_variables
         given = list(range(size)) if variables is None else _listed(variables)
         places = [int(found) for found in given] if given is not None and are_whole(given) else None
@@ -366,7 +366,7 @@ class CircuitGraph:
 
     def _owner(self, index: int, kind: str, num_units: int) -> Node:
         if not is_whole(index):
-            raise ValueError(f"tied_to: expected the id of a node, got {described(index)}")
+            raise ValueError(f"tied_to: got {described(index)}, expected the id of a node")
         node = self.nodes[index] if 0 <= index < len(self.nodes) else None
         if node is None or node.kind != kind or node.num_units != num_units or node.tied_to is not None:
             raise ValueError(f"tied_to: node {index} is no untied {kind} node with {num_units} units")
@@ -375,7 +375,7 @@ class CircuitGraph:
     def _check_children(self, children: Iterable[int], caller: str) -> tuple[int, ...]:
         given = _listed(children)
         if given is None or not are_whole(given):
-            raise ValueError(f"{caller}: children: expected a list of node ids, got {described(children)}")
+            raise ValueError(f"{caller}: children: got {described(children)}, expected a list of node ids")
         children = tuple(int(child) for child in given)
         if not children:
             raise ValueError(f"{caller}: needs at least one child")
@@ -410,7 +410,7 @@ def _as_floats(where: str, values: Tensor | Sequence[Sequence[float]]) -> Tensor
     if not found.is_floating_point() and not isinstance(values, Tensor) and not found.is_complex():
         found = found.to(torch.get_default_dtype())
     if not found.is_floating_point():
-        raise ValueError(f"{where} must be a floating point tensor, got {found.dtype}")
+        raise ValueError(f"{where}: got {found.dtype}, expected a floating point tensor")
     return found
 
 

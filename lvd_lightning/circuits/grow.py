@@ -106,12 +106,12 @@ def _check_heads(circuit: Circuit, heads: Sequence[Any]) -> list[list[int]]:
     per_circuit = list(given) if isinstance(given, Iterable) else []
     if len(per_circuit) != circuit.num_circuits:
         got = len(per_circuit) if isinstance(given, Iterable) else described(given)
-        raise ValueError(f"heads: expected {circuit.num_circuits} lists, one per circuit, got {got}")
+        raise ValueError(f"heads: got {got}, expected {circuit.num_circuits} lists, one per circuit")
     found = []
     for g, (some, structure) in enumerate(zip(per_circuit, circuit.structures, strict=True)):
         chosen = list(some) if isinstance(some, Iterable) else some  # an iterator is read once
         if not are_whole(chosen):
-            raise ValueError(f"heads: circuit {g}: expected a list of whole numbers, got {described(some)}")
+            raise ValueError(f"heads: circuit {g}: got {described(some)}, expected a list of whole numbers")
         mine = [operator.index(head) for head in chosen]
         if len(set(mine)) < len(mine) or any(not 0 <= head < structure.num_heads for head in mine):
             raise ValueError(f"heads: circuit {g} has heads 0..{structure.num_heads - 1}, each grows once; got {mine}")

@@ -137,7 +137,7 @@ def _probabilities(distribution: Distribution | None, table: Tensor) -> Tensor:
 
 def _check_same(p: Circuit, q: Circuit) -> None:
     if p.batched != q.batched or p.num_circuits != q.num_circuits:
-        raise ValueError(f"kl: expected two circuits of one structure, got {p.num_circuits} and {q.num_circuits}")
+        raise ValueError(f"kl: got {p.num_circuits} and {q.num_circuits}, expected two circuits of one structure")
     for g, (first, second) in enumerate(zip(p.structures, q.structures, strict=True)):
         if len(first.nodes) != len(second.nodes) or first.root != second.root:
             raise ValueError(

@@ -87,7 +87,7 @@ def materialize(graph: CircuitGraph, scopes: Sequence[Iterable[int]]) -> Circuit
 def _listed(scopes: Sequence[Iterable[int]]) -> list[Iterable[int]]:
     given = list(scopes) if isinstance(scopes, Iterable) else []
     if not given or not all(isinstance(scope, Iterable) for scope in given):
-        raise ValueError(f"materialize: scopes: expected a list of sets of variables, got {described(scopes)}")
+        raise ValueError(f"materialize: scopes: got {described(scopes)}, expected a list of sets of variables")
     return given
 
 

@@ -61,7 +61,7 @@ def to_pyjuice(circuit: Circuit, *, max_block_size: int = 1024) -> Any:
     """
     check_type("to_pyjuice: circuit", circuit, Circuit)
     if max_block_size < 1 or max_block_size & (max_block_size - 1):
-        raise ValueError(f"max_block_size: expected a power of two, got {max_block_size}")
+        raise ValueError(f"max_block_size: got {max_block_size}, expected a power of two")
     juice = _import_pyjuice("to_pyjuice")
     graphs = circuit.to_graph()
     if isinstance(graphs, list):

@@ -45,7 +45,7 @@ def sample(
     if x is None:
         if n is None or not is_whole(n) or n < 0:
             remedy = "; examples are given by name: x=" if isinstance(n, Tensor) else ""
-            raise ValueError(f"sample: n: expected a whole number, 0 or larger, got {described(n)}{remedy}")
+            raise ValueError(f"sample: n: got {described(n)}, expected a whole number, 0 or larger{remedy}")
         if observed is not None:
             raise ValueError("sample: observed: says what of x is given, and there is no x")
         x, observed = nothing_observed(circuit, int(n))
@@ -160,7 +160,7 @@ def _latent_node(circuit: Circuit, g: int, node: int) -> int:
     """The product node of a latent, in circuit g."""
     structure = circuit.structures[g]
     if not is_whole(node):
-        raise ValueError(f"node: expected the name of a latent (a whole number), got {described(node)}")
+        raise ValueError(f"node: got {described(node)}, expected the name of a latent (a whole number)")
     index = structure.latents.get(int(node), int(node) if not structure.latents else -1)
     if (g, index) not in circuit.plan.inner and (g, index) not in circuit.plan.implicit:
         known = sorted(structure.latents) if structure.latents else "the ids of product nodes"

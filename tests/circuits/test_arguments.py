@@ -43,65 +43,83 @@ def grow(heads: Any, **rest: Any) -> Any:
 GRAPHS: list[tuple[Callable[[], Any], str]] = [
     (lambda: pair().add_input(0, pc.Categorical, 2), "add_input: distribution: .*the class Categorical itself"),
     (lambda: pair().add_input(0, None, 2), "add_input: distribution: .*got None"),
-    (lambda: pair().add_input(0.5, LEAF, 2), "add_input: variable must be a whole number, 0 or larger, got 0.5"),
-    (lambda: pair().add_input(True, LEAF, 2), "add_input: variable must be a whole number, .*got True"),
-    (lambda: pair().add_input(-1, LEAF, 2), "add_input: variable must be a whole number, 0 or larger, got -1"),
-    (lambda: pair().add_input(0, LEAF, 1.5), "add_input: num_units must be a whole number .*got 1.5"),
-    (lambda: pair().add_input(0, LEAF, 2, params="a"), "add_input: params: expected a tensor of numbers, got 'a'"),
-    (lambda: pair().add_input(0, LEAF, 2, params=[[1], [1, 2]]), "add_input: params: expected a tensor of numbers"),
-    (lambda: pair().add_input(0, LEAF, 1, params=torch.tensor([[1, 0, 0]])), "add_input: params must be .*floating"),
+    (lambda: pair().add_input(0.5, LEAF, 2), "add_input: variable: got 0.5, expected a whole number, 0 or larger"),
+    (lambda: pair().add_input(True, LEAF, 2), "add_input: variable: got True, expected a whole number"),
+    (lambda: pair().add_input(-1, LEAF, 2), "add_input: variable: got -1, expected a whole number, 0 or larger"),
+    (lambda: pair().add_input(0, LEAF, 1.5), "add_input: num_units: got 1.5, expected a whole number"),
+    (lambda: pair().add_input(0, LEAF, 2, params="a"), "add_input: params: got 'a', expected a tensor of numbers"),
+    (
+        lambda: pair().add_input(0, LEAF, 2, params=[[1], [1, 2]]),
+        "add_input: params: got .*expected a tensor of numbers",
+    ),
+    (
+        lambda: pair().add_input(0, LEAF, 1, params=torch.tensor([[1, 0, 0]])),
+        "add_input: params: got .*expected .*floating",
+    ),
     (lambda: pair().add_input(0, LEAF, 2, generator=3), "add_input: generator: .*got 3"),
-    (lambda: pair().add_input(0, LEAF, 2, tied_to="a"), "tied_to: expected the id of a node, got 'a'"),
-    (lambda: pair().add_sum(0, 1), "add_sum: children: expected a list of node ids, got 0"),
-    (lambda: pair().add_sum([0.5], 1), r"add_sum: children: expected a list of node ids, got \[0.5\]"),
-    (lambda: pair().add_sum(torch.tensor(0), 1), "add_sum: children: expected a list of node ids, got a tensor"),
+    (lambda: pair().add_input(0, LEAF, 2, tied_to="a"), "tied_to: got 'a', expected the id of a node"),
+    (lambda: pair().add_sum(0, 1), "add_sum: children: got 0, expected a list of node ids"),
+    (lambda: pair().add_sum([0.5], 1), r"add_sum: children: got \[0.5\], expected a list of node ids"),
+    (lambda: pair().add_sum(torch.tensor(0), 1), "add_sum: children: got a tensor .*, expected a list of node ids"),
     (lambda: pair().add_sum([], 1), "add_sum: needs at least one child"),
-    (lambda: pair().add_sum([0], 1.5), "add_sum: num_units must be a whole number .*got 1.5"),
-    (lambda: pair().add_sum([0], 1, weight="ab"), "add_sum: weight: expected a tensor of numbers, got 'ab'"),
+    (lambda: pair().add_sum([0], 1.5), "add_sum: num_units: got 1.5, expected a whole number"),
+    (lambda: pair().add_sum([0], 1, weight="ab"), "add_sum: weight: got 'ab', expected a tensor of numbers"),
     (lambda: pair().add_sum([0], 1, weight=[0.5]), r"add_sum: weight must have shape \(1, 2\), got \(1,\)"),
-    (lambda: pair().add_sum([0], 1, mask={}), "add_sum: mask: expected a tensor of numbers, got dict"),
-    (lambda: pair().add_sum([0], 1, generator=3), "add_sum: generator: expected a torch.Generator or None, got 3"),
-    (lambda: pair().add_sum([0], 2, tied_to=0.0), "tied_to: expected the id of a node, got 0.0"),
-    (lambda: pair().add_product("ab"), "add_product: children: expected a list of node ids, got 'ab'"),
-    (lambda: pair().add_product([0, 1], torch.tensor([[0.0, 1.0]])), "add_product: units: expected whole numbers"),
-    (lambda: pair().add_product([0, 1], [[0.7, 1]]), "add_product: units: expected whole numbers"),
-    (lambda: pair().add_product([0, 1], "ab"), "add_product: units: expected a tensor of numbers, got 'ab'"),
-    (lambda: pair().embed("x"), "embed: other: expected a CircuitGraph, got 'x'"),
-    (lambda: pair().embed(circuit()), r"embed: other: .*got Circuit; give its graph: circuit.to_graph\(\)"),
+    (lambda: pair().add_sum([0], 1, mask={}), "add_sum: mask: got dict, expected a tensor of numbers"),
+    (lambda: pair().add_sum([0], 1, generator=3), "add_sum: generator: got 3, expected a torch.Generator or None"),
+    (lambda: pair().add_sum([0], 2, tied_to=0.0), "tied_to: got 0.0, expected the id of a node"),
+    (lambda: pair().add_product("ab"), "add_product: children: got 'ab', expected a list of node ids"),
+    (
+        lambda: pair().add_product([0, 1], torch.tensor([[0.0, 1.0]])),
+        "add_product: units: got .*expected whole numbers",
+    ),
+    (lambda: pair().add_product([0, 1], [[0.7, 1]]), "add_product: units: got .*expected whole numbers"),
+    (lambda: pair().add_product([0, 1], "ab"), "add_product: units: got 'ab', expected a tensor of numbers"),
+    (lambda: pair().embed("x"), "embed: other: got 'x', expected a CircuitGraph"),
+    (lambda: pair().embed(circuit()), r"embed: other: got Circuit, .*; give its graph: circuit.to_graph\(\)"),
     (lambda: pair().embed(pair(), [0.5, 1]), r"embed: variables must be 2 different .*got \[0.5, 1\]"),
     (lambda: pair().embed(pair(), 3), "embed: variables must be 2 different .*got 3"),
-    (lambda: pair().embed(pair(), latents="a"), "embed: latents: expected a whole number or None, got 'a'"),
+    (lambda: pair().embed(pair(), latents="a"), "embed: latents: got 'a', expected a whole number or None"),
 ]
 
 FAMILIES: list[tuple[Callable[[], Any], str]] = [
-    (lambda: pc.Categorical(2.5), "Categorical: num_categories must be a whole number of at least 1, got 2.5"),
-    (lambda: pc.Categorical(True), "Categorical: num_categories must be a whole number of at least 1, got True"),
-    (lambda: pc.Categorical("3"), "Categorical: num_categories must be a whole number of at least 1, got '3'"),
-    (lambda: pc.Categorical(torch.ones(2)), "Categorical: num_categories must be a whole number"),
+    (lambda: pc.Categorical(2.5), "Categorical: num_categories: got 2.5, expected a whole number of at least 1"),
+    (lambda: pc.Categorical(True), "Categorical: num_categories: got True, expected a whole number of at least 1"),
+    (lambda: pc.Categorical("3"), "Categorical: num_categories: got '3', expected a whole number of at least 1"),
+    (lambda: pc.Categorical(torch.ones(2)), "Categorical: num_categories: got .*expected a whole number"),
     (lambda: pc.Bernoulli(2.0), "Bernoulli: has 2 categories, got num_categories=2.0"),
-    (lambda: pc.Binomial(1.5), "Binomial: total must be a whole number of at least 1, got 1.5"),
+    (lambda: pc.Binomial(1.5), "Binomial: total: got 1.5, expected a whole number of at least 1"),
     (lambda: pc.Binomial(3, "a"), "Binomial: min_prob must .*got 'a'"),
-    (lambda: pc.DiscretizedLogistic(2.5), "DiscretizedLogistic: num_values must be a whole number of at least 2"),
+    (
+        lambda: pc.DiscretizedLogistic(2.5),
+        "DiscretizedLogistic: num_values: got 2.5, expected a whole number of at least 2",
+    ),
     (lambda: pc.DiscretizedLogistic(4, None), "DiscretizedLogistic: min_scale must .*got None"),
-    (lambda: pc.SoftEvidence(2.5), "SoftEvidence: num_states must be a whole number of at least 1, got 2.5"),
-    (lambda: pc.Gaussian("a"), "Gaussian: min_std must be .*got 'a'"),
+    (lambda: pc.SoftEvidence(2.5), "SoftEvidence: num_states: got 2.5, expected a whole number of at least 1"),
+    (lambda: pc.Gaussian("a"), "Gaussian: min_std: got 'a', expected "),
 ]
 
 QUERIES: list[tuple[Callable[[], Any], str]] = [
-    (lambda: circuit().sample(2.5), "sample: n: expected a whole number, 0 or larger, got 2.5"),
-    (lambda: circuit().sample("3"), "sample: n: expected a whole number, 0 or larger, got '3'"),
-    (lambda: circuit().sample(True), "sample: n: expected a whole number, 0 or larger, got True"),
-    (lambda: circuit().sample(-1), "sample: n: expected a whole number, 0 or larger, got -1"),
+    (lambda: circuit().sample(2.5), "sample: n: got 2.5, expected a whole number, 0 or larger"),
+    (lambda: circuit().sample("3"), "sample: n: got '3', expected a whole number, 0 or larger"),
+    (lambda: circuit().sample(True), "sample: n: got True, expected a whole number, 0 or larger"),
+    (lambda: circuit().sample(-1), "sample: n: got -1, expected a whole number, 0 or larger"),
     (lambda: circuit().sample(X), "sample: n: .*got a tensor of shape .*examples are given by name: x="),
     (lambda: circuit().sample(X, observed=SEEN), "sample: n: .*examples are given by name: x="),
     (lambda: circuit().sample(2, observed=SEEN), "sample: observed: says what of x is given, and there is no x"),
-    (lambda: circuit().sample(2, generator=3), "sample: generator: expected a torch.Generator or None, got 3"),
-    (lambda: circuit().posterior(X, None), "node: expected the name of a latent .*got None"),
-    (lambda: circuit().posterior(X, 1.7), "node: expected the name of a latent .*got 1.7"),
-    (lambda: circuit().posterior(X, "0"), "node: expected the name of a latent .*got '0'"),
-    (lambda: circuit().log_prob(X, wanted=[True]), r"wanted: expected a bool tensor of shape \(2, 1\), got \[True\]"),
-    (lambda: circuit(2).log_prob(X, head=torch.tensor([True, False])), "head: expected an int or an integer tensor"),
-    (lambda: circuit(2).sample(2, head=torch.tensor([True, False])), "head: expected an int or an integer tensor"),
+    (lambda: circuit().sample(2, generator=3), "sample: generator: got 3, expected a torch.Generator or None"),
+    (lambda: circuit().posterior(X, None), "node: got None, expected the name of a latent"),
+    (lambda: circuit().posterior(X, 1.7), "node: got 1.7, expected the name of a latent"),
+    (lambda: circuit().posterior(X, "0"), "node: got '0', expected the name of a latent"),
+    (lambda: circuit().log_prob(X, wanted=[True]), r"wanted: got \[True\], expected a bool tensor of shape \(2, 1\)"),
+    (
+        lambda: circuit(2).log_prob(X, head=torch.tensor([True, False])),
+        "head: got .*expected an int or an integer tensor",
+    ),
+    (
+        lambda: circuit(2).sample(2, head=torch.tensor([True, False])),
+        "head: got .*expected an int or an integer tensor",
+    ),
     (lambda: pc.expectation(circuit(), torch.zeros(3, 3), observed=SEEN), "expectation: observed: .*there is no x"),
     (lambda: pc.expectation(circuit(), torch.zeros(4, 3)), r"f: expected .*3 variables.*got \(4, 3\)"),
     (lambda: pc.expectation(circuit(), torch.zeros(2, 3)), r"f: expected .*3 variables.*got \(2, 3\)"),
@@ -109,16 +127,16 @@ QUERIES: list[tuple[Callable[[], Any], str]] = [
 ]
 
 FLOWS: list[tuple[Callable[[], Any], str]] = [
-    (lambda: pc.Flows(circuit()).add(X, observed=[True]), r"observed: expected a bool tensor of shape \(2, 3\)"),
-    (lambda: pc.Flows(circuit()).add(X, observed=torch.ones(5, 3).bool()), r"observed: expected .*\(2, 3\)"),
-    (lambda: pc.Flows(circuit()).add(X, chunk_size=1.5), "chunk_size must be a whole number .*got 1.5"),
-    (lambda: pc.Flows(circuit()).add(X, chunk_size=0), "chunk_size must be at least 1, got 0"),
-    (lambda: flows(circuit()).units("a"), "node: expected the id of a node, got 'a'"),
-    (lambda: flows(circuit()).units(1.0), "node: expected the id of a node, got 1.0"),
-    (lambda: flows(circuit()).edges(0, "a"), "circuit: expected 0..0, got 'a'"),
-    (lambda: grow([False]), r"heads: circuit 0: expected a list of whole numbers, got \[False\]"),
-    (lambda: grow(0), "heads: circuit 0: expected a list of whole numbers, got 0"),
-    (lambda: grow([0], generator=3), "grow: generator: expected a torch.Generator or None, got 3"),
+    (lambda: pc.Flows(circuit()).add(X, observed=[True]), r"observed: got .*expected a bool tensor of shape \(2, 3\)"),
+    (lambda: pc.Flows(circuit()).add(X, observed=torch.ones(5, 3).bool()), r"observed: got .*expected .*\(2, 3\)"),
+    (lambda: pc.Flows(circuit()).add(X, chunk_size=1.5), "chunk_size: got 1.5, expected a whole number"),
+    (lambda: pc.Flows(circuit()).add(X, chunk_size=0), "chunk_size: got 0, expected at least 1"),
+    (lambda: flows(circuit()).units("a"), "node: got 'a', expected the id of a node"),
+    (lambda: flows(circuit()).units(1.0), "node: got 1.0, expected the id of a node"),
+    (lambda: flows(circuit()).edges(0, "a"), "circuit: got 'a', expected 0..0"),
+    (lambda: grow([False]), r"heads: circuit 0: got \[False\], expected a list of whole numbers"),
+    (lambda: grow(0), "heads: circuit 0: got 0, expected a list of whole numbers"),
+    (lambda: grow([0], generator=3), "grow: generator: got 3, expected a torch.Generator or None"),
 ]
 
 GENERATORS: list[tuple[str, Callable[[Any], Any]]] = [
@@ -155,14 +173,14 @@ def test_what_came_and_what_was_expected(call: Callable[[], Any], message: str) 
 @pytest.mark.parametrize(("name", "call"), GENERATORS, ids=[name for name, _ in GENERATORS])
 def test_generators_are_generators(name: str, call: Callable[[Any], Any]) -> None:
     for wrong in (3, "cpu", torch.Generator):
-        with pytest.raises(ValueError, match=f"{name}: generator: expected a torch.Generator or None, got "):
+        with pytest.raises(ValueError, match=f"{name}: generator: got .*expected a torch.Generator or None"):
             call(wrong)
     call(torch.Generator().manual_seed(0))
 
 
 def test_a_batch_needs_a_list_of_heads_for_every_circuit() -> None:
     many = pc.Circuit([pc.hclt(PARENTS, 2, LEAF)] * 2)
-    with pytest.raises(ValueError, match="heads: expected 2 lists, one per circuit, got 3"):
+    with pytest.raises(ValueError, match="heads: got 3, expected 2 lists, one per circuit"):
         pc.grow(many, flows(many), 3)
 
 

@@ -40,66 +40,75 @@ def prune(threshold: Any) -> Any:
 
 
 STRUCTURES: list[tuple[Callable[[], Any], str]] = [
-    (lambda: pc.hclt(None, 2, LEAF), "hclt: parents: expected a list or an integer tensor.*got None"),
-    (lambda: pc.hclt(["a", "b"], 2, LEAF), r"parents: expected a list.*got \['a', 'b'\]"),
-    (lambda: pc.hclt([-1, 0.5], 2, LEAF), r"parents: expected a list.*got \[-1, 0.5\]"),
+    (lambda: pc.hclt(None, 2, LEAF), "hclt: parents: got None, expected a list or an integer tensor"),
+    (lambda: pc.hclt(["a", "b"], 2, LEAF), r"parents: got \['a', 'b'\], expected a list"),
+    (lambda: pc.hclt([-1, 0.5], 2, LEAF), r"parents: got \[-1, 0.5\], expected a list"),
     (lambda: pc.hclt([-1, 0, 7], 2, LEAF), "parents: variable 2 has parent 7, expected -1 .the root. or 0..2"),
     (lambda: pc.hclt([-1, -2, 0], 2, LEAF), "parents: variable 1 has parent -2, expected -1 .the root. or 0..2"),
-    (lambda: pc.hclt(PARENTS, 2, pc.Categorical), "hclt: leaf: expected a distribution.*the class Categorical itself"),
+    (
+        lambda: pc.hclt(PARENTS, 2, pc.Categorical),
+        "hclt: leaf: got the class Categorical itself.*expected a distribution",
+    ),
     (lambda: pc.hclt(PARENTS, 2, [LEAF, LEAF, pc.Gaussian]), "hclt: leaf: .*variable 2.*the class Gaussian itself"),
-    (lambda: pc.hclt(PARENTS, 2, 3), "hclt: leaf: expected a distribution.*got 3"),
-    (lambda: pc.hclt(PARENTS, 2.5, LEAF), "hclt: num_latents must be a whole number.*got 2.5"),
-    (lambda: pc.hclt(PARENTS, None, LEAF), "hclt: num_latents must be a whole number.*got None"),
-    (lambda: pc.hclt_from_data([[1, 2, 0]], PARENTS, 2, LEAF), "hclt_from_data: x: expected a tensor, got "),
-    (lambda: pc.hmm(3, 2, num_tokens=LEAF), r"hmm: num_tokens must be a whole number.*got Categorical.*leaf="),
-    (lambda: pc.hmm(3, 2, leaf=pc.Categorical), "hmm: leaf: expected a distribution.*the class Categorical itself"),
-    (lambda: pc.hmm(None, 2, 4), "hmm: length must be a whole number.*got None"),
-    (lambda: pc.rat_spn(**{**RAT_SPN, "num_vars": None}, leaf=LEAF), "rat_spn: num_vars must be a whole.*got None"),
-    (lambda: pc.rat_spn(**{**RAT_SPN, "depth": 1.5}, leaf=LEAF), "rat_spn: depth must be a whole number.*got 1.5"),
-    (lambda: pc.rat_spn(**RAT_SPN, leaf=pc.Bernoulli), "rat_spn: leaf: expected a distribution.*the class Bernoulli"),
-    (lambda: pc.poon_domingos(**{**POON, "delta": 1.5}), "poon_domingos: delta must be whole numbers.*got 1.5"),
-    (lambda: pc.poon_domingos(**{**POON, "delta": [2, 1.5]}), r"poon_domingos: delta must be whole.*got \[2, 1.5\]"),
-    (lambda: pc.poon_domingos(**{**POON, "delta": None}), "poon_domingos: delta must be whole numbers.*got None"),
-    (lambda: pc.poon_domingos(**{**POON, "shape": 4}), "poon_domingos: shape must be .*got 4"),
-    (lambda: pc.poon_domingos(**{**POON, "shape": (4, 4.0, 1)}), r"poon_domingos: shape must be .*got \(4, 4.0, 1\)"),
-    (lambda: pc.poon_domingos(**{**POON, "leaf": None}), "poon_domingos: leaf: expected a distribution.*got None"),
-    (lambda: pc.mixture([circuit()]), r"mixture: graphs\[0\]: expected a CircuitGraph, got Circuit; .*to_graph\(\)"),
-    (lambda: pc.mixture(graph()), "mixture: graphs: expected a list of graphs, got CircuitGraph"),
-    (lambda: pc.mixture([graph()] * 2, [-1, 2]), r"mixture: weights must be finite.*got \[-1.0, 2.0\]"),
-    (lambda: pc.mixture([graph()] * 2, [float("nan"), 2]), "mixture: weights must be finite.*got .nan, 2."),
-    (lambda: pc.mixture([graph()] * 2, "ab"), "mixture: weights must be numbers.*got 'ab'"),
-    (lambda: pc.mixture([graph()] * 2, [[1], [1, 2]]), r"mixture: weights must be numbers.*got \[\[1\], \[1, 2\]\]"),
-    (lambda: pc.chow_liu_tree([[1, 2]]), "x: expected a tensor, got"),
+    (lambda: pc.hclt(PARENTS, 2, 3), "hclt: leaf: got 3, expected a distribution"),
+    (lambda: pc.hclt(PARENTS, 2.5, LEAF), "hclt: num_latents: got 2.5, expected a whole number"),
+    (lambda: pc.hclt(PARENTS, None, LEAF), "hclt: num_latents: got None, expected a whole number"),
+    (lambda: pc.hclt_from_data([[1, 2, 0]], PARENTS, 2, LEAF), "hclt_from_data: x: got .*expected a tensor"),
+    (lambda: pc.hmm(3, 2, num_tokens=LEAF), r"hmm: num_tokens: got Categorical.*, expected a whole number; .*leaf="),
+    (
+        lambda: pc.hmm(3, 2, leaf=pc.Categorical),
+        "hmm: leaf: got the class Categorical itself.*expected a distribution",
+    ),
+    (lambda: pc.hmm(None, 2, 4), "hmm: length: got None, expected a whole number"),
+    (lambda: pc.rat_spn(**{**RAT_SPN, "num_vars": None}, leaf=LEAF), "rat_spn: num_vars: got None, expected a whole"),
+    (lambda: pc.rat_spn(**{**RAT_SPN, "depth": 1.5}, leaf=LEAF), "rat_spn: depth: got 1.5, expected a whole number"),
+    (
+        lambda: pc.rat_spn(**RAT_SPN, leaf=pc.Bernoulli),
+        "rat_spn: leaf: got the class Bernoulli.*expected a distribution",
+    ),
+    (lambda: pc.poon_domingos(**{**POON, "delta": 1.5}), "poon_domingos: delta: got 1.5, expected whole numbers"),
+    (lambda: pc.poon_domingos(**{**POON, "delta": [2, 1.5]}), r"poon_domingos: delta: got \[2, 1.5\], expected whole"),
+    (lambda: pc.poon_domingos(**{**POON, "delta": None}), "poon_domingos: delta: got None, expected whole numbers"),
+    (lambda: pc.poon_domingos(**{**POON, "shape": 4}), "poon_domingos: shape: got 4, expected "),
+    (lambda: pc.poon_domingos(**{**POON, "shape": (4, 4.0, 1)}), r"poon_domingos: shape: got \(4, 4.0, 1\), expected "),
+    (lambda: pc.poon_domingos(**{**POON, "leaf": None}), "poon_domingos: leaf: got None, expected a distribution"),
+    (lambda: pc.mixture([circuit()]), r"mixture: graphs\[0\]: got Circuit, expected a CircuitGraph; .*to_graph\(\)"),
+    (lambda: pc.mixture(graph()), "mixture: graphs: got CircuitGraph, expected a list of graphs"),
+    (lambda: pc.mixture([graph()] * 2, [-1, 2]), r"mixture: weights: got \[-1.0, 2.0\], expected finite"),
+    (lambda: pc.mixture([graph()] * 2, [float("nan"), 2]), "mixture: weights: got .nan, 2.0., expected finite"),
+    (lambda: pc.mixture([graph()] * 2, "ab"), "mixture: weights: got 'ab', expected numbers"),
+    (lambda: pc.mixture([graph()] * 2, [[1], [1, 2]]), r"mixture: weights: got \[\[1\], \[1, 2\]\], expected numbers"),
+    (lambda: pc.chow_liu_tree([[1, 2]]), "x: got .*expected a tensor"),
 ]
 
 CIRCUITS: list[tuple[Callable[[], Any], str]] = [
-    (lambda: pc.Circuit(circuit()), r"Circuit: graph: .*got Circuit; give its graph: circuit.to_graph\(\)"),
-    (lambda: pc.Circuit([circuit()]), r"Circuit: graph\[0\]: expected a CircuitGraph, got Circuit"),
+    (lambda: pc.Circuit(circuit()), r"Circuit: graph: got Circuit, .*; give its graph: circuit.to_graph\(\)"),
+    (lambda: pc.Circuit([circuit()]), r"Circuit: graph\[0\]: got Circuit, expected a CircuitGraph"),
     (lambda: pc.Circuit(None), "Circuit: graph: .*got None"),
-    (lambda: pc.Flows(graph()), r"Flows: circuit: expected a Circuit, got CircuitGraph; .*Circuit\(graph\)"),
-    (lambda: pc.entropy(graph()), r"entropy: circuit: expected a Circuit, got CircuitGraph; .*Circuit\(graph\)"),
-    (lambda: pc.kl(circuit(), graph()), "kl: q: expected a Circuit, got CircuitGraph"),
-    (lambda: pc.kl(graph(), circuit()), "kl: p: expected a Circuit, got CircuitGraph"),
-    (lambda: pc.expectation(graph(), torch.zeros(3, 3)), "expectation: circuit: expected a Circuit, got CircuitGraph"),
+    (lambda: pc.Flows(graph()), r"Flows: circuit: got CircuitGraph, expected a Circuit; .*Circuit\(graph\)"),
+    (lambda: pc.entropy(graph()), r"entropy: circuit: got CircuitGraph, expected a Circuit; .*Circuit\(graph\)"),
+    (lambda: pc.kl(circuit(), graph()), "kl: q: got CircuitGraph, expected a Circuit"),
+    (lambda: pc.kl(graph(), circuit()), "kl: p: got CircuitGraph, expected a Circuit"),
+    (lambda: pc.expectation(graph(), torch.zeros(3, 3)), "expectation: circuit: got CircuitGraph, expected a Circuit"),
     (lambda: pc.expectation(circuit(), None), "expectation: f: expected a tensor .* or a function.*got None"),
-    (lambda: pc.save(graph(), "x"), "save: circuit: expected a Circuit, got CircuitGraph"),
-    (lambda: pc.to_pyjuice(graph()), "to_pyjuice: circuit: expected a Circuit, got CircuitGraph"),
-    (lambda: prune(1.5), r"threshold: must be a number in .0, 1..*got 1.5"),
-    (lambda: prune(-0.1), r"threshold: must be a number in .0, 1..*got -0.1"),
-    (lambda: prune(float("nan")), r"threshold: must be a number in .0, 1..*got nan"),
-    (lambda: prune(None), r"threshold: must be a number in .0, 1..*got None"),
-    (lambda: pc.prune(graph(), flows(circuit())), "prune: circuit: expected a Circuit, got CircuitGraph"),
-    (lambda: pc.prune(circuit(), torch.zeros(3)), r"prune: flows: expected a Flows, got a tensor of shape \(3,\)"),
-    (lambda: pc.grow(graph(), flows(circuit()), [0]), "grow: circuit: expected a Circuit, got CircuitGraph"),
-    (lambda: pc.grow(circuit(), None, [0]), "grow: flows: expected a Flows, got None"),
-    (lambda: pc.grow(circuit(), flows(circuit()), [0], sigma="a"), "sigma: must be .*got 'a'"),
+    (lambda: pc.save(graph(), "x"), "save: circuit: got CircuitGraph, expected a Circuit"),
+    (lambda: pc.to_pyjuice(graph()), "to_pyjuice: circuit: got CircuitGraph, expected a Circuit"),
+    (lambda: prune(1.5), r"threshold: got 1.5, expected a number in .0, 1."),
+    (lambda: prune(-0.1), r"threshold: got -0.1, expected a number in .0, 1."),
+    (lambda: prune(float("nan")), r"threshold: got nan, expected a number in .0, 1."),
+    (lambda: prune(None), r"threshold: got None, expected a number in .0, 1."),
+    (lambda: pc.prune(graph(), flows(circuit())), "prune: circuit: got CircuitGraph, expected a Circuit"),
+    (lambda: pc.prune(circuit(), torch.zeros(3)), r"prune: flows: got a tensor of shape \(3,\).*, expected a Flows"),
+    (lambda: pc.grow(graph(), flows(circuit()), [0]), "grow: circuit: got CircuitGraph, expected a Circuit"),
+    (lambda: pc.grow(circuit(), None, [0]), "grow: flows: got None, expected a Flows"),
+    (lambda: pc.grow(circuit(), flows(circuit()), [0], sigma="a"), "sigma: got 'a', expected "),
 ]
 
 OPTIMIZERS: list[tuple[Callable[[Any], Any], str]] = [
     (lambda kind: kind(torch.nn.Linear(2, 2)), "found no Circuit in Linear; its tables are all that .* trains"),
     (lambda kind: kind([]), "found no Circuit in an empty list"),
-    (lambda kind: kind(graph()), r"expected a module, .*got CircuitGraph"),
-    (lambda kind: kind(None), "expected a module, .*got None"),
+    (lambda kind: kind(graph()), "got CircuitGraph, expected a module"),
+    (lambda kind: kind(None), "got None, expected a module"),
     (lambda kind: kind(circuit(), lr="fast"), "lr: .*got 'fast'"),
     (lambda kind: kind(circuit(), pseudocount=None), "pseudocount: .*got None"),
 ]
@@ -176,10 +185,10 @@ def test_a_file_beside_a_directory_of_its_name_is_read(tmp_path: Path) -> None:
 
 def test_masks_and_states_of_a_wrong_type() -> None:
     x = torch.zeros(2, 3, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"observed: expected a bool tensor of shape \(2, 3\), got \[True\]"):
+    with pytest.raises(ValueError, match=r"observed: got \[True\], expected a bool tensor of shape \(2, 3\)"):
         circuit().log_prob(x, observed=[True])
     for head in ("a", 0.5, None):
-        with pytest.raises(ValueError, match="head: expected an int or an integer tensor"):
+        with pytest.raises(ValueError, match="head: got .*expected an int or an integer tensor"):
             circuit().sample(x=x, observed=torch.ones_like(x, dtype=torch.bool), head=head)
 
 
@@ -191,14 +200,14 @@ def test_described_is_short() -> None:
 
 def test_numbers_and_indices() -> None:
     for wrong in (True, "1", None, float("nan"), 2.0, torch.tensor([1.0, 2.0])):
-        with pytest.raises(ValueError, match="where: must be a number in .0, 1., a share, got"):
+        with pytest.raises(ValueError, match="where: got .*expected a number in .0, 1., a share"):
             check_number("where", wrong, 0, 1, meaning=", a share")
     check_number("where", np.float32(0.5), 0, 1)
     for wrong in ([], [True], torch.zeros(2), torch.zeros(1, 1, dtype=torch.int64), torch.tensor(1), "12", 3):
-        with pytest.raises(ValueError, match="where: expected a list or an integer tensor of shape"):
+        with pytest.raises(ValueError, match="where: got .*expected a list or an integer tensor of shape"):
             as_indices("where", wrong)
     for wrong in (np.array([0.5]), np.array(3), np.zeros((1, 1), dtype=np.int64), torch.tensor([True])):
-        with pytest.raises(ValueError, match="where: expected a list or an integer tensor of shape"):
+        with pytest.raises(ValueError, match="where: got .*expected a list or an integer tensor of shape"):
             as_indices("where", wrong)
     for right in (range(3), (number for number in range(3)), np.arange(3), torch.arange(3).short()):
         assert as_indices("where", right).tolist() == [0, 1, 2]

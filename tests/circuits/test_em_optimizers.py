@@ -163,7 +163,7 @@ def test_a_module_without_circuits_is_refused() -> None:
 def test_tensors_are_refused(build_case: Callable[..., Any]) -> None:
     circuit = build_case("pair", "categorical", 1).circuit
     for given in (circuit.parameters(), [{"params": list(circuit.parameters())}], [{"lr": 0.1}]):
-        with pytest.raises(ValueError, match="Anemone: expected a module"):
+        with pytest.raises(ValueError, match="Anemone: got .*expected a module"):
             pc.Anemone(given)
 
 
@@ -180,7 +180,7 @@ def test_settings_that_change_are_checked_at_the_step(
     before = [parameter.detach().clone() for parameter in case.circuit.parameters()]
     case.circuit.log_prob(case.x).sum().neg().backward()
     optimizer.param_groups[0][name] = value
-    with pytest.raises(ValueError, match=f"{name}: must be a number"):
+    with pytest.raises(ValueError, match=f"{name}: got .*expected a number"):
         optimizer.step()
     assert all(map(torch.equal, before, case.circuit.parameters()))
 
@@ -191,9 +191,9 @@ def test_momentum_is_checked_at_the_step(momentum: Any, build_case: Callable[...
     optimizer = pc.Anemone(case.circuit)
     case.circuit.log_prob(case.x).sum().neg().backward()
     optimizer.param_groups[0]["momentum"] = momentum
-    with pytest.raises(ValueError, match="momentum: must"):
+    with pytest.raises(ValueError, match="momentum: got"):
         optimizer.step()
-    with pytest.raises(ValueError, match="momentum: must"):
+    with pytest.raises(ValueError, match="momentum: got"):
         pc.Anemone(case.circuit, momentum=momentum)
 
 

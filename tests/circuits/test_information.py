@@ -94,7 +94,7 @@ def test_circuits_of_different_structure() -> None:
     for other in (large, chain):
         with pytest.raises(ValueError, match=r"kl: circuits 0 differ"):
             pc.kl(small, other)
-    with pytest.raises(ValueError, match="kl: expected two circuits of one structure, got 1 and 2"):
+    with pytest.raises(ValueError, match="kl: got 1 and 2, expected two circuits of one structure"):
         pc.kl(small, pair())
     with pytest.raises(ValueError, match="head"):
         pc.entropy(small, 1)

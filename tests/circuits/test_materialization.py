@@ -249,9 +249,9 @@ def test_what_is_refused() -> None:
         (chain, [[]], r"scopes\[0\]: expected some of the variables 0..2, got \[\]"),
         (chain, [[3]], r"scopes\[0\]: expected some of the variables 0..2, got \[3\]"),
         (chain, [[0.5]], r"scopes\[0\]: expected some of the variables"),
-        (chain, [], "scopes: expected a list of sets of variables"),
-        (chain, [0, 1], "scopes: expected a list of sets of variables"),
-        (pc.Circuit(chain), [[0]], "graph: expected a CircuitGraph, got Circuit; give its graph"),
+        (chain, [], "scopes: got .*expected a list of sets of variables"),
+        (chain, [0, 1], "scopes: got .*expected a list of sets of variables"),
+        (pc.Circuit(chain), [[0]], "graph: got Circuit, expected a CircuitGraph; give its graph"),
         (pc.hclt(CHAIN, 2, pc.SoftEvidence(2)), [[0]], "soft evidence"),
     ]
     for graph, scopes, message in cases:

@@ -308,7 +308,7 @@ def test_unsupported_circuits() -> None:
         pc.to_pyjuice(evidence)
     circuit = pc.Circuit(pc.hclt(torch.tensor([-1, 0]), 3, pc.Bernoulli(), 1))
     for size in (0, 3):
-        with pytest.raises(ValueError, match=f"max_block_size: expected a power of two, got {size}"):
+        with pytest.raises(ValueError, match=f"max_block_size: got {size}, expected a power of two"):
             pc.to_pyjuice(circuit, max_block_size=size)
 
 

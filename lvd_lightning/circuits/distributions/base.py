@@ -197,7 +197,7 @@ def check_size(family: Distribution, name: str, least: int) -> None:
         fits = False
     if not fits:
         kind = type(family).__name__
-        raise ValueError(f"{kind}: {name} must be a whole number of at least {least}, got {repr(value)[:80]}")
+        raise ValueError(f"{kind}: {name}: got {repr(value)[:80]}, expected a whole number of at least {least}")
 
 
 def may_ask(tensor: Tensor) -> bool:

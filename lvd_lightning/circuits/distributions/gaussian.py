@@ -38,7 +38,7 @@ class Gaussian(Distribution):
 
     def __post_init__(self) -> None:
         if not is_number(self.min_std) or not self.min_std > 0:
-            raise ValueError(f"Gaussian: min_std must be positive, got {self.min_std!r}")
+            raise ValueError(f"Gaussian: min_std: got {self.min_std!r}, expected a positive number")
 
     @classmethod
     def for_values(cls, num_values: int | None, **settings: Any) -> Distribution:

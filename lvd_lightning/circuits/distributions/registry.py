@@ -48,7 +48,7 @@ def register_distribution(family: Family) -> Family:
         Die(num_categories=6)
     """
     if not (inspect.isclass(family) and issubclass(family, Distribution) and dataclasses.is_dataclass(family)):
-        raise ValueError(f"register_distribution: expected a dataclass derived from Distribution, got {family!r}")
+        raise ValueError(f"register_distribution: got {family!r}, expected a dataclass derived from Distribution")
     if inspect.isabstract(family):
         lacking = ", ".join(sorted(family.__abstractmethods__))
         raise ValueError(f"register_distribution: {family.__name__} is abstract, it lacks {lacking}")

@@ -49,13 +49,13 @@ def prepare(engine: Engine, x: Tensor, observed: Tensor | None, late: bool = Fal
     late = late and checked and is_late(engine.device)
     shape = (x.shape[:-1] if engine.is_evidence else x.shape) if isinstance(x, Tensor) else None
     if shape is None or len(shape) not in ((2, 3) if engine.batched else (2,)):
-        raise ValueError(f"x: expected a tensor of shape {expected_shape(engine)}, got {_describe(x)}")
+        raise ValueError(f"x: got {_describe(x)}, expected a tensor of shape {expected_shape(engine)}")
     if shape[-1] != engine.num_variables or (len(shape) == 3 and shape[0] != engine.num_circuits):
-        raise ValueError(f"x: expected shape {expected_shape(engine)}, got {tuple(x.shape)}")
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected {expected_shape(engine)}")
     if observed is not None and not (
         isinstance(observed, Tensor) and observed.dtype == torch.bool and observed.shape == shape
     ):
-        raise ValueError(f"observed: expected a bool tensor of shape {tuple(shape)}, got {described(observed)}")
+        raise ValueError(f"observed: got {described(observed)}, expected a bool tensor of shape {tuple(shape)}")
     if x.device != engine.device:
         raise ValueError(f"x: is on {x.device}, the circuit is on {engine.device}; move one of them")
     shared = len(shape) == 2
@@ -91,11 +91,11 @@ def head_index(engine: Engine, head: int | Tensor, size: int, late: bool = False
     if isinstance(head, Tensor):
         expected = (engine.num_circuits, size) if engine.batched else (size,)
         if head.shape != expected or head.is_floating_point() or head.dtype == torch.bool:
-            raise ValueError(f"head: expected an int or an integer tensor of shape {expected}, got {described(head)}")
+            raise ValueError(f"head: got {described(head)}, expected an int or an integer tensor of shape {expected}")
         index = head.to(engine.device, torch.int64).view(engine.num_circuits, size)
     else:
         if not is_whole(head):
-            raise ValueError(f"head: expected an int or an integer tensor, got {described(head)}")
+            raise ValueError(f"head: got {described(head)}, expected an int or an integer tensor")
         return torch.full((engine.num_circuits, size), _check_head(engine, int(head)), device=engine.device)
     if not checked:
         return index
@@ -116,7 +116,7 @@ def wanted_heads(
     if wanted is not None and not (
         isinstance(wanted, Tensor) and wanted.dtype == torch.bool and wanted.shape == expected
     ):
-        raise ValueError(f"wanted: expected a bool tensor of shape {expected}, got {described(wanted)}")
+        raise ValueError(f"wanted: got {described(wanted)}, expected a bool tensor of shape {expected}")
     if not engine.is_linear or triton_kernels.applies(engine.device, engine.dtype):
         return None
     if head_GB is None:
@@ -135,7 +135,7 @@ def expected_shape(engine: Engine) -> str:
 
 def _check_head(engine: Engine, head: int) -> int:
     if not 0 <= head < engine.num_heads:
-        raise ValueError(f"head: expected 0..{engine.num_heads - 1}, got {head}")
+        raise ValueError(f"head: got {head}, expected 0..{engine.num_heads - 1}")
     return head
 
 

@@ -80,7 +80,7 @@ class Engine(nn.Module):
         self.pool = Pool()
         self.checks = LateCheck(
             [f"x: {found.distribution} got values outside its support" for found in plan.inputs]
-            + [f"head: expected 0..{self.num_heads - 1}, got others", BAD_FLOWS]
+            + [f"head: got others, expected 0..{self.num_heads - 1}", BAD_FLOWS]
         )
         self.matmul_precision = "ieee"
         self.careful = False  # look for underflow layer by layer, since there was some

@@ -24,7 +24,7 @@ def check_heads(head: Tensor | None, num_heads: int, size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.int64)
     whole = isinstance(head, Tensor) and not head.is_floating_point() and head.dtype != torch.bool
     if not whole or head.shape != (size,) or not bool(((head >= 0) & (head < num_heads)).all()):
-        raise ValueError(f"head: expected {size} integers 0..{num_heads - 1}, got {described(head)}")
+        raise ValueError(f"head: got {described(head)}, expected {size} integers 0..{num_heads - 1}")
     return head.cpu().long()
 
 
@@ -39,7 +39,7 @@ def variables_of(families: Sequence[Distribution]) -> dict[Distribution, list[in
 def check_examples(x: Tensor, families: Sequence[Distribution]) -> None:
     """Raise a ValueError unless x has the shape (examples, variables), and values of these families."""
     if x.ndim != 2 or len(x) == 0 or x.shape[1] != len(families):
-        raise ValueError(f"x: expected values of shape (examples, {len(families)}), got {tuple(x.shape)}")
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected values (examples, {len(families)})")
     for family, variables in variables_of(families).items():
         if family.is_evidence:
             raise ValueError(f"leaf: {family} has no parameters that data could give; use the structure itself")

@@ -62,7 +62,9 @@ def hclt_from_data(
         -1.42
     """
     if not smoothing > 0:
-        raise ValueError(f"smoothing: must be positive, or some parameters are zero for good, got {smoothing}")
+        raise ValueError(
+            f"smoothing: got {smoothing}, expected a positive number, or some parameters are zero for good"
+        )
     check_type("hclt_from_data: x", x, Tensor)
     x, head = plain_integers(x), plain_integers(head)
     check_generator("hclt_from_data", generator)

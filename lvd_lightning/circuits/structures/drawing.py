@@ -25,7 +25,7 @@ def leaf_families(caller: str, leaf: Distribution | Sequence[Distribution], size
     for variable, family in enumerate(found):
         check_leaf(f"{caller}: leaf: of variable {variable}", family)
     if len(found) != size or any(family.is_evidence for family in found):
-        raise ValueError(f"{caller}: leaf: expected one distribution, or {size} without soft evidence, got {found}")
+        raise ValueError(f"{caller}: leaf: got {found}, expected one distribution, or {size} without soft evidence")
     return found
 
 

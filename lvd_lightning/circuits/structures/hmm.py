@@ -66,7 +66,7 @@ def hmm(
         raise ValueError(f"hmm: give either num_tokens or leaf, got num_tokens={num_tokens} and leaf={leaf}")
     if isinstance(num_tokens, Distribution):
         raise ValueError(
-            f"hmm: num_tokens must be a whole number, got {described(num_tokens)}; give a distribution as leaf=..."
+            f"hmm: num_tokens: got {described(num_tokens)}, expected a whole number; give a distribution as leaf=..."
         )
     if num_tokens is not None:
         check_counts("hmm", num_tokens=num_tokens)

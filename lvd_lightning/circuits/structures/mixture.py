@@ -54,7 +54,7 @@ def mixture(
     check_counts("mixture", num_heads=num_heads)
     check_generator("mixture", generator)
     if not isinstance(graphs, Iterable):
-        raise ValueError(f"mixture: graphs: expected a list of graphs, got {described(graphs)}")
+        raise ValueError(f"mixture: graphs: got {described(graphs)}, expected a list of graphs")
     graphs = list(graphs)
     if not graphs:
         raise ValueError("mixture: graphs is empty, expected at least one")
@@ -90,7 +90,9 @@ def _weights(
     try:
         given = torch.as_tensor(weights, dtype=dtype)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"mixture: weights must be numbers in rows of one length, got {described(weights)}") from error
+        raise ValueError(
+            f"mixture: weights: got {described(weights)}, expected numbers in rows of one length"
+        ) from error
     if tuple(given.shape) not in ((width,), (num_heads, width)):
         raise ValueError(
             f"mixture: weights must have shape ({width},) or ({num_heads}, {width}), as the graphs have {width} heads "
@@ -98,7 +100,7 @@ def _weights(
         )
     if not bool(given.isfinite().all()) or bool((given < 0).any()) or not bool((given.sum(-1) > 0).all()):
         raise ValueError(
-            f"mixture: weights must be finite and non-negative, with a positive sum in every row, got {given.tolist()}"
+            f"mixture: weights: got {given.tolist()}, expected finite numbers of 0 or more and a positive sum per row"
         )
     return given.expand(num_heads, width).clone()
 

@@ -71,13 +71,13 @@ def poon_domingos(
     """
     if not are_whole(shape) or len(shape) != 3 or min(shape) < 1:
         raise ValueError(
-            f"poon_domingos: shape must be (rows, columns, channels), each at least 1, got {described(shape)}"
+            f"poon_domingos: shape: got {described(shape)}, expected (rows, columns, channels), each at least 1"
         )
     check_counts("poon_domingos", num_units=num_units)
     height, width, channels = shape
     steps = [delta] if isinstance(delta, int) else delta
     if not are_whole(steps):
-        raise ValueError(f"poon_domingos: delta must be whole numbers, one or several, got {described(delta)}")
+        raise ValueError(f"poon_domingos: delta: got {described(delta)}, expected whole numbers, one or several")
     steps = list(steps)
     if not steps or min(steps) < 1 or min(steps) >= max(height, width, 2):
         raise ValueError(

@@ -67,7 +67,9 @@ def regions_from_data(
     """
     check_generator("regions_from_data", generator)
     if not smoothing > 0:
-        raise ValueError(f"smoothing: must be positive, or some parameters are zero for good, got {smoothing}")
+        raise ValueError(
+            f"smoothing: got {smoothing}, expected a positive number, or some parameters are zero for good"
+        )
     _check_graph(graph)
     families = _families(graph)
     x, head = plain_integers(x), plain_integers(head)

@@ -59,7 +59,7 @@ def region_circuit(
     num_variables = 1 + max(v for region, found in partitions.items() if not found for v in variables(region))
     families = leaf_families(caller, leaf, num_variables)
     if product not in ("hadamard", "kronecker"):
-        raise ValueError(f"{caller}: product must be 'hadamard' or 'kronecker', got {product!r}")
+        raise ValueError(f"{caller}: product: got {product!r}, expected 'hadamard' or 'kronecker'")
     dtype = float_type(caller, dtype)
     check_generator(caller, generator)
     graph = CircuitGraph()

@@ -264,9 +264,9 @@ def test_perturbed_means_move_by_deviations() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: pc.Binomial(0), "total.*at least 1, got 0"),
+        (lambda: pc.Binomial(0), "total.*got 0, expected .*at least 1"),
         (lambda: pc.Binomial(3, min_prob=0.5), "min_prob.*got 0.5"),
-        (lambda: pc.DiscretizedLogistic(1), "num_values.*at least 2, got 1"),
+        (lambda: pc.DiscretizedLogistic(1), "num_values.*got 1, expected .*at least 2"),
         (lambda: pc.DiscretizedLogistic(4, min_scale=0.0), "min_scale.*got 0"),
         (lambda: pc.Binomial(3).check_params(torch.tensor([[1.5]])), "Binomial.*probabilities"),
         (lambda: pc.Binomial(3).check_params(torch.tensor([[math.nan]])), "Binomial.*probabilities"),

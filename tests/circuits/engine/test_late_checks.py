@@ -54,7 +54,7 @@ def test_late_checks_of_heads_and_evidence() -> None:
     circuit = pc.Circuit(pc.hclt(torch.tensor([-1, 0]), 3, pc.SoftEvidence(3), num_heads=2))
     evidence = torch.zeros(2, 2, 3)
     circuit.log_prob(evidence, head=torch.tensor([0, 2]))
-    with pytest.raises(ValueError, match=r"head: expected 0\.\.1"):
+    with pytest.raises(ValueError, match=r"head: got .*expected 0\.\.1"):
         circuit.check_inputs()
     evidence[0, 0, 0] = torch.nan
     circuit.log_prob(evidence)

@@ -243,7 +243,7 @@ class TestCircuit:
 
     def test_refusals(self) -> None:
         graph = pc.hclt(torch.tensor([-1, 0]), 2, pc.Categorical(3))
-        with pytest.raises(ValueError, match="layout: expected one of auto, dense, sparse, got 'csr'"):
+        with pytest.raises(ValueError, match="layout: got 'csr', expected one of auto, dense, sparse"):
             pc.Circuit(graph, layout="csr")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="layout: got 'sparse', but logits"):
             pc.Circuit(graph, layout="sparse", parameterization="logits")

@@ -419,7 +419,7 @@ def test_precision_is_checked() -> None:
     assert circuit.matmul_precision == "ieee"
     circuit.matmul_precision = "tf32"
     assert copy.deepcopy(circuit).matmul_precision == "tf32"
-    with pytest.raises(ValueError, match="matmul_precision: expected one of ieee, tf32x3, tf32, bf16, got 'half'"):
+    with pytest.raises(ValueError, match="matmul_precision: got 'half', expected one of ieee, tf32x3, tf32, bf16"):
         circuit.matmul_precision = "half"
 
 

@@ -96,19 +96,19 @@ def test_fewer_examples_than_states(x: Tensor) -> None:
 
 def test_wrong_arguments_are_named(x: Tensor) -> None:
     parents, leaf = torch.arange(-1, 5), pc.Categorical(256)
-    with pytest.raises(ValueError, match=r"x: expected values of shape \(examples, 6\), got \(400, 5\)"):
+    with pytest.raises(ValueError, match=r"x: got shape \(400, 5\), expected values \(examples, 6\)"):
         pc.hclt_from_data(x[:, 1:], parents, 4, leaf)
     with pytest.raises(ValueError, match="x: .*expects values in 0..99"):
         pc.hclt_from_data(x, parents, 4, pc.Categorical(100))
     with pytest.raises(ValueError, match="x: .*whole numbers"):
         pc.hclt_from_data(x + 0.5, parents, 4, leaf)
-    with pytest.raises(ValueError, match="num_latents.* at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_latents: got 0, expected at least 1"):
         pc.hclt_from_data(x, parents, 0, leaf)
-    with pytest.raises(ValueError, match="smoothing: must be positive.* got 0"):
+    with pytest.raises(ValueError, match="smoothing: got 0, expected a positive"):
         pc.hclt_from_data(x, parents, 4, leaf, smoothing=0)
     with pytest.raises(ValueError, match="leaf: SoftEvidence.* has no parameters"):
         pc.hclt_from_data(x, parents, 4, pc.SoftEvidence(4))
-    with pytest.raises(ValueError, match="leaf: expected one distribution, or 6 "):
+    with pytest.raises(ValueError, match="leaf: got .*expected one distribution, or 6 "):
         pc.hclt_from_data(x, parents, 4, [leaf] * 5)
 
 
