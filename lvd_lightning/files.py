@@ -2,6 +2,9 @@
 
 Everything that a run or a circuit leaves on disk is written here: under a temporary name in the same folder, forced to
 the disk, then renamed. Whoever reads sees the old content or the new one.
+
+A file that is damaged all the same (a broken disk, an editor, a copy that was cut short) is a ValueError that names it
+and says what to do, whichever library reads it.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +24,11 @@ if TYPE_CHECKING:
 __all__ = [
     "errors_naming",
     "put_in_place",
+    "read_array",
+    "read_json",
+    "read_tensors",
     "temporary_name",
+    "unreadable",
     "write_array",
     "write_atomically",
     "write_json",
@@ -81,6 +88,42 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
             raise OSError(str(error)) from error
 
     write_atomically(path, save)
+
+
+def read_json(path: Path) -> Any:
+    """The values in a JSON file; a ValueError that names it if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no text at all
+        raise unreadable(path, error) from error
+
+
+def read_array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    """The array in a NumPy file; a ValueError that names it if it is damaged."""
+    import numpy as np
+
+    try:
+        found: np.ndarray = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise unreadable(path, error) from error
+    return found
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors file, on the CPU; a ValueError that names it if it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> ValueError:
+    """What is raised for a damaged file of a run."""
+    reason = str(error) or type(error).__name__
+    return ValueError(f"{path}: cannot be read ({reason}): remove the folder {path.parent} and run its stage again")
 
 
 @contextmanager

@@ -47,13 +47,22 @@ class Ranks:
     devices: accelerator, devices and num_nodes as the Trainer takes them.
 
     Raises:
-        ValueError: when a launcher such as torchrun has started another number of processes than `devices` says.
+        ValueError: the machine has no such devices, or a launcher such as torchrun has started another number of
+            processes than `devices` says.
     """
 
     def __init__(self, devices: Mapping[str, Any]) -> None:
         from lightning.fabric import Fabric  # only a run needs it; the functions below serve circuits too
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-        fabric = Fabric(**devices)
+        try:
+            fabric = Fabric(**devices)
+        except (ImportError, MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
+            told = ", ".join(f"trainer.{name} {value!r}" for name, value in devices.items())
+            raise ValueError(
+                f"{told}: this machine cannot give them ({error}): set trainer.accelerator and trainer.devices to what "
+                "it has, or to auto"
+            ) from error
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != fabric.world_size and (started > 1 or "LOCAL_RANK" in os.environ):
             raise ValueError(

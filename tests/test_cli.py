@@ -319,6 +319,13 @@ def test_merge_drops_arguments_of_another_class() -> None:
         (["--trainer.logger=lightning.pytorch.loggers.NoLogger"], "trainer.logger"),
         (["--trainer.logger.init_args.name=x"], "trainer.logger can only be given as a whole"),
         (["--changed=perhaps"], "perhaps"),
+        (["--trainer.devices=-3"], "trainer.devices -3: this machine cannot give them"),
+        (["--trainer.devices=many"], "set trainer.accelerator and trainer.devices to what it has"),
+        pytest.param(
+            ["--trainer.accelerator=gpu"],
+            "this machine cannot give them (",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_mistakes_are_one_line(
@@ -477,6 +484,21 @@ def test_fit_continues_and_asks_when_the_config_has_changed(base: str, capsys: p
     assert main([*changed, "--changed=restart"]) == 0
     assert "teacher: finished before, skipped" in capsys.readouterr().out
     assert OmegaConf.load("runs/base/config.yaml").stages.latents.model.init_args.iterations == 3
+
+
+@pytest.mark.parametrize("content", [b"{", b"\x00\x00", b"a: [", b"\xff\xfe"])
+@pytest.mark.parametrize("name", ["teacher/config.yaml", "teacher/done.json"])
+def test_a_damaged_file_of_a_run_is_one_line(
+    base: str, capsys: pytest.CaptureFixture[str], name: str, content: bytes
+) -> None:
+    for stage in ("teacher", "latents"):
+        Path("runs/base", stage).mkdir(parents=True, exist_ok=True)
+        Path("runs/base", stage, "done.json").write_text("{}")
+    Path("runs/base", name).write_bytes(content)
+    assert main(["fit", "--config", base, "--changed=continue"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"error: runs/base/{name}: cannot be read (")
 
 
 def test_a_run_that_another_process_works_on(base: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lvd_lightning.files import write_array, write_atomically, write_json, write_tensors
+from lvd_lightning.files import (
+    read_array,
+    read_json,
+    read_tensors,
+    write_array,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     "text": lambda path: write_atomically(path, "x" * 100_000),
@@ -89,3 +97,23 @@ def test_an_interrupted_writer_leaves_the_old_file(tmp_path: Path) -> None:
         write_atomically(path, write)
     assert path.read_text() == "before"
     assert [found.name for found in tmp_path.iterdir()] == ["some.file"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 40, b"\xff\xfe{", b"first half"])
+@pytest.mark.parametrize("read", [read_json, read_array, read_tensors])
+def test_a_damaged_file_is_named_with_what_to_do(
+    tmp_path: Path, read: Callable[[Path], object], content: bytes
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path}: cannot be read \(.+\): remove the folder {tmp_path} and run its"):
+        read(path)
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    write_json(tmp_path / "plain.json", {"a": [1, None]})
+    write_array(tmp_path / "array.npy", np.arange(3))
+    write_tensors(tmp_path / "tensors.safetensors", {"a": torch.eye(3)})
+    assert read_json(tmp_path / "plain.json") == {"a": [1, None]}
+    assert read_array(tmp_path / "array.npy").tolist() == [0, 1, 2]
+    assert read_tensors(tmp_path / "tensors.safetensors")["a"].equal(torch.eye(3))

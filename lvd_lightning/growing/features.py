@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lvd_lightning.context import StageContext
+from lvd_lightning.files import read_tensors
 from lvd_lightning.latents import load_latents_info
 from lvd_lightning.latents.features import FeatureStore, PartValues, PatchVectors
 from lvd_lightning.latents.transform import AffineMap
@@ -42,7 +42,7 @@ class PatchFeatures:
         plain = AffineMap(torch.zeros(1, values.shape[2]), None)
         if folder is None or not (folder / "map.safetensors").is_file():
             return cls(values, plain)
-        tensors = load_file(folder / "map.safetensors")
+        tensors = read_tensors(folder / "map.safetensors")
         fitted = AffineMap(tensors["mean"], tensors.get("matrix"))
         if load_latents_info(folder).get("source") != "teacher":
             return cls(values, fitted)

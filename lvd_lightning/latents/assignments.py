@@ -5,7 +5,6 @@ Shapes: N images, P patches.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from lvd_lightning.checks import check_choice
 from lvd_lightning.context import Artefacts, StageContext
-from lvd_lightning.files import write_array, write_json
+from lvd_lightning.files import read_array, read_json, write_array, write_json
 from lvd_lightning.latents.clusters import INFO_FILE, assignments_path
 from lvd_lightning.latents.settings import SPLITS
 
@@ -68,7 +67,7 @@ def load_latents_info(stage_dir: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(stage_dir) / INFO_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run stage {path.parent.name} first")
-    info: dict[str, Any] = json.loads(path.read_text())
+    info: dict[str, Any] = read_json(path)
     return info
 
 
@@ -84,10 +83,7 @@ def load_assignments(stage_dir: str | os.PathLike[str], split: str) -> Tensor:
     stage = path.parent.name
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run stage {stage} again")
-    try:
-        label_NP = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): delete it, and run stage {stage} again") from error
+    label_NP = read_array(path)
     expected = (info["num_examples"][split], info["num_patches"])
     if label_NP.shape != expected or label_NP.dtype != np.int32:
         raise ValueError(f"{path} holds {label_NP.dtype} {label_NP.shape}, expected int32 {expected}")

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from lvd_lightning.files import write_array, write_json, write_tensors
+from lvd_lightning.files import read_array, read_tensors, write_array, write_json, write_tensors
 from lvd_lightning.latents.encode import Encoding
 from lvd_lightning.latents.features import PatchVectors
 from lvd_lightning.latents.keys import key_of, stored_key
@@ -53,12 +52,12 @@ def write_clusters(context: LatentsContext, settings: LatentsSettings, encoding:
         _save_map(folder / "map.safetensors", fitted)
         write_json(folder / "centroids.json", {"key": key})
     fitted = _load_map(folder / "map.safetensors")
-    centroids = torch.from_numpy(np.load(folder / "centroids.npy", allow_pickle=False))
+    centroids = torch.from_numpy(read_array(folder / "centroids.npy"))
     for split in SPLITS:
         if not assignments_path(folder, split).is_file():
             label_NP = _assign_all(encoding.vectors[split], fitted, centroids, float64_device(context.device))
             write_array(assignments_path(folder, split), label_NP.numpy().astype(np.int32))
-    label_NP = torch.from_numpy(np.load(assignments_path(folder, "train")).astype(np.int64))
+    label_NP = torch.from_numpy(read_array(assignments_path(folder, "train")).astype(np.int64))
     write_json(
         folder / INFO_FILE,
         {
@@ -175,5 +174,5 @@ def _save_map(path: Path, fitted: AffineMap) -> None:
 
 
 def _load_map(path: Path) -> AffineMap:
-    tensors = load_file(path)
+    tensors = read_tensors(path)
     return AffineMap(tensors["mean"], tensors.get("matrix"))

@@ -1,7 +1,6 @@
 """The features of all splits: each patch encoded together with its ancestors in a tree over the patches."""
 
 import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lvd_lightning.files import write_json
+from lvd_lightning.files import read_json, write_json
 from lvd_lightning.latents.context import ancestor_mask, context_tree, linear_cka
 from lvd_lightning.latents.features import FeatureStore, PartValues, PatchVectors, write_features
 from lvd_lightning.latents.keys import key_of, stored_key
@@ -124,7 +123,7 @@ class _Encoder:
 
             on_first(learn)
         on_first(partial(_remove, self.context.dir / "features_alone.npy"))
-        parents: list[int] = json.loads(path.read_text())["parents"]
+        parents: list[int] = read_json(path)["parents"]
         return parents
 
     def features(self, name: str, split: str, images: Tensor, visible: Tensor | None, key: str) -> FeatureStore:

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lvd_lightning.files import read_json
+
 __all__ = ["key_of", "stored_key"]
 
 
@@ -15,4 +17,4 @@ def key_of(*parts: Any) -> str:
 
 def stored_key(path: Path) -> str | None:
     """The key in a JSON file that was written with one; None if there is no such file."""
-    return str(json.loads(path.read_text())["key"]) if path.is_file() else None
+    return str(read_json(path)["key"]) if path.is_file() else None

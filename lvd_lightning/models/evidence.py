@@ -5,7 +5,6 @@ Shapes: N images, B batch, P patches, K latent values, M candidates per patch, G
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lvd_lightning import circuits as pc
-from lvd_lightning.files import write_atomically, write_json
+from lvd_lightning.files import read_array, read_json, write_atomically, write_json
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.models.routing import route_in_passes
 
@@ -234,12 +233,9 @@ class EvidenceCache:
         marker = folder / "evidence.json"
         if not marker.is_file():
             return None
-        info = json.loads(marker.read_text())
-        try:
-            states = np.load(folder / "states.npy", mmap_mode="r") if info["sparse"] else None
-            excess, best = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("excess", "best"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder}: cannot be read ({error}); delete it and run its stage again") from error
+        info = read_json(marker)
+        states = read_array(folder / "states.npy", mmap_mode="r") if info["sparse"] else None
+        excess, best = (read_array(folder / f"{name}.npy", mmap_mode="r") for name in ("excess", "best"))
         if excess.shape != (info["num_images"], info["num_positions"], info["num_kept"]):
             raise ValueError(f"{folder}: excess.npy has the shape {excess.shape}, not that of evidence.json")
         return cls(states, excess, best, int(info["num_states"]))
@@ -299,7 +295,7 @@ class EvidenceCache:
     @staticmethod
     def complete(folder: Path, num_states: int) -> None:
         """Say that the cache is complete: written last."""
-        num_images, num_positions, num_kept = np.load(folder / "excess.npy", mmap_mode="r").shape
+        num_images, num_positions, num_kept = read_array(folder / "excess.npy", mmap_mode="r").shape
         info = {
             "num_images": num_images,
             "num_positions": num_positions,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvd_lightning.files import write_array
+from lvd_lightning.files import read_array, write_array
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.models.evidence import Candidates, EvidenceCache
 
@@ -87,4 +87,4 @@ def save_candidate_table(folder: Path, table_KM: Tensor | None) -> None:
 def load_candidate_table(folder: Path) -> Tensor | None:
     """What `save_candidate_table` wrote, int64 (K, M), or None."""
     path = folder / _TABLE
-    return torch.from_numpy(np.load(path, allow_pickle=False)).long() if path.is_file() else None
+    return torch.from_numpy(read_array(path)).long() if path.is_file() else None

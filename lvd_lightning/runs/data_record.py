@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lvd_lightning.files import write_json
+from lvd_lightning.files import read_json, write_json
 from lvd_lightning.runs.experiment import Experiment
 from lvd_lightning.runs.run_directory import forget
 from lvd_lightning.runs.settings import EVALUATE, REPORT
@@ -74,7 +73,7 @@ def left_out(run_dir: Path, stages: list[str]) -> dict[str, int]:
     for name in stages:
         path = run_dir / name / DATA_RECORD
         if path.is_file():
-            return dict(json.loads(path.read_text())["left_out"])
+            return dict(read_json(path)["left_out"])
     return {}
 
 
@@ -83,7 +82,7 @@ def _others(folder: Path, data: Any) -> list[str]:
     path, identity = folder / DATA_RECORD, getattr(data, "identity", None)
     if identity is None or not path.is_file():
         return []
-    recorded = json.loads(path.read_text())["identity"]
+    recorded = read_json(path)["identity"]
     return [split for split in recorded if recorded[split] != identity.get(split)]
 
 

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torchmetrics import Metric
 
 from lvd_lightning.context import DONE_MARKER, StageContext, missing_need
-from lvd_lightning.files import write_atomically, write_json
+from lvd_lightning.files import unreadable, write_atomically, write_json
 from lvd_lightning.ranks import Ranks
 from lvd_lightning.runs.checkpoint import EpochCheckpoint
 from lvd_lightning.runs.data_record import adopt_data, check_same_data, record_data, stages_with_data
@@ -304,7 +304,10 @@ def load_best(module: StageModule, checkpoint: EpochCheckpoint) -> None:
                 f"no epoch logged a finite {checkpoint.monitor!r}: the last epoch is taken for the best", stacklevel=2
             )
         return
-    content = torch.load(checkpoint.best_path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(checkpoint.best_path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise unreadable(checkpoint.best_path, error) from error
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"])
 

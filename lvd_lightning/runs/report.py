@@ -1,6 +1,5 @@
 """The report of a run: a table, pictures, summary.md for people and summary.json for scripts."""
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lvd_lightning.context import Data, VisibleData
-from lvd_lightning.files import write_atomically, write_json
+from lvd_lightning.files import read_json, write_atomically, write_json
 from lvd_lightning.latents.assignments import assignments_folder
 from lvd_lightning.runs.data_record import left_out
 from lvd_lightning.runs.pictures import cluster_picture, curve_picture, gap_picture, inpainting_picture, sample_picture
@@ -53,7 +52,7 @@ def write_report(run: Run, data: Data, device: torch.device) -> None:
 def is_written(run: Run) -> bool:
     """Whether the report is there, of all stages that are finished."""
     path = run.dir / REPORT / "summary.json"
-    return path.is_file() and list(json.loads(path.read_text()).get("stages", {})) == list(run.stage_figures())
+    return path.is_file() and list(read_json(path).get("stages", {})) == list(run.stage_figures())
 
 
 def summarize(run: Run, data: Data) -> dict[str, Any]:

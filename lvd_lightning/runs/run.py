@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from lvd_lightning.context import DONE_MARKER
+from lvd_lightning.files import read_json
 from lvd_lightning.runs.configuration import experiment_from
 from lvd_lightning.runs.experiment import Experiment
 from lvd_lightning.runs.run_directory import RUN_CONFIG, read_config
@@ -45,7 +45,7 @@ class RunStage:
     def baselines(self) -> dict[str, dict[str, Any]]:
         """The figures of models that it trained for comparison, by name; mostly none."""
         path = self.folder / "baseline.json"
-        return dict(json.loads(path.read_text())) if self.is_finished and path.is_file() else {}
+        return dict(read_json(path)) if self.is_finished and path.is_file() else {}
 
     def model(self, device: torch.device | str = "cpu") -> nn.Module:
         """The model that it left, for evaluation.
@@ -152,7 +152,7 @@ class Run:
         """What report/summary.json says; before there is a report, the figures of finished stages."""
         path = self.dir / REPORT / "summary.json"
         if path.is_file():
-            return dict(json.loads(path.read_text()))
+            return dict(read_json(path))
         return {"stages": self.stage_figures()}
 
     def stage_figures(self) -> dict[str, dict[str, Any]]:
@@ -174,4 +174,4 @@ class Run:
 def read_figures(folder: Path) -> dict[str, Any]:
     """What the done-marker of a folder says; nothing without one."""
     path = folder / DONE_MARKER
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    return dict(read_json(path)) if path.is_file() else {}

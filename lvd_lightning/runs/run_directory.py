@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from lvd_lightning.context import DONE_MARKER
-from lvd_lightning.files import write_atomically
+from lvd_lightning.files import unreadable, write_atomically
 from lvd_lightning.runs.checkpoint import LAST_CHECKPOINT
 from lvd_lightning.runs.experiment import Experiment, PlannedStage
 from lvd_lightning.runs.objects import class_of
@@ -154,7 +155,10 @@ def check_trained_with(experiment: Experiment, stage: str) -> None:
 
 def read_config(path: Path) -> dict[str, Any]:
     """A configuration as it was written into a run directory."""
-    found = OmegaConf.to_container(OmegaConf.load(path))
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, ValueError, OSError) as error:  # OmegaConf has an OSError for a file of one word
+        raise unreadable(path, error) from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds no configuration")
     return {str(key): value for key, value in found.items()}

@@ -6,7 +6,6 @@ Shapes: B images, N sample, D dimensions of an example.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,7 @@ from typing_extensions import override
 from lvd_lightning import circuits as pc
 from lvd_lightning.checks import check_at_least, check_choice, check_counts
 from lvd_lightning.context import DONE_MARKER, Data, StageContext
-from lvd_lightning.files import write_json
+from lvd_lightning.files import read_json, write_json
 from lvd_lightning.metrics import MeanLikelihood
 from lvd_lightning.models.leaves import LeafChoice
 from lvd_lightning.models.structures import PartStructure, StructureName, num_outcomes
@@ -205,7 +204,7 @@ class CircuitBaseline(StageModule):
     def finish_stage(self, context: StageContext) -> dict[str, float]:
         """Evaluate each rule's best epoch on all of validation and, once, on test."""
         results = {}
-        spent = json.loads((context.dir / "spent.json").read_text())
+        spent = read_json(context.dir / "spent.json")
         for rule in RULES:
             circuit = pc.load(context.dir / rule, device=self.device)
             results[rule] = {
@@ -274,7 +273,7 @@ class CircuitBaseline(StageModule):
             plan["steps"] = {rule: self._measure(circuit, sample_ND, rule, plan["seconds"]) for rule in RULES}
             context.dir.mkdir(parents=True, exist_ok=True)
             on_first(partial(write_json, path, plan))
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = read_json(path)
         return found
 
     def _first_circuit(self, context: StageContext, sample_ND: Tensor, plan: dict[str, Any]) -> pc.Circuit:
@@ -297,7 +296,7 @@ class CircuitBaseline(StageModule):
         """The fewest hidden states with at least (nearly) as many parameters as the distilled circuit."""
         if self.hparams["num_units"] is not None:
             return int(self.hparams["num_units"])
-        wanted = float(json.loads((context.required("model") / DONE_MARKER).read_text())["num_parameters"])
+        wanted = float(read_json(context.required("model") / DONE_MARKER)["num_parameters"])
         generator = context.generator("parameters")  # as that of the circuit itself
         parts = context.data.parts
         counts = self.structure.num_parameters(
@@ -314,7 +313,7 @@ class CircuitBaseline(StageModule):
         folders = context.earlier_folders()
         if not folders:
             raise ValueError(f"stage {context.stage}: no earlier stage says how long it may take; set seconds")
-        return sum(float(json.loads((folder / DONE_MARKER).read_text())["seconds"]) for folder in folders)
+        return sum(float(read_json(folder / DONE_MARKER)["seconds"]) for folder in folders)
 
     def _measure(self, circuit: pc.Circuit, sample_ND: Tensor, rule: Rule, seconds: float) -> int:
         """How many steps of all ranks fit into `seconds`, from a few that are timed on a copy. All ranks call."""
