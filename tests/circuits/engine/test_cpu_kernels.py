@@ -138,16 +138,43 @@ def test_numbers_that_are_too_small_take_the_general_pass(switch: Any) -> None:
     torch.testing.assert_close(circuit.log_prob(x).double(), expected, rtol=1e-4, atol=0)
 
 
+def wide_tree() -> pc.CircuitGraph:
+    """So many live edges that several threads share them."""
+    graph = pc.hclt(torch.arange(20) - 1, 64, pc.Categorical(3))
+    for index, node in enumerate(graph.nodes):
+        if node.kind == "sum" and index != graph.root:
+            node.mask = torch.rand(node.weight.shape) < 0.5
+            node.mask[:, 0] = True
+            node.weight = node.weight * node.mask / (node.weight * node.mask).sum(1, keepdim=True)
+    return graph
+
+
+MANY: dict[str, Callable[[], tuple[pc.Circuit, torch.Tensor]]] = {
+    "trees": lambda: (
+        pc.Circuit([pc.hclt(torch.tensor([-1, 0, 0, 1]), 16, pc.Categorical(80)) for _ in range(8)]),
+        torch.randint(80, (8, 300, 4)),
+    ),
+    "tied": lambda: (pc.Circuit(pc.hmm(6, 16, num_tokens=2100, homogeneous=True)), torch.randint(2100, (400, 6))),
+    "live edges": lambda: (pc.Circuit(wide_tree(), layout="sparse"), torch.randint(3, (20, 20))),
+}
+
+
 @needs_compiler
-def test_more_threads_change_nothing(switch: Any) -> None:
-    circuit = pc.Circuit([pc.hclt(torch.tensor([-1, 0, 0, 1]), 16, pc.Categorical(50)) for _ in range(8)])
-    x = torch.randint(50, (8, 300, 4))
+@pytest.mark.parametrize("kind", MANY)
+def test_more_threads_change_nothing(kind: str, switch: Any) -> None:
+    """Values, gradients and a step of EM, of so many numbers that threads share them."""
+    circuit, x = MANY[kind]()
     switch(True)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(evaluate(circuit, x, None))
+            one = copy.deepcopy(circuit)
+            found.append(evaluate(one, x, None))
+            optimizer = pc.CircuitEM(one)
+            (-one.log_prob(x, head=0).sum()).backward()
+            optimizer.step()
+            found[-1] += [table.detach() for table in one.tables]
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
