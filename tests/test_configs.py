@@ -4,6 +4,7 @@ import json
 import pickle
 import struct
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,12 @@ def config_arguments(config: str, base: str | None = None) -> list[str]:
     return [f"--config={base}", *([] if config in CONFIGS else [f"--config=overlays/{config}"])]
 
 
+@cache
+def parsed(*arguments: str) -> dict[str, Any]:
+    """The configuration that they give; not to be changed."""
+    return parse(["fit", *arguments])[1]
+
+
 def small_epochs(stages: dict[str, Any]) -> list[str]:
     """One epoch; of circuits that are edited, as many as lead to the first edits and one beyond."""
     rounds = {name: stages[name]["model"]["init_args"].get("round_epochs") for name in stages if name != "latents"}
@@ -137,9 +144,7 @@ def test_every_overlay_has_a_base() -> None:
 def test_config_is_parsed_and_instantiated(config: str, tmp_path: Path) -> None:
     if config == "wandb":
         pytest.importorskip("wandb")
-    command, values, _ = parse(["fit", *config_arguments(config)])
-    experiment = experiment_from(values)
-    assert command == "fit"
+    experiment = experiment_from(parsed(*config_arguments(config)))
     assert experiment.name == (config if config in CONFIGS else OVERLAYS[config])
     for stage in experiment.stages:
         stage.data()
@@ -151,12 +156,12 @@ def test_config_is_parsed_and_instantiated(config: str, tmp_path: Path) -> None:
 def test_config_runs_one_small_step_per_stage(config: str, tmp_path: Path) -> None:
     base = SMALLEST.get(config) or OVERLAYS.get(config, config)
     named = config_arguments(config, base)
-    plain = parse(["fit", *named])[1]
-    teacher = plain["stages"].get("teacher")
+    plain = parsed(*named)
+    stages = {name: stage for name, stage in plain["stages"].items() if stage is not None}
+    teacher = stages.get("teacher")
     small = [*SMALL, *teacher_arguments(teacher), *data_arguments(plain["data"], tmp_path / "data")]
     small += ["--data.image_size=16"] if config in LARGER else []
     arguments = [*named, *small, f"--run_dir={tmp_path}"]
-    stages = {name: stage for name, stage in parse(["fit", *arguments])[1]["stages"].items() if stage is not None}
     assert main(["fit", *arguments, *small_epochs(stages)]) == 0
     summary = json.loads((tmp_path / base / "report" / "summary.json").read_text())
     assert list(summary["stages"]) == list(stages)
