@@ -115,7 +115,7 @@ def test_live_edges_alone(build_case: Callable[..., Any], rule: Any, monkeypatch
     compare(circuit, case.x[:4], case.observed[:4])
     single, optimizer = circuit.float(), rule(circuit)
     monkeypatch.setattr("lvd_lightning.circuits.em.may_ask", lambda tensor: False)
-    monkeypatch.setattr("lvd_lightning.circuits.circuit.may_ask", lambda tensor: False)
+    monkeypatch.setattr("lvd_lightning.circuits.engine.bad_flows.may_ask", lambda tensor: False)
     with triton_kernels.switched(True), NoHostReads():
         (-single.log_prob(case.x[:4].float(), head=0).sum()).backward()
         optimizer.step()
@@ -355,7 +355,7 @@ def test_no_number_is_read_in_a_step(
     head, optimizer = torch.randint(heads, (2,)), rule(circuit)
     # What looks at the device to go on as on a GPU.
     monkeypatch.setattr("lvd_lightning.circuits.em.may_ask", lambda tensor: False)
-    monkeypatch.setattr("lvd_lightning.circuits.circuit.may_ask", lambda tensor: False)
+    monkeypatch.setattr("lvd_lightning.circuits.engine.bad_flows.may_ask", lambda tensor: False)
     monkeypatch.setattr("lvd_lightning.circuits.distributions.tables.may_ask", lambda tensor: False)
     with triton_kernels.switched(True):
         train(circuit, x, optimizer, head, observed)  # makes what is made once
