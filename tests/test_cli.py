@@ -529,3 +529,20 @@ def test_stages_that_come_or_go_are_noticed(base: str, capsys: pytest.CaptureFix
 def test_warnings_take_one_line(base: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["test", "--config", base]) == 2
     assert warnings.formatwarning("one\ntwo", UserWarning, "file.py", 3) == "UserWarning: one two\n"
+
+
+def test_help_is_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "photos", "--help"])
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) <= 45
+    assert "lvd_lightning.stages.ConditionalStudent" in printed
+    for stage in ("teacher", "latents", "conditional", "prior", "finetune", "baseline"):
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", "photos", "--help", stage])
+        printed = capsys.readouterr().out
+        assert len(printed.splitlines()) <= 40
+        assert max(map(len, printed.splitlines())) <= 120
+        assert f"--stages.{stage}.model." in printed
+    assert main(["fit", "--config", "photos", "--help", "student"]) == 2
+    assert "--help student: there is no such stage; the config has teacher, latents" in capsys.readouterr().err

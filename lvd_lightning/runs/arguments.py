@@ -11,6 +11,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from lightning.pytorch import LightningDataModule
 from omegaconf import OmegaConf
 
+from lvd_lightning.runs.help import help_wanted, overview, stage_help
 from lvd_lightning.runs.objects import merge
 from lvd_lightning.runs.renamed import check_renamed
 from lvd_lightning.runs.run_directory import CHANGED
@@ -49,6 +50,10 @@ def parse_arguments(
     contents = [_content(path) for path in files]
     check_renamed(contents, files, words)
     names = _stage_names(contents)
+    wanted = help_wanted(words)
+    if wanted is not None:
+        print(_help(command, description, contents, names, wanted))
+        raise SystemExit(0)
     dropped, rest = _without_dropped(_without_configs(words), names)
     referring, rest = _without_references(rest)
     configs = [*map(str, files), *(f"{{stages: {{{name}: null}}}}" for name in dropped), *referring]
@@ -67,6 +72,26 @@ def parse_arguments(
         name: settings for name, settings in (config.get("stages") or {}).items() if settings and any(settings.values())
     }
     return config, options
+
+
+def _help(
+    command: str, description: str, contents: Sequence[Mapping[str, Any]], names: Sequence[str], stage: str
+) -> str:
+    """The overview, or the settings of a stage as the configs have them."""
+    models: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for content in contents:
+        for name, settings in (content.get("stages") or {}).items():
+            model = (settings or {}).get("model") or {}
+            models[str(name)] = merge(models[str(name)], {"class_path": model} if isinstance(model, str) else model)
+    models = {name: model for name, model in models.items() if model.get("class_path")}
+    if not stage:
+        parser = _plain_parser(command, description)
+        parser.usage = f"train.py {command} --config CONFIG [options]"
+        shown = overview({name: str(model["class_path"]) for name, model in models.items()})
+        return f"{parser.format_help().rstrip()}\n\n{shown}"
+    if stage not in models:
+        raise ValueError(f"--help {stage}: there is no such stage; the config has {', '.join(models) or 'none'}")
+    return stage_help(stage, str(models[stage]["class_path"]), models[stage].get("init_args") or {})
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -150,6 +175,19 @@ def _without_references(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _parser(command: str, description: str, stages: Sequence[str]) -> ArgumentParser:
+    parser = _plain_parser(command, description)
+    parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=False)
+    for name in stages:
+        parser.add_subclass_arguments(Stage, f"stages.{name}.model", fail_untyped=False, required=False)
+        parser.add_subclass_arguments(LightningDataModule, f"stages.{name}.data", fail_untyped=False, required=False)
+        parser.add_argument(
+            f"--stages.{name}.trainer", type=dict[str, _Plain], default={}, help=f"laid over trainer for {name}"
+        )
+    return parser
+
+
+def _plain_parser(command: str, description: str) -> ArgumentParser:
+    """The options that name no class."""
     parser = ArgumentParser(
         parser_mode="omegaconf+",
         exit_on_error=False,
@@ -173,12 +211,5 @@ def _parser(command: str, description: str, stages: Sequence[str]) -> ArgumentPa
     parser.add_argument(
         "--shared", type=dict[str, _Plain], default={}, help="values that stages refer to as ${shared.key}"
     )
-    parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=False)
     parser.add_argument("--trainer", type=dict[str, _Plain], default={}, help="arguments of every stage's Trainer")
-    for name in stages:
-        parser.add_subclass_arguments(Stage, f"stages.{name}.model", fail_untyped=False, required=False)
-        parser.add_subclass_arguments(LightningDataModule, f"stages.{name}.data", fail_untyped=False, required=False)
-        parser.add_argument(
-            f"--stages.{name}.trainer", type=dict[str, _Plain], default={}, help=f"laid over trainer for {name}"
-        )
     return parser
