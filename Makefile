@@ -6,14 +6,21 @@ INSTALLED := $(VENV)/.installed
 # -qq: errors only.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test lint
+.PHONY: demo test test-circuits test-others lint
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
 	$(BIN)/python train.py fit --config photos.yaml
 
+# Two parts at once, each on one thread.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(MAKE) --jobs=2 --keep-going test-circuits test-others
+
+test-circuits: $(INSTALLED)
+	$(BIN)/python -m pytest tests/circuits
+
+test-others: $(INSTALLED)
+	$(BIN)/python -m pytest --ignore=tests/circuits
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
