@@ -3,17 +3,17 @@
 import json
 import pickle
 import struct
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from torch import Tensor
 
 from lvd_lightning.cli import CONFIG_FOLDER, main, parse
+from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.runs.configuration import experiment_from
 from lvd_lightning.stages import PlainStage
 
@@ -112,11 +112,14 @@ def teacher_arguments(teacher: dict[str, Any] | None) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four where a picture shows 64: large images are drawn as slowly as all stages together are trained."""
+    sample = AssembledCircuit.sample
+
+    def few(circuit: AssembledCircuit, num_samples: int, **settings: Any) -> Tensor:
+        return sample(circuit, min(num_samples, 4), **settings)
+
+    monkeypatch.setattr(AssembledCircuit, "sample", few)
 
 
 def config_arguments(config: str, base: str | None = None) -> list[str]:
