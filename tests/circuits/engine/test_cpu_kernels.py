@@ -18,7 +18,9 @@ import lvd_lightning.circuits as pc
 from lvd_lightning.circuits.engine.kernels import cpu as cpu_kernels
 from lvd_lightning.circuits.engine.kernels.cpu import compiler as building
 from lvd_lightning.circuits.engine.kernels.cpu import passes
+from lvd_lightning.circuits.engine.kernels.cpu.edges import pass_edges
 from lvd_lightning.circuits.engine.linear import inexact
+from lvd_lightning.circuits.engine.sparse import EdgeIndex
 
 NO_COMPILER = all(shutil.which(name) is None for name in ("cc", "gcc", "clang")) and "CC" not in os.environ
 needs_compiler = pytest.mark.skipif(NO_COMPILER or sys.platform != "linux", reason="no C compiler on this machine")
@@ -138,24 +140,12 @@ def test_numbers_that_are_too_small_take_the_general_pass(switch: Any) -> None:
     torch.testing.assert_close(circuit.log_prob(x).double(), expected, rtol=1e-4, atol=0)
 
 
-def wide_tree() -> pc.CircuitGraph:
-    """So many live edges that several threads share them."""
-    graph = pc.hclt(torch.arange(20) - 1, 64, pc.Categorical(3))
-    for index, node in enumerate(graph.nodes):
-        if node.kind == "sum" and index != graph.root:
-            node.mask = torch.rand(node.weight.shape) < 0.5
-            node.mask[:, 0] = True
-            node.weight = node.weight * node.mask / (node.weight * node.mask).sum(1, keepdim=True)
-    return graph
-
-
 MANY: dict[str, Callable[[], tuple[pc.Circuit, torch.Tensor]]] = {
     "trees": lambda: (
         pc.Circuit([pc.hclt(torch.tensor([-1, 0, 0, 1]), 16, pc.Categorical(80)) for _ in range(8)]),
         torch.randint(80, (8, 300, 4)),
     ),
     "tied": lambda: (pc.Circuit(pc.hmm(6, 16, num_tokens=2100, homogeneous=True)), torch.randint(2100, (400, 6))),
-    "live edges": lambda: (pc.Circuit(wide_tree(), layout="sparse"), torch.randint(3, (20, 20))),
 }
 
 
@@ -178,6 +168,23 @@ def test_more_threads_change_nothing(kind: str, switch: Any) -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@needs_compiler
+def test_more_threads_pass_the_same_down_live_edges(switch: Any) -> None:
+    switch(True)
+    index = EdgeIndex.of(list(torch.rand(20, 64, 64) < 0.5), outer=64, inner=64)
+    weight, above = torch.rand(len(index.column)), torch.rand(20, 64, 1)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(torch.full((20, 64, 1), torch.nan))
+            assert pass_edges(index, weight, above, found[-1], 0)
+    finally:
+        torch.set_num_threads(before)
+    assert found[0].isfinite().all()
+    assert torch.equal(*found)
 
 
 @needs_compiler
