@@ -11,6 +11,7 @@ from lvd_lightning.circuits.distributions import (
     Distribution,
     Gaussian,
     Indicator,
+    OrderedCategorical,
     SoftEvidence,
     register_distribution,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "Gaussian",
     "Indicator",
     "Node",
+    "OrderedCategorical",
     "SoftEvidence",
     "chow_liu_tree",
     "entropy",

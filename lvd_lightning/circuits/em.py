@@ -207,6 +207,9 @@ class CircuitEM(_CircuitOptimizer):
             if sums_PXT is not None:
                 _move_inputs(_family(circuit, number), table, sums_PXT, pseudocount, step)
                 continue
+            if _has_prior(circuit, number):
+                self._step_with_prior(circuit, number, table, step, pseudocount)
+                continue
             floor, edges = _has_floor(circuit, number, pseudocount), engine.edges(number)
             mask = None if edges is not None else engine.mask(number)
             starts = None if edges is None else edges.start
@@ -226,6 +229,17 @@ class CircuitEM(_CircuitOptimizer):
                 theta_PXY.add_(flow_PXY.mul_(-rate_PX1))
                 _add_pseudocount(theta_PXY, rate_PX1, mask, at, pseudocount)
                 _keep_floor(circuit, number, theta_PXY, pseudocount)
+
+    def _step_with_prior(self, circuit: Circuit, number: int, table: Tensor, step: float, pseudocount: float) -> None:
+        """The same, with a prior that counts beside the flows of this batch."""
+        assert table.grad is not None
+        floor = _has_floor(circuit, number, pseudocount)
+        for at in _chunks(table):
+            flow_PXY = torch.mul(table[at], table.grad[at]).neg_()
+            old_PX1 = flow_PXY.sum(-1, keepdim=True).add_(pseudocount)
+            _blend_with_prior(
+                _family(circuit, number), table[at], flow_PXY, old_PX1, step, step * pseudocount, floor=floor
+            )
 
 
 class Anemone(_CircuitOptimizer):
@@ -309,6 +323,10 @@ class Anemone(_CircuitOptimizer):
             if table.grad is None:
                 continue
             correction = 1 - momentum ** self.state[table]["step"]
+            if _has_prior(circuit, number):
+                expected_PX1 = total.to(table.dtype) * top_down[number][..., None]
+                self._update_with_prior(circuit, number, table, expected_PX1, correction, group)
+                continue
             scale_PX1 = ((1 - group["lr"]) * total).to(table.dtype) * top_down[number][..., None]
             if circuit.engine.statistics_of(number, table) is not None:
                 sums_PXT = self.state[table]["flow"] * (group["lr"] / correction)
@@ -341,14 +359,27 @@ class Anemone(_CircuitOptimizer):
             return
         for at in _chunks(table):
             theta_PXY, flow_PXY = table[at], flows[at]
-            total_PX1 = flow_PXY.sum(-1, keepdim=True)
-            weight_PX1 = (step * total_PX1 + scale_PX1[at] + pseudocount).clamp_min_(torch.finfo(table.dtype).tiny)
-            visited_PX1 = total_PX1 > 0
-            keep_PX1 = torch.where(visited_PX1, scale_PX1[at] / weight_PX1, 1.0)
-            rate_PX1 = visited_PX1 / weight_PX1
-            theta_PXY.mul_(keep_PX1).addcmul_(flow_PXY, step * rate_PX1)
+            rate_PX1 = _blend(theta_PXY, flow_PXY, scale_PX1[at], step, pseudocount)
             _add_pseudocount(theta_PXY, rate_PX1, mask, at, pseudocount)
             _keep_floor(circuit, number, theta_PXY, pseudocount)
+
+    def _update_with_prior(
+        self,
+        circuit: Circuit,
+        number: int,
+        table: Tensor,
+        expected_PX1: Tensor,
+        correction: float,
+        group: dict[str, Any],
+    ) -> None:
+        """The same, with a prior that counts beside the averaged flows; what is averaged stays the data's alone."""
+        step, pseudocount = group["lr"], group["pseudocount"]
+        floor = _has_floor(circuit, number, pseudocount)
+        for at in _chunks(table):
+            flow_PXY = self.state[table]["flow"][at] / correction
+            _blend_with_prior(
+                _family(circuit, number), table[at], flow_PXY, expected_PX1[at], step, pseudocount, floor=floor
+            )
 
     def _average(self, circuit: Circuit, number: int, table: Tensor, momentum: float) -> None:
         """Update the moving average of the flows of one parameter tensor."""
@@ -412,6 +443,44 @@ def _average_rows(theta_E: Tensor, grad_E: Tensor, edges: SparseEdges, step: flo
     theta_E.mul_(edges.spread(1 - step * visited_R)).addcmul_(flow_E, edges.spread(rate_R)).add_(added_E)
 
 
+def _blend(theta_PXY: Tensor, flow_PXY: Tensor, scale_PX1: Tensor, step: float, pseudocount: float) -> Tensor:
+    """The M-step of `Anemone` but for pseudocounts: returns what is left to do, times what each row gets of them."""
+    total_PX1 = flow_PXY.sum(-1, keepdim=True)
+    weight_PX1 = (step * total_PX1 + scale_PX1 + pseudocount).clamp_min_(torch.finfo(theta_PXY.dtype).tiny)
+    visited_PX1 = total_PX1 > 0
+    keep_PX1 = torch.where(visited_PX1, scale_PX1 / weight_PX1, 1.0)
+    rate_PX1 = visited_PX1 / weight_PX1
+    theta_PXY.mul_(keep_PX1).addcmul_(flow_PXY, step * rate_PX1)
+    return rate_PX1
+
+
+def _blend_with_prior(
+    family: Distribution,
+    theta_PXY: Tensor,
+    flow_PXY: Tensor,
+    old_PX1: Tensor,
+    step: float,
+    pseudocount: float,
+    *,
+    floor: bool,
+) -> None:
+    """theta = (s (F + A) + (1 - s) (old + A_n) theta + a / |ch|) / (the sum of that), A the prior's pseudocounts.
+
+    `flow_PXY` becomes F + A. `old_PX1`: flow that the old parameters stand for, to which A_n, the sum of A, belongs as
+    it does to F. So s stays the step size, and the same flows again and again end at (F + A) / (F_n + A_n).
+    """
+    prior_PXY = family.pseudocounts(flow_PXY)
+    scale_PX1 = (old_PX1 + prior_PXY.sum(-1, keepdim=True)).mul_(1 - step)
+    flow_PXY.add_(prior_PXY)
+    rest = {"step": step, "pseudocount": pseudocount, "floor": floor}
+    if _update_in_kernels(theta_PXY, None, None, flow_PXY=flow_PXY, scale_PX1=scale_PX1, **rest):
+        return
+    rate_PX1 = _blend(theta_PXY, flow_PXY, scale_PX1, step, pseudocount)
+    _add_pseudocount(theta_PXY, rate_PX1, None, slice(None), pseudocount)
+    if floor:
+        theta_PXY.copy_(family.floored(theta_PXY))
+
+
 def _blend_rows(
     theta_E: Tensor, flow_E: Tensor, scale_PX1: Tensor, edges: SparseEdges, step: float, pseudocount: float
 ) -> None:
@@ -445,6 +514,11 @@ def _keep_floor(circuit: Circuit, number: int, theta_PXY: Tensor, pseudocount: f
 def _has_floor(circuit: Circuit, number: int, pseudocount: float) -> bool:
     """Without pseudocounts probabilities of categories fall without end."""
     return pseudocount < 1e-12 and circuit.plan.groups[number].distribution is not None
+
+
+def _has_prior(circuit: Circuit, number: int) -> bool:
+    distribution = circuit.plan.groups[number].distribution
+    return distribution is not None and distribution.has_prior
 
 
 def _family(circuit: Circuit, number: int) -> Distribution:

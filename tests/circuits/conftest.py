@@ -38,7 +38,7 @@ def kronecker(request: pytest.FixtureRequest, double_precision: None) -> Case:
     return make_case(request.param, "bernoulli", 2)
 
 
-@pytest.fixture(params=list_cases(("categorical", "bernoulli", "binomial", "logistic", "rounded")))
+@pytest.fixture(params=list_cases(("categorical", "bernoulli", "binomial", "logistic", "rounded", "ordered")))
 def discrete(request: pytest.FixtureRequest, double_precision: None) -> Case:
     """The same with leaves whose worlds can be listed."""
     return make_case(*request.param)

@@ -16,6 +16,7 @@ SPLITS = {"uneven": (9, 4), "one-empty": (13, 0)}
 
 DISTRIBUTED_LEAVES = {
     "categorical": pc.Categorical(3),
+    "ordered": pc.OrderedCategorical(3, share=0.3, constant=0.2),
     "gaussian": pc.Gaussian(),
     "binomial": pc.Binomial(2),
     "logistic": pc.DiscretizedLogistic(3),

@@ -68,7 +68,7 @@ def test_datamodule(plain: Run) -> None:
 def test_leaf_family(extended: Run) -> None:
     graphs = pc.load(extended.stage("finetune").folder / "conditional").to_graph()
     leaves = {node.distribution for graph in graphs for node in graph.nodes if node.kind == "input"}
-    assert [(type(leaf).__name__, leaf.num_categories) for leaf in leaves] == [("OrderedCategorical", 16)]
+    assert [(type(leaf).__name__, leaf.num_categories) for leaf in leaves] == [("SmoothStart", 16)]
 
 
 def test_structure(extended: Run) -> None:

@@ -35,8 +35,9 @@ LEAVES = {"categorical": pc.Categorical(3), "bernoulli": pc.Bernoulli(), "gaussi
 # Leaves that meet some structures only, which saves time: a tree, shared and tied nodes, padded layers.
 LEAVES |= {"binomial": pc.Binomial(2), "logistic": pc.DiscretizedLogistic(3, min_scale=0.2), "mixed": pc.Gaussian()}
 LEAVES |= {"rounded": pc.DiscretizedGaussian(3, min_std=0.2)}
+LEAVES |= {"ordered": pc.OrderedCategorical(3, share=0.3, width=0.8, constant=0.2)}
 SOME = {"binomial": ("star", "tied", "ragged"), "logistic": ("star", "shared", "tied"), "mixed": ("chain", "shared")}
-SOME |= {"rounded": ("star", "shared", "tied")}
+SOME |= {"rounded": ("star", "shared", "tied"), "ordered": ("star", "tied", "ragged")}
 MIXTURE = (pc.Categorical(4), pc.Binomial(5), pc.Gaussian(min_std=0.3), pc.DiscretizedLogistic(6))
 
 

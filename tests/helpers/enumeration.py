@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lvd_lightning.circuits as pc
-from helpers.families import expectations, functions_of, is_table, most_likely, table_of
+from helpers.families import expectations, functions_of, is_table, most_likely, prior_counts, table_of
 
 __all__ = ["AnemoneReference", "Flows", "Reference"]
 
@@ -161,6 +161,8 @@ class Reference:
         """The mini-batch rule: parameters move towards those that the flows of this batch alone would give."""
         for index, flow in flows.items():
             total, statistics = self._totals(index, flow)
+            added = prior_counts(self.nodes[index], statistics)
+            total, statistics = total + added.sum(1, keepdims=True), statistics + added
             moments, prior = self._moments(index), self._prior(index)
             target = (statistics + pseudocount * prior) / np.where(total > 0, total + pseudocount, 1)
             self._set(index, np.where(total > 0, (1 - lr) * moments + lr * target, moments), total > 0)
@@ -216,6 +218,9 @@ class AnemoneReference:
     def _update(self, reference: Reference, index: int, flow: Array, reached: Array, total: float) -> None:
         unit_flow, statistics = reference._totals(index, flow)
         moments = reference._moments(index)
+        added = prior_counts(reference.nodes[index], statistics)
+        added_sum = added.sum(1, keepdims=True)
+        unit_flow, statistics, reached = unit_flow + added_sum, statistics + added, reached + added_sum / total
         new = self.lr / total * statistics + (1 - self.lr) * reached * moments
         new_unit = self.lr / total * unit_flow + (1 - self.lr) * reached
         denominator = total * new_unit + self.pseudocount

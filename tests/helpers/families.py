@@ -13,7 +13,7 @@ from scipy import special, stats
 
 import lvd_lightning.circuits as pc
 
-__all__ = ["expectations", "functions_of", "is_table", "logistic_edges", "most_likely", "table_of"]
+__all__ = ["expectations", "functions_of", "is_table", "logistic_edges", "most_likely", "prior_counts", "table_of"]
 
 Array = NDArray[Any]
 
@@ -21,6 +21,21 @@ Array = NDArray[Any]
 def is_table(node: pc.Node) -> bool:
     """Sums and categories: parameters are probabilities, and a row of flows says all."""
     return node.kind == "sum" or isinstance(node.distribution, pc.Categorical)
+
+
+def prior_counts(node: pc.Node, flow: Array) -> Array:
+    """What the smooth prior of an ordered categorical adds to flows (K, C); nothing of any other node."""
+    family = node.distribution
+    if not isinstance(family, pc.OrderedCategorical):
+        return np.zeros(flow.shape)
+    out = np.zeros(flow.shape)
+    values = np.arange(family.num_categories)
+    for value in values:
+        near = np.exp(-0.5 * ((values - value) / family.width) ** 2) * (abs(values - value) < 4 * family.width + 1)
+        total = flow.sum(1)
+        amount = family.share * total + family.constant
+        out += np.outer(amount * flow[:, value] / np.where(total > 0, total, 1), near / near.sum())
+    return out
 
 
 def logistic_edges(values: Array, mean: Array, scale: Array, num_values: int) -> tuple[Array, Array]:

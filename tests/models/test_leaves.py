@@ -39,6 +39,9 @@ def test_sizes_come_from_the_data(given: Any, expected: pc.Distribution) -> None
 def test_every_variable_has_its_own_size() -> None:
     found = LeafChoice("Binomial").over([pc.Categorical(256), pc.Categorical(511)])
     assert found == [pc.Binomial(255), pc.Binomial(510)]
+    smooth = {"class_path": "lvd_lightning.circuits.OrderedCategorical", "init_args": {"share": 0.1, "width": 2.0}}
+    found = LeafChoice(smooth).over([pc.Categorical(256), pc.Categorical(511)])
+    assert found == [pc.OrderedCategorical(size, share=0.1, width=2.0) for size in (256, 511)]
     assert LeafChoice("Gaussian").over(pc.Gaussian(min_std=0.1)) == pc.Gaussian()
 
 
@@ -72,6 +75,11 @@ def test_what_is_no_family_is_refused_at_once(given: Any, message: str) -> None:
             {"class_path": "Gaussian", "init_args": {"min_std": -1.0}},
             pc.Categorical(256),
             "leaf: DiscretizedGaussian: min_std must lie in",
+        ),
+        (
+            {"class_path": "OrderedCategorical", "init_args": {"share": -1.0}},
+            pc.Categorical(256),
+            "leaf: OrderedCategorical: share: got -1.0, expected a number of at least 0",
         ),
         ("Binomial", pc.Gaussian(), "leaf: Binomial is over whole numbers, but the data are real"),
         (f"{__name__}.Density", pc.Categorical(256), "leaf: Density is a density, but the data are the whole numbers"),

@@ -225,7 +225,7 @@ def test_checkpoints_that_have_a_prior_still_load(run: Any) -> None:
     assert torch.equal(again.assembled.prior.tables[0], table)
 
 
-@pytest.mark.parametrize("leaf", ["Binomial", "DiscretizedLogistic", "Gaussian"])
+@pytest.mark.parametrize("leaf", ["Binomial", "DiscretizedLogistic", "Gaussian", "OrderedCategorical"])
 def test_inputs_are_of_the_family_that_the_config_names(run: Any, leaf: str) -> None:
     module = ConditionalStudent(2, leaf=leaf, val_images=16)
     run.train("conditional", module, 1)

@@ -7,6 +7,7 @@ from lvd_lightning.circuits.distributions.evidence import SoftEvidence
 from lvd_lightning.circuits.distributions.gaussian import Gaussian
 from lvd_lightning.circuits.distributions.indicator import Indicator
 from lvd_lightning.circuits.distributions.logistic import DiscretizedLogistic
+from lvd_lightning.circuits.distributions.ordered import OrderedCategorical
 from lvd_lightning.circuits.distributions.registry import (
     check_registered,
     find_distribution,
@@ -24,6 +25,7 @@ __all__ = [
     "Distribution",
     "Gaussian",
     "Indicator",
+    "OrderedCategorical",
     "SoftEvidence",
     "check_registered",
     "find_distribution",

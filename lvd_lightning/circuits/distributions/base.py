@@ -75,6 +75,11 @@ class Distribution(ABC):
         """How many values there are, which are 0, 1, ... then; None: no list holds them."""
         return None
 
+    @property
+    def has_prior(self) -> bool:
+        """Whether EM adds `pseudocounts` to the flows of this table."""
+        return False
+
     @abstractmethod
     def initial(self, num_units: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Random parameters, shape (num_units, size)."""
@@ -132,6 +137,10 @@ class Distribution(ABC):
     def maximise(self, expected: Tensor) -> Tensor:
         """The parameters (..., S) of largest likelihood where these functions have the means `expected`, float64."""
         raise TypeError(f"{type(self).__name__} has no statistics")
+
+    def pseudocounts(self, flow: Tensor) -> Tensor:
+        """What EM adds to flows (..., S) of the data where the family `has_prior`: a new tensor, 0 for no flow."""
+        raise TypeError(f"{type(self).__name__} has no prior")
 
     def probabilities(self, params_FKS: Tensor) -> Tensor:
         """p(value | unit) of all `num_outcomes` values, shape (F, K, values)."""

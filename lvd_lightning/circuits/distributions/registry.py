@@ -13,6 +13,7 @@ from lvd_lightning.circuits.distributions.evidence import SoftEvidence
 from lvd_lightning.circuits.distributions.gaussian import Gaussian
 from lvd_lightning.circuits.distributions.indicator import Indicator
 from lvd_lightning.circuits.distributions.logistic import DiscretizedLogistic
+from lvd_lightning.circuits.distributions.ordered import OrderedCategorical
 from lvd_lightning.circuits.distributions.tables import Bernoulli, Categorical
 
 __all__ = ["check_registered", "find_distribution", "register_distribution"]
@@ -23,7 +24,7 @@ _KNOWN: dict[str, type[Distribution]] = {
     found.__name__: found
     for found in (
         *(Bernoulli, Binomial, Categorical, DiscretizedGaussian, DiscretizedLogistic, Gaussian, Indicator),
-        SoftEvidence,
+        *(OrderedCategorical, SoftEvidence),
     )
 }
 

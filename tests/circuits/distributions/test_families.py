@@ -18,6 +18,7 @@ from lvd_lightning.circuits.distributions.discretized import Discretized
 FAMILIES = {
     "categorical": pc.Categorical(5),
     "bernoulli": pc.Bernoulli(),
+    "ordered": pc.OrderedCategorical(6, share=0.5, width=0.7, constant=0.3),
     "binomial": pc.Binomial(7),
     "wide-binomial": pc.Binomial(255),
     "gaussian": pc.Gaussian(),
@@ -266,6 +267,12 @@ def test_perturbed_means_move_by_deviations() -> None:
     [
         (lambda: pc.Binomial(0), "total.*got 0, expected .*at least 1"),
         (lambda: pc.Binomial(3, min_prob=0.5), "min_prob.*got 0.5"),
+        (lambda: pc.OrderedCategorical(0), "num_categories.*got 0, expected .*at least 1"),
+        (lambda: pc.OrderedCategorical(3, share=-0.1), "OrderedCategorical: share: got -0.1, expected a number of at"),
+        (lambda: pc.OrderedCategorical(3, share="0.1"), "share: got '0.1', expected a number of at least 0"),
+        (lambda: pc.OrderedCategorical(3, width=0.0), "width: got 0.0, expected a number above 0"),
+        (lambda: pc.OrderedCategorical(3, width=math.nan), "width: got nan, expected a number above 0"),
+        (lambda: pc.OrderedCategorical(3, constant=math.inf), "constant: got inf, expected a number of at least 0"),
         (lambda: pc.DiscretizedLogistic(1), "num_values.*got 1, expected .*at least 2"),
         (lambda: pc.DiscretizedLogistic(4, min_scale=0.0), "min_scale.*got 0"),
         (lambda: pc.Binomial(3).check_params(torch.tensor([[1.5]])), "Binomial.*probabilities"),
@@ -339,6 +346,7 @@ def test_first_parameters_are_moments(family: pc.Distribution) -> None:
         (pc.Categorical, 511, {}, pc.Categorical(511)),
         (pc.Categorical, 256, {"num_categories": 300}, pc.Categorical(300)),
         (pc.Bernoulli, 2, {}, pc.Bernoulli()),
+        (pc.OrderedCategorical, 511, {"share": 0.1}, pc.OrderedCategorical(511, share=0.1)),
         (pc.Binomial, 256, {}, pc.Binomial(255)),
         (pc.Binomial, 256, {"min_prob": 1e-3}, pc.Binomial(255, min_prob=1e-3)),
         (pc.DiscretizedLogistic, 16, {"min_scale": 0.1}, pc.DiscretizedLogistic(16, min_scale=0.1)),

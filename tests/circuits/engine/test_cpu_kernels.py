@@ -204,12 +204,21 @@ def test_a_graph_kept_for_two_backward_passes(build_case: Callable[..., Any], sw
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("pseudocount", [0.0, 0.3])
 @pytest.mark.parametrize("rule", [pc.CircuitEM, pc.Anemone])
-@pytest.mark.parametrize("structure", ["sparse", "tied", "ragged", "shared"])
+@pytest.mark.parametrize(
+    ("structure", "leaf"),
+    [*((name, "categorical") for name in ("sparse", "tied", "ragged", "shared")), ("tied", "ordered")],
+)
 def test_updates_agree(
-    build_case: Callable[..., Any], switch: Any, structure: str, rule: Any, pseudocount: float, dtype: torch.dtype
+    build_case: Callable[..., Any],
+    switch: Any,
+    structure: str,
+    leaf: str,
+    rule: Any,
+    pseudocount: float,
+    dtype: torch.dtype,
 ) -> None:
     """From equal gradients, with masks, ties, padding, and a unit without any flow; long enough to forget old flows."""
-    case = build_case(structure, "categorical", 2)
+    case = build_case(structure, leaf, 2)
     circuits = [case.circuit.to(dtype), copy.deepcopy(case.circuit).to(dtype)]
     optimizers = [rule(circuit, lr=0.3, pseudocount=pseudocount) for circuit in circuits]
     start = [parameter.detach().clone() for parameter in circuits[0].parameters()]

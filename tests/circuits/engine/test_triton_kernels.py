@@ -199,11 +199,15 @@ def test_examples_without_support() -> None:
 
 @interpreted
 @pytest.mark.parametrize(
-    ("structure", "rule"),
-    [("sparse", "em"), ("sparse", "anemone"), ("shared", "em without pseudocount")],
+    ("structure", "leaf", "rule"),
+    [
+        *(("sparse", "categorical", rule) for rule in ("em", "anemone")),
+        ("shared", "categorical", "em without pseudocount"),
+        *(("tied", "ordered", rule) for rule in ("anemone", "em without pseudocount")),
+    ],
 )
-def test_steps_of_em(build_case: Callable[..., Any], structure: str, rule: str) -> None:
-    case = build_case(structure, "categorical", 2)
+def test_steps_of_em(build_case: Callable[..., Any], structure: str, leaf: str, rule: str) -> None:
+    case = build_case(structure, leaf, 2)
     x = case.x[:3]
     rules = {
         "em": lambda circuit: pc.CircuitEM(circuit, lr=0.3),
