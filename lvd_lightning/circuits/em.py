@@ -18,6 +18,7 @@ from lvd_lightning.circuits.checks import check_number, described
 from lvd_lightning.circuits.circuit import Circuit
 from lvd_lightning.circuits.distributions import Distribution
 from lvd_lightning.circuits.distributions.base import may_ask
+from lvd_lightning.circuits.distributions.smooth_prior import SmoothPrior
 from lvd_lightning.circuits.engine.bad_flows import refuse_bad_flows
 from lvd_lightning.circuits.engine.kernels.cpu import updates as cpu_updates
 from lvd_lightning.circuits.engine.kernels.triton import updates as triton_updates
@@ -207,8 +208,9 @@ class CircuitEM(_CircuitOptimizer):
             if sums_PXT is not None:
                 _move_inputs(_family(circuit, number), table, sums_PXT, pseudocount, step)
                 continue
-            if _has_prior(circuit, number):
-                self._step_with_prior(circuit, number, table, step, pseudocount)
+            prior = _prior(circuit, number)
+            if prior is not None:
+                self._step_with_prior(circuit, number, table, prior, group)
                 continue
             floor, edges = _has_floor(circuit, number, pseudocount), engine.edges(number)
             mask = None if edges is not None else engine.mask(number)
@@ -230,16 +232,20 @@ class CircuitEM(_CircuitOptimizer):
                 _add_pseudocount(theta_PXY, rate_PX1, mask, at, pseudocount)
                 _keep_floor(circuit, number, theta_PXY, pseudocount)
 
-    def _step_with_prior(self, circuit: Circuit, number: int, table: Tensor, step: float, pseudocount: float) -> None:
+    def _step_with_prior(
+        self, circuit: Circuit, number: int, table: Tensor, prior: SmoothPrior, group: dict[str, Any]
+    ) -> None:
         """The same, with a prior that counts beside the flows of this batch."""
         assert table.grad is not None
-        floor = _has_floor(circuit, number, pseudocount)
+        step, pseudocount = group["lr"], group["pseudocount"]
+        rest = {"step": step, "pseudocount": pseudocount, "floor": _has_floor(circuit, number, pseudocount)}
+        if cpu_updates.update_table_with_prior(table, prior, grad_PXY=table.grad, **rest):
+            return
         for at in _chunks(table):
             flow_PXY = torch.mul(table[at], table.grad[at]).neg_()
             old_PX1 = flow_PXY.sum(-1, keepdim=True).add_(pseudocount)
-            _blend_with_prior(
-                _family(circuit, number), table[at], flow_PXY, old_PX1, step, step * pseudocount, floor=floor
-            )
+            _blend_with_prior(prior, table[at], flow_PXY, old_PX1, step, step * pseudocount)
+            _keep_floor(circuit, number, table[at], pseudocount)
 
 
 class Anemone(_CircuitOptimizer):
@@ -323,9 +329,10 @@ class Anemone(_CircuitOptimizer):
             if table.grad is None:
                 continue
             correction = 1 - momentum ** self.state[table]["step"]
-            if _has_prior(circuit, number):
+            prior = _prior(circuit, number)
+            if prior is not None:
                 expected_PX1 = total.to(table.dtype) * top_down[number][..., None]
-                self._update_with_prior(circuit, number, table, expected_PX1, correction, group)
+                self._update_with_prior(circuit, number, table, prior, expected_PX1, correction, group)
                 continue
             scale_PX1 = ((1 - group["lr"]) * total).to(table.dtype) * top_down[number][..., None]
             if circuit.engine.statistics_of(number, table) is not None:
@@ -368,18 +375,20 @@ class Anemone(_CircuitOptimizer):
         circuit: Circuit,
         number: int,
         table: Tensor,
+        prior: SmoothPrior,
         expected_PX1: Tensor,
         correction: float,
         group: dict[str, Any],
     ) -> None:
         """The same, with a prior that counts beside the averaged flows; what is averaged stays the data's alone."""
-        step, pseudocount = group["lr"], group["pseudocount"]
-        floor = _has_floor(circuit, number, pseudocount)
+        step, pseudocount, flows = group["lr"], group["pseudocount"], self.state[table]["flow"]
+        rest = {"step": step, "pseudocount": pseudocount, "floor": _has_floor(circuit, number, pseudocount)}
+        averages = {"flow_PXY": flows, "expected_PX1": expected_PX1, "correction": correction}
+        if cpu_updates.update_table_with_prior(table, prior, **averages, **rest):
+            return
         for at in _chunks(table):
-            flow_PXY = self.state[table]["flow"][at] / correction
-            _blend_with_prior(
-                _family(circuit, number), table[at], flow_PXY, expected_PX1[at], step, pseudocount, floor=floor
-            )
+            _blend_with_prior(prior, table[at], flows[at] / correction, expected_PX1[at], step, pseudocount)
+            _keep_floor(circuit, number, table[at], pseudocount)
 
     def _average(self, circuit: Circuit, number: int, table: Tensor, momentum: float) -> None:
         """Update the moving average of the flows of one parameter tensor."""
@@ -455,30 +464,20 @@ def _blend(theta_PXY: Tensor, flow_PXY: Tensor, scale_PX1: Tensor, step: float, 
 
 
 def _blend_with_prior(
-    family: Distribution,
-    theta_PXY: Tensor,
-    flow_PXY: Tensor,
-    old_PX1: Tensor,
-    step: float,
-    pseudocount: float,
-    *,
-    floor: bool,
+    prior: SmoothPrior, theta_PXY: Tensor, flow_PXY: Tensor, old_PX1: Tensor, step: float, pseudocount: float
 ) -> None:
     """theta = (s (F + A) + (1 - s) (old + A_n) theta + a / |ch|) / (the sum of that), A the prior's pseudocounts.
 
     `flow_PXY` becomes F + A. `old_PX1`: flow that the old parameters stand for, to which A_n, the sum of A, belongs as
     it does to F. So s stays the step size, and the same flows again and again end at (F + A) / (F_n + A_n).
     """
-    prior_PXY = family.pseudocounts(flow_PXY)
-    scale_PX1 = (old_PX1 + prior_PXY.sum(-1, keepdim=True)).mul_(1 - step)
-    flow_PXY.add_(prior_PXY)
-    rest = {"step": step, "pseudocount": pseudocount, "floor": floor}
-    if _update_in_kernels(theta_PXY, None, None, flow_PXY=flow_PXY, scale_PX1=scale_PX1, **rest):
-        return
-    rate_PX1 = _blend(theta_PXY, flow_PXY, scale_PX1, step, pseudocount)
-    _add_pseudocount(theta_PXY, rate_PX1, None, slice(None), pseudocount)
-    if floor:
-        theta_PXY.copy_(family.floored(theta_PXY))
+    added_PXY = prior.pseudocounts(flow_PXY)
+    scale_PX1 = (old_PX1 + added_PXY.sum(-1, keepdim=True)).mul_(1 - step)
+    flow_PXY.add_(added_PXY)
+    rest = {"step": step, "pseudocount": pseudocount, "floor": False}
+    if not _update_in_kernels(theta_PXY, None, None, flow_PXY=flow_PXY, scale_PX1=scale_PX1, **rest):
+        rate_PX1 = _blend(theta_PXY, flow_PXY, scale_PX1, step, pseudocount)
+        _add_pseudocount(theta_PXY, rate_PX1, None, slice(None), pseudocount)
 
 
 def _blend_rows(
@@ -516,9 +515,9 @@ def _has_floor(circuit: Circuit, number: int, pseudocount: float) -> bool:
     return pseudocount < 1e-12 and circuit.plan.groups[number].distribution is not None
 
 
-def _has_prior(circuit: Circuit, number: int) -> bool:
+def _prior(circuit: Circuit, number: int) -> SmoothPrior | None:
     distribution = circuit.plan.groups[number].distribution
-    return distribution is not None and distribution.has_prior
+    return None if distribution is None else distribution.prior
 
 
 def _family(circuit: Circuit, number: int) -> Distribution:

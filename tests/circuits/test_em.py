@@ -166,11 +166,11 @@ def check_monotonicity(case: Any, share_observed: float | None = None) -> None:
 
 def prior_counts(circuit: pc.Circuit) -> dict[int, Tensor]:
     """What the priors of tables add to the flows that the last backward pass has left: held fixed for one step."""
-    families = [group.distribution for group in circuit.plan.groups]
+    priors = [group.distribution and group.distribution.prior for group in circuit.plan.groups]
     return {
-        number: family.pseudocounts(-circuit.tables[number].detach() * circuit.tables[number].grad)
-        for number, family in enumerate(families)
-        if family is not None and family.has_prior
+        number: prior.pseudocounts(-circuit.tables[number].detach() * circuit.tables[number].grad)
+        for number, prior in enumerate(priors)
+        if prior is not None
     }
 
 

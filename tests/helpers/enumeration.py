@@ -161,7 +161,7 @@ class Reference:
         """The mini-batch rule: parameters move towards those that the flows of this batch alone would give."""
         for index, flow in flows.items():
             total, statistics = self._totals(index, flow)
-            added = prior_counts(self.nodes[index], statistics)
+            added = prior_counts(self.nodes[index].distribution, statistics)
             total, statistics = total + added.sum(1, keepdims=True), statistics + added
             moments, prior = self._moments(index), self._prior(index)
             target = (statistics + pseudocount * prior) / np.where(total > 0, total + pseudocount, 1)
@@ -218,7 +218,7 @@ class AnemoneReference:
     def _update(self, reference: Reference, index: int, flow: Array, reached: Array, total: float) -> None:
         unit_flow, statistics = reference._totals(index, flow)
         moments = reference._moments(index)
-        added = prior_counts(reference.nodes[index], statistics)
+        added = prior_counts(reference.nodes[index].distribution, statistics)
         added_sum = added.sum(1, keepdims=True)
         unit_flow, statistics, reached = unit_flow + added_sum, statistics + added, reached + added_sum / total
         new = self.lr / total * statistics + (1 - self.lr) * reached * moments

@@ -23,9 +23,8 @@ def is_table(node: pc.Node) -> bool:
     return node.kind == "sum" or isinstance(node.distribution, pc.Categorical)
 
 
-def prior_counts(node: pc.Node, flow: Array) -> Array:
-    """What the smooth prior of an ordered categorical adds to flows (K, C); nothing of any other node."""
-    family = node.distribution
+def prior_counts(family: pc.Distribution | None, flow: Array) -> Array:
+    """What the smooth prior of an ordered categorical adds to flows (K, C); nothing of any other family, or of sums."""
     if not isinstance(family, pc.OrderedCategorical):
         return np.zeros(flow.shape)
     out = np.zeros(flow.shape)

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lvd_lightning.circuits.distributions.smooth_prior import SmoothPrior
+
 __all__ = ["Distribution", "check_size", "check_whole", "is_not_whole", "is_number", "may_ask"]
 
 
@@ -76,9 +78,9 @@ class Distribution(ABC):
         return None
 
     @property
-    def has_prior(self) -> bool:
-        """Whether EM adds `pseudocounts` to the flows of this table."""
-        return False
+    def prior(self) -> SmoothPrior | None:
+        """What EM adds to the flows of this table before it normalises them; None: nothing."""
+        return None
 
     @abstractmethod
     def initial(self, num_units: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -137,10 +139,6 @@ class Distribution(ABC):
     def maximise(self, expected: Tensor) -> Tensor:
         """The parameters (..., S) of largest likelihood where these functions have the means `expected`, float64."""
         raise TypeError(f"{type(self).__name__} has no statistics")
-
-    def pseudocounts(self, flow: Tensor) -> Tensor:
-        """What EM adds to flows (..., S) of the data where the family `has_prior`: a new tensor, 0 for no flow."""
-        raise TypeError(f"{type(self).__name__} has no prior")
 
     def probabilities(self, params_FKS: Tensor) -> Tensor:
         """p(value | unit) of all `num_outcomes` values, shape (F, K, values)."""

@@ -1,27 +1,16 @@
-"""Tables over ordered values: what was seen at one value counts a little at its neighbours.
-
-Shapes: S categories; leading dimensions "..." may be any.
-"""
+"""Tables over ordered values, which EM keeps smooth."""
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from lvd_lightning.checks import expect
 from lvd_lightning.circuits.distributions.base import is_number
+from lvd_lightning.circuits.distributions.smooth_prior import SmoothPrior
 from lvd_lightning.circuits.distributions.tables import Categorical
 
 __all__ = ["OrderedCategorical"]
-
-#: Of a Gaussian, in widths: beyond it one part in 10,000 is left.
-REACH = 4.0
-#: Up to this radius a sum over offsets is faster than a matrix product over 256 categories.
-LARGEST_RADIUS = 16
 
 
 @dataclass(frozen=True)
@@ -78,51 +67,5 @@ class OrderedCategorical(Categorical):
         expect(fits, "OrderedCategorical: width", self.width, "a number above 0, in levels")
 
     @property
-    def has_prior(self) -> bool:
-        return self.share > 0 or self.constant > 0
-
-    def pseudocounts(self, flow: Tensor) -> Tensor:
-        spread = _spread(flow, float(self.width))
-        if self.constant == 0:
-            return spread.mul_(self.share)
-        total = flow.sum(-1, keepdim=True)
-        spread.div_(torch.where(total > 0, total, torch.inf))
-        return spread.mul_(total.mul_(self.share).add_(self.constant))
-
-
-def _spread(flow: Tensor, width: float) -> Tensor:
-    """F * g: what every value hands on to itself and its neighbours, with the same sum."""
-    size = flow.shape[-1]
-    radius = min(math.ceil(REACH * width), size - 1)
-    if radius > LARGEST_RADIUS:
-        return flow @ _matrix(size, width, flow.dtype, flow.device)
-    weights, mass_S = _kernel(size, width, flow.dtype, flow.device)
-    source = flow / mass_S
-    out = source * weights[0]
-    for offset in range(1, radius + 1):
-        out[..., offset:].add_(source[..., :-offset], alpha=weights[offset])
-        out[..., :-offset].add_(source[..., offset:], alpha=weights[offset])
-    return out
-
-
-@functools.lru_cache(maxsize=64)
-def _kernel(size: int, width: float, dtype: torch.dtype, device: torch.device) -> tuple[list[float], Tensor]:
-    """The Gaussian at 0, 1, ... levels, and how much of it lies within the range around every value."""
-    radius = min(math.ceil(REACH * width), size - 1)
-    weights = [math.exp(-0.5 * (offset / width) ** 2) for offset in range(radius + 1)]
-    mass_S = _banded(size, width).sum(1)
-    return weights, mass_S.to(device, dtype)
-
-
-@functools.lru_cache(maxsize=8)
-def _matrix(size: int, width: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Where every value (a row) hands its flow on to; rows sum to one."""
-    banded_SS = _banded(size, width)
-    return (banded_SS / banded_SS.sum(1, keepdim=True)).to(device, dtype)
-
-
-def _banded(size: int, width: float) -> Tensor:
-    """The Gaussian between all pairs of values, float64; 0 beyond its reach."""
-    place_S = torch.arange(size, dtype=torch.float64)
-    distance_SS = (place_S[:, None] - place_S).abs()
-    return torch.exp(-0.5 * (distance_SS / width) ** 2).masked_fill_(distance_SS > math.ceil(REACH * width), 0.0)
+    def prior(self) -> SmoothPrior | None:
+        return SmoothPrior(self.share, self.width, self.constant) if self.share > 0 or self.constant > 0 else None

@@ -85,7 +85,7 @@ class Categorical(Distribution):
         weight_M = None if weight_N is None else weight_N.double()[:, None].expand(x_ND.shape).reshape(-1)
         counts_M = torch.bincount(cell_ND.reshape(-1), weight_M, minlength=size * num_units * self.num_categories)
         counts_DKS = counts_M.view(size, num_units, self.num_categories).to(torch.get_default_dtype())
-        counts_DKS = counts_DKS + self.pseudocounts(counts_DKS) if self.has_prior else counts_DKS
+        counts_DKS = counts_DKS if self.prior is None else counts_DKS + self.prior.pseudocounts(counts_DKS)
         marginal_D1S = counts_DKS.sum(1, keepdim=True) + 0.05
         per_unit_DK1 = counts_DKS.sum(-1, keepdim=True).mean(1, keepdim=True)
         params_DKS = counts_DKS + smoothing * per_unit_DK1 * marginal_D1S / marginal_D1S.sum(-1, keepdim=True)

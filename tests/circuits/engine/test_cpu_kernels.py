@@ -242,6 +242,35 @@ def test_updates_agree(
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("size", "width"), [(1, 1.0), (2, 3.0), (9, 0.3), (40, 1.0), (256, 2.0), (511, 30.0)])
+@pytest.mark.parametrize("constant", [0.0, 5.0])
+def test_priors_agree(switch: Any, size: int, width: float, constant: float, dtype: torch.dtype) -> None:
+    """Steps of both rules with smooth priors, to the last bit the same on three threads."""
+    torch.set_default_dtype(dtype)
+    leaf = pc.OrderedCategorical(size, share=0.3, width=width, constant=constant)
+    graph = pc.hclt([-1, 0, 0], 37, leaf)
+    x, before = torch.randint(0, size, (20, 3)), torch.get_num_threads()
+    for rule in (pc.CircuitEM, pc.Anemone):
+        found = []
+        for on, threads in ((False, 1), (True, 1), (True, 3)):
+            switch(True)
+            circuit = pc.Circuit(graph)
+            optimizer = rule(circuit, lr=0.3, pseudocount=0.1)
+            (-circuit.log_prob(x).sum()).backward()
+            switch(on)
+            torch.set_num_threads(threads)
+            try:
+                optimizer.step()
+            finally:
+                torch.set_num_threads(before)
+            found.append([table.detach() for table in circuit.tables])
+        for plain, fused, shared in zip(*found, strict=True):
+            torch.testing.assert_close(fused, plain, rtol=TOLERANCE[dtype][0], atol=TOLERANCE[dtype][1])
+            assert torch.equal(fused, shared)
+
+
+@needs_compiler
 def test_values_changed_before_the_backward_pass_are_refused(build_case: Callable[..., Any], switch: Any) -> None:
     case = build_case("chain", "categorical", 1)
     switch(True)

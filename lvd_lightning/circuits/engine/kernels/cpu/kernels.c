@@ -640,6 +640,11 @@ typedef struct {
     real *flow; /* moving average */
     const real *scale; /* (rows): (1 - s) N TD; null: average only */
     double momentum, forgotten; /* flows up to `forgotten` become 0; below 0: none do */
+    /* A smooth prior: */
+    int64_t radius;
+    const real *kernel, *inside; /* (radius + 1), null: no prior; (Y), over how much of the kernel lies in the range */
+    double share, constant, correction; /* flows are divided by the last one */
+    real *scratch; /* 2 (Y + radius) numbers for every thread */
 } Update;
 
 /* Add `added` in equal parts to the live ones of n alternatives, and keep the floor. */
@@ -694,16 +699,49 @@ static void anemone_row(const Update *update, int64_t n, real *restrict theta, c
     settle(update, n, theta, live, pseudocount / weight);
 }
 
+/* (s (F + A) + (1 - s) (old + sum A) theta + a / |ch|) / (the sum of that), with A = (share sum F + constant) F * g over
+   sum F; `expected` is `old` of Anemone, where a is not multiplied by s. Rows without flow stay. `both` and `source` have
+   room for n numbers, and `source` for `radius` zeros on either side of them. */
+static void prior_row(const Update *update, int64_t n, real *restrict theta, const real *restrict grad,
+                      const real *restrict flow, const real *expected, real *restrict both, real *restrict source) {
+    const real step = (real)update->step, pseudocount = (real)update->pseudocount;
+    real total = 0;
+    if (flow) {
+        const real scale = (real)(1 / update->correction);
+        for (int64_t i = 0; i < n; i++) both[i] = flow[i] * scale;
+    } else {
+        for (int64_t i = 0; i < n; i++) both[i] = -theta[i] * grad[i];
+    }
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < n; i++) total += both[i];
+    if (total <= 0) return;
+    const real amount = (real)update->share * total + (real)update->constant, part = 1 / positive(total);
+    for (int64_t i = 0; i < n; i++) source[i] = both[i] * part * update->inside[i];
+    for (int64_t i = 0; i < n; i++) both[i] += amount * update->kernel[0] * source[i];
+    for (int64_t offset = 1; offset <= update->radius; offset++) {
+        const real weight = amount * update->kernel[offset];
+        for (int64_t i = 0; i < n; i++) both[i] += weight * (source[i - offset] + source[i + offset]);
+    }
+    const real old = expected ? *expected : total + pseudocount, added = expected ? pseudocount : step * pseudocount;
+    const real scale = (1 - step) * (old + amount), weight = positive(step * (total + amount) + scale + added);
+    const real keep = scale / weight, rate = step / weight;
+    for (int64_t i = 0; i < n; i++) theta[i] = theta[i] * keep + both[i] * rate;
+    settle(update, n, theta, 0, added / weight);
+}
+
 static void update_item(const void *job, int64_t item, real *scratch) {
     const Update *update = job;
-    (void)scratch;
+    if (update->kernel) memset(scratch, 0, 2 * (update->width + update->radius) * sizeof(real));
     const int64_t low = item * update->rows_per_item, stop = low + update->rows_per_item;
     for (int64_t row = low; row < stop && row < update->rows; row++) {
         const int64_t place = update->starts ? update->starts[row] : row * update->width;
         const int64_t n = update->starts ? update->starts[row + 1] - place : update->width;
         const real *grad = update->grad ? update->grad + place : 0;
         const uint8_t *live = update->live ? update->live + place : 0;
-        if (update->flow)
+        if (update->kernel)
+            prior_row(update, n, update->theta + place, grad, update->flow ? update->flow + place : 0,
+                      update->scale ? update->scale + row : 0, scratch, scratch + n + update->radius);
+        else if (update->flow)
             anemone_row(update, n, update->theta + place, grad, live, update->flow + place,
                         update->scale ? update->scale + row : 0);
         else
@@ -713,5 +751,6 @@ static void update_item(const void *job, int64_t item, real *scratch) {
 
 void update_table(const Update *update, int threads) {
     const int64_t items = (update->rows + update->rows_per_item - 1) / update->rows_per_item;
-    run_items(update_item, update, items, update->rows * update->width, threads, 0, 0);
+    run_items(update_item, update, items, update->rows * update->width, threads, update->scratch,
+              update->kernel ? 2 * (update->width + update->radius) : 0);
 }

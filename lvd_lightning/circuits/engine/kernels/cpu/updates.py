@@ -11,9 +11,10 @@ from ctypes import c_double, c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from lvd_lightning.circuits.distributions.smooth_prior import SmoothPrior
 from lvd_lightning.circuits.engine.kernels.cpu import library, suits
 
-__all__ = ["update_table"]
+__all__ = ["update_table", "update_table_with_prior"]
 
 #: Numbers that one item of work takes.
 ITEM_SIZE = 1 << 14
@@ -27,6 +28,10 @@ class _Update(ctypes.Structure):
         *((name, c_double) for name in ("step", "pseudocount")),
         *((name, c_void_p) for name in ("flow", "scale")),
         *((name, c_double) for name in ("momentum", "forgotten")),
+        ("radius", c_int64),
+        *((name, c_void_p) for name in ("kernel", "inside")),
+        *((name, c_double) for name in ("share", "constant", "correction")),
+        ("scratch", c_void_p),
     )
 
 
@@ -81,4 +86,63 @@ def update_table(
     found.update_table(ctypes.byref(update), torch.get_num_threads())
     if flow_PXY is None or scale_PX1 is not None:
         torch.autograd.graph.increment_version(theta_PXY)  # so that a backward pass through older values is refused
+    return True
+
+
+def update_table_with_prior(
+    theta_PXY: Tensor,
+    prior: SmoothPrior,
+    *,
+    step: float,
+    pseudocount: float,
+    floor: bool,
+    grad_PXY: Tensor | None = None,
+    flow_PXY: Tensor | None = None,
+    expected_PX1: Tensor | None = None,
+    correction: float = 1.0,
+) -> bool:
+    """An M-step in place with a prior beside the flows, if the kernels can do it; False, with nothing done, if not.
+
+    Given a gradient it is that of `CircuitEM`, given averaged flows that of `Anemone`.
+
+    Args:
+        theta_PXY: probabilities.
+        prior: what is added to the flows.
+        step: s.
+        pseudocount: a, spread over the alternatives of a row.
+        floor: whether positive probabilities stay at `distributions.SMALLEST` or above.
+        grad_PXY: gradient of the loss, minus flow / probability.
+        flow_PXY: moving averages of flows, which stay.
+        expected_PX1: N TD(n), the flow that a row's parameters stand for.
+        correction: what averages are divided by.
+    """
+    given = [tensor for tensor in (theta_PXY, grad_PXY, flow_PXY, expected_PX1) if tensor is not None]
+    found = library(theta_PXY.dtype)
+    if found is None or not suits(given) or any(tensor.dtype != theta_PXY.dtype for tensor in given):
+        return False
+    rows, width = theta_PXY[..., 0].numel(), theta_PXY.shape[-1]
+    kernel_R, inside_S = prior.kernel(width, theta_PXY.dtype)
+    radius, threads = len(kernel_R) - 1, torch.get_num_threads()
+    scratch = theta_PXY.new_empty(threads, 2 * (width + radius))
+    update = _Update(
+        rows=rows,
+        width=width,
+        rows_per_item=max(1, ITEM_SIZE // width),
+        theta=theta_PXY.data_ptr(),
+        grad=None if grad_PXY is None else grad_PXY.data_ptr(),
+        floor=floor,
+        step=step,
+        pseudocount=pseudocount,
+        flow=None if flow_PXY is None else flow_PXY.data_ptr(),
+        scale=None if expected_PX1 is None else expected_PX1.data_ptr(),
+        radius=radius,
+        kernel=kernel_R.data_ptr(),
+        inside=inside_S.data_ptr(),
+        share=prior.share,
+        constant=prior.constant,
+        correction=correction,
+        scratch=scratch.data_ptr(),
+    )
+    found.update_table(ctypes.byref(update), threads)
+    torch.autograd.graph.increment_version(theta_PXY)  # so that a backward pass through older values is refused
     return True
