@@ -168,6 +168,8 @@ class CircuitEM(_CircuitOptimizer):
     A node without flow keeps its parameters. With lr = 1, the flows of a whole data set and pseudocount 0 this is EM,
     which never lowers the likelihood.
 
+    A smooth prior (`OrderedCategorical`) adds its pseudocounts, made of the flows of this batch, to F.
+
     The children ch(n) are those that the node's mask leaves in. An edge that it leaves out is a structural zero and
     stays 0; one that merely has weight 0 gets pseudocounts as all others do, and so does not stay 0.
 
@@ -257,6 +259,9 @@ class Anemone(_CircuitOptimizer):
               \theta \leftarrow (N F'_{nc} + a / |ch(n)|) / (N F'_n + a)
 
     A node that is rarely visited moves as little as its flow says. Nodes without any flow keep their parameters.
+
+    A smooth prior (`OrderedCategorical`) adds its pseudocounts A to F, and their sum A_n to the N TD(n) examples that
+    theta stands for: s remains the step size. The averages are those of the data alone.
 
     The children ch(n) are those that the node's mask leaves in. An edge that it leaves out is a structural zero and
     stays 0; one that merely has weight 0 gets pseudocounts as all others do, and so does not stay 0.

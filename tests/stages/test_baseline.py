@@ -76,6 +76,15 @@ def test_steps_fill_the_time(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(tensor, before[name])
 
 
+def test_leaves_of_the_config(run: Any) -> None:
+    leaf = {"class_path": "lvd_lightning.circuits.OrderedCategorical", "init_args": {"width": 2.0}}
+    for settings in ({}, {"structure": "rat_spn"}):
+        module = planned(run, leaf=leaf, **settings)
+        for rule in module.steps:
+            families = {plan.distribution for plan in module.circuit(rule).plan.inputs}
+            assert families == {pc.OrderedCategorical(256, width=2.0)}
+
+
 def test_each_rule_takes_its_steps_and_learns(run: Any) -> None:
     module = planned(run, batch_size=40)
     before = bpd(module.circuit("em"), run.data.splits["train"])

@@ -74,6 +74,22 @@ def test_an_exact_step_has_the_gradients_of_the_whole(exact: FinetuneStudent, im
         torch.testing.assert_close(one, other)
 
 
+def test_smooth_leaves_last_from_the_config_to_the_finetuned_circuit(run: Any) -> None:
+    """Through a checkpoint, files and the stages between; finetuning is not told of them."""
+    leaf = {"class_path": "lvd_lightning.circuits.OrderedCategorical", "init_args": {"share": 0.1, "width": 2.0}}
+    path = run.folder / "some.ckpt"
+    run.train("conditional", ConditionalStudent(2, leaf=leaf), 1).save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=True)
+    resumed = run.begin("conditional", ConditionalStudent(2, leaf=leaf))
+    resumed.on_load_checkpoint(checkpoint)
+    resumed.load_state_dict(checkpoint["state_dict"])
+    run.finish("conditional", resumed.finish_stage(run.context("conditional")))
+    run.complete("prior", PriorStudent(candidates=None), 1)
+    run.complete("finetune", FinetuneStudent(), 1)
+    for circuit in (resumed.assembled.conditional, pc.load(run.folder / "finetune" / "conditional")):
+        assert {plan.distribution for plan in circuit.plan.inputs} == {pc.OrderedCategorical(256, share=0.1, width=2.0)}
+
+
 def test_limits_on_gradients_change_little(prepared: Any) -> None:
     images, index = prepared.data.splits["train"][:40], torch.arange(40)
     module = prepared.begin("finetune", FinetuneStudent())

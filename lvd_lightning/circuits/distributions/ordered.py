@@ -26,8 +26,8 @@ class OrderedCategorical(Categorical):
     send beyond it stays within: each value hands on as much as it has. A unit without flow keeps its parameters. With
     share and constant 0 this is a `Categorical`, to the last bit.
 
-    Everything but EM and `hclt_from_data` and its like, which count, is that of a `Categorical`. Gradient optimizers
-    know no prior; `to_pyjuice` writes a plain categorical.
+    EM and what counts values (`hclt_from_data` and its like) know the prior; all else is as for a `Categorical`.
+    Gradient optimizers learn without it, and `to_pyjuice` writes a plain categorical.
 
     Args:
         num_categories: how many values there are, at least 1.
@@ -39,7 +39,9 @@ class OrderedCategorical(Categorical):
         ValueError: a number out of its range.
 
     References:
-        Dempster, Laird and Rubin, Maximum likelihood from incomplete data via the EM algorithm, 1977: EM with a prior.
+        Wang and van Ryzin, A class of smooth estimators for discrete distributions, Biometrika 1981: kernels over
+        ordered values. Dempster, Laird and Rubin, Maximum likelihood from incomplete data via the EM algorithm, 1977:
+        EM with a prior.
 
     Example:
         >>> import torch
