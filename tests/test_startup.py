@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("transformers", "faiss", "sklearn", "matplotlib", "wandb", "torchvision")
+HEAVY = ("transformers", "sklearn", "matplotlib", "wandb", "torchvision")
 
 
 @cache

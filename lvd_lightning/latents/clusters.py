@@ -20,6 +20,7 @@ from lvd_lightning.latents.kmeans import assign, fit_centroids
 from lvd_lightning.latents.sampling import sample_distinct
 from lvd_lightning.latents.settings import SPLITS, LatentsContext, LatentsSettings, float64_device
 from lvd_lightning.latents.transform import AffineMap, fit_map
+from lvd_lightning.ranks import on_first, rank_and_size, summed
 
 __all__ = ["INFO_FILE", "assignments_path", "write_clusters"]
 
@@ -35,43 +36,55 @@ def assignments_path(folder: Path, split: str) -> Path:
 
 
 def write_clusters(context: LatentsContext, settings: LatentsSettings, encoding: Encoding) -> None:
-    """Write centroids, assignments of every split, and last what they are, as far as they are not there already."""
+    """Write centroids, assignments of every split, and last what they are, as far as they are not there already.
+
+    All ranks have to call: they share the work, and the first one writes.
+    """
     folder, train = context.dir, encoding.vectors["train"]
     center = settings.center or ("position" if encoding.positional and settings.pooled else "none")
-    without = ("batch_size", "keep_features", "num_threads")  # settings that change nothing
+    without = ("batch_size", "keep_features")  # settings that change nothing
     facts = {name: value for name, value in asdict(settings).items() if name not in without}
     facts |= {"center": center, "context": "none" if encoding.parents is None else "tree"}
     key = key_of(encoding.key, facts, context.generator("centroids").initial_seed())
-    if stored_key(folder / "centroids.json") != key:
-        _forget(folder)
+    if on_first(lambda: stored_key(folder / "centroids.json")) != key:
+        on_first(partial(_forget, folder))
         if settings.method == "codes":
             fitted, centroids_QKD = _used_codes(context, encoding)
         else:
             fitted, centroids_QKD = _fit(context, settings, train, center == "position")
-        write_array(folder / "centroids.npy", (centroids_QKD[0] if settings.pooled else centroids_QKD).numpy())
-        _save_map(folder / "map.safetensors", fitted)
-        write_json(folder / "centroids.json", {"key": key})
+        on_first(partial(_save, folder, fitted, centroids_QKD[0] if settings.pooled else centroids_QKD, key))
     fitted = _load_map(folder / "map.safetensors")
     centroids = torch.from_numpy(read_array(folder / "centroids.npy"))
     for split in SPLITS:
-        if not assignments_path(folder, split).is_file():
+        path = assignments_path(folder, split)
+        if not on_first(path.is_file):
             label_NP = _assign_all(encoding.vectors[split], fitted, centroids, float64_device(context.device))
-            write_array(assignments_path(folder, split), label_NP.numpy().astype(np.int32))
-    label_NP = torch.from_numpy(read_array(assignments_path(folder, "train")).astype(np.int64))
-    write_json(
-        folder / INFO_FILE,
-        {
-            **facts,
-            "num_clusters": centroids.shape[-2],
-            "source": encoding.source,
-            "parents": encoding.parents,
-            "num_patches": train.shape[1],
-            "num_features": train.shape[2],
-            "num_examples": {split: encoding.vectors[split].shape[0] for split in SPLITS},
-            "figures": _use_of_clusters(label_NP, centroids.shape[-2], settings.pooled)
-            | {"mean_squared_distance": _mean_squared_distance(context, train, fitted, centroids, label_NP)},
-        },
-    )
+            on_first(partial(write_array, path, label_NP.numpy().astype(np.int32)))
+
+    def describe() -> None:
+        label_NP = torch.from_numpy(read_array(assignments_path(folder, "train")).astype(np.int64))
+        write_json(
+            folder / INFO_FILE,
+            {
+                **facts,
+                "num_clusters": centroids.shape[-2],
+                "source": encoding.source,
+                "parents": encoding.parents,
+                "num_patches": train.shape[1],
+                "num_features": train.shape[2],
+                "num_examples": {split: encoding.vectors[split].shape[0] for split in SPLITS},
+                "figures": _use_of_clusters(label_NP, centroids.shape[-2], settings.pooled)
+                | {"mean_squared_distance": _mean_squared_distance(context, train, fitted, centroids, label_NP)},
+            },
+        )
+
+    on_first(describe)
+
+
+def _save(folder: Path, fitted: AffineMap, centroids: Tensor, key: str) -> None:
+    write_array(folder / "centroids.npy", centroids.numpy())
+    _save_map(folder / "map.safetensors", fitted)
+    write_json(folder / "centroids.json", {"key": key})
 
 
 def _forget(folder: Path) -> None:
@@ -94,17 +107,13 @@ def _used_codes(context: LatentsContext, encoding: Encoding) -> tuple[AffineMap,
 def _fit(
     context: LatentsContext, settings: LatentsSettings, vectors: PatchVectors, center: bool
 ) -> tuple[AffineMap, Tensor]:
-    """The map before clustering, and centroids with shape (Q, K, D), Q = 1 if pooled, else P."""
+    """The map before clustering, and centroids with shape (Q, K, D), Q = 1 if pooled, else P; the same on all ranks."""
     assert settings.num_clusters is not None
     num_images, num_patches, _ = vectors.shape
-    fitted = fit_map(
-        vectors,
-        center=center,
-        per_position=not settings.pooled,
-        num_components=settings.pca,
-        whiten=settings.whiten,
-        device=float64_device(context.device),
-    )
+    device = float64_device(context.device)
+    per_position = not settings.pooled
+    fit = partial(fit_map, vectors, center=center, per_position=per_position, whiten=settings.whiten, device=device)
+    fitted = on_first(partial(fit, num_components=settings.pca))
     groups: list[int | None] = [None] if settings.pooled else list(range(num_patches))
     size = num_images * num_patches if settings.pooled else num_images
     max_points = min(size, settings.max_points or _POINTS_PER_CLUSTER * settings.num_clusters)
@@ -118,8 +127,8 @@ def _fit(
             images, positions = drawn, torch.full_like(drawn, position)
         points = fitted.of_patches(vectors.gather(images, positions), positions)
         try:
-            fit = partial(fit_centroids, iterations=settings.iterations, num_threads=settings.num_threads)
-            centroids.append(fit(points, settings.num_clusters, generator=generator))
+            cluster = partial(fit_centroids, iterations=settings.iterations, generator=generator, device=device)
+            centroids.append(cluster(points, settings.num_clusters))
         except ValueError as error:
             where = "all positions" if position is None else f"position {position}"
             raise ValueError(f"clustering the training patches of {where}: {error}") from error
@@ -127,19 +136,21 @@ def _fit(
 
 
 def _assign_all(vectors: PatchVectors, fitted: AffineMap, centroids: Tensor, device: torch.device) -> Tensor:
-    """The cluster of every patch, int64 with shape (N, P)."""
+    """The cluster of every patch, int64 with shape (N, P), on all ranks, which share the work."""
     num_images, num_patches, num_features = vectors.shape
-    label_NP = torch.empty(num_images, num_patches, dtype=torch.int64)
+    label_NP = torch.zeros(num_images, num_patches, dtype=torch.int64)
+    rank, size = rank_and_size()
+    last = (rank + 1) * num_images // size
     step = max(1, _CHUNK_ENTRIES // (num_patches * num_features))
-    for start in range(0, num_images, step):
-        stop = min(start + step, num_images)
+    for start in range(rank * num_images // size, last, step):
+        stop = min(start + step, last)
         x_NPD = fitted.of_images(vectors.read(start, stop))
         if centroids.dim() == 2:
             label_NP[start:stop] = assign(x_NPD.flatten(0, 1), centroids, device).view(-1, num_patches)
         else:
             for p, centroids_KD in enumerate(centroids):
                 label_NP[start:stop, p] = assign(x_NPD[:, p], centroids_KD, device)
-    return label_NP
+    return summed(label_NP)
 
 
 def _use_of_clusters(label_NP: Tensor, num_clusters: int, pooled: bool) -> dict[str, float]:

@@ -53,7 +53,6 @@ class LatentsSettings:
     pca: cluster so many principal components of the features; None: the features.
     whiten: scale the components to unit variance.
     keep_features: leave the features on disk, for clustering them again.
-    num_threads: threads of faiss, see `fit_centroids`.
     """
 
     num_clusters: int | None = None
@@ -68,10 +67,9 @@ class LatentsSettings:
     pca: int | None = None
     whiten: bool = False
     keep_features: bool = True
-    num_threads: int = 1
 
     def __post_init__(self) -> None:
-        counts = ("num_clusters", "max_points", "iterations", "batch_size", "context_images", "pca", "num_threads")
+        counts = ("num_clusters", "max_points", "iterations", "batch_size", "context_images", "pca")
         check_counts(**{name: getattr(self, name) for name in counts})
         check_choice(("kmeans", "codes"), method=self.method)
         is_told = self.method != "kmeans" or self.num_clusters is not None

@@ -43,6 +43,8 @@ def _in_config(content: Mapping[str, Any]) -> Iterator[str]:
             arguments = model.get("init_args")
             if isinstance(arguments, Mapping) and "num_latents" in arguments:
                 yield f"stages.{name}.model.init_args.num_latents is called num_units now"
+            if isinstance(arguments, Mapping) and "num_threads" in arguments:
+                yield f"stages.{name}.model.init_args.num_threads is gone: clusters are found with torch's threads"
 
 
 def _in_word(word: str) -> Iterator[str]:

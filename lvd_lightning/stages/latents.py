@@ -20,9 +20,9 @@ class Latents(LatentsSettings, PlainStage):
     """Clusters the features of patches by K-means, or takes the codes that the teacher itself gives them.
 
     Features are a teacher's, or the pixels if no earlier stage leaves any. What an interrupted run left complete is
-    used again if it was computed from the same teacher, data and settings. All ranks share the encoding, and rank 0
-    clusters. Figures for the report: the number of clusters, the perplexity of their use, the smallest one's share of
-    the training patches, and the mean squared distance of training patches from their centroids.
+    used again if it was computed from the same teacher, data and settings. All ranks share the encoding and
+    the clustering. Figures for the report: the number of clusters, the perplexity of their use, the smallest one's
+    share of the training patches, and the mean squared distance of training patches from their centroids.
 
     Args: see `LatentsSettings`.
 
@@ -36,7 +36,7 @@ class Latents(LatentsSettings, PlainStage):
     """
 
     leaves: ClassVar[tuple[str, ...]] = ("latents",)
-    harmless: ClassVar[tuple[str, ...]] = ("batch_size", "keep_features", "num_threads")
+    harmless: ClassVar[tuple[str, ...]] = ("batch_size", "keep_features")
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -47,7 +47,7 @@ class Latents(LatentsSettings, PlainStage):
     def run(self, context: StageContext) -> dict[str, float]:
         on_first(partial(context.dir.mkdir, parents=True, exist_ok=True))
         encoding = encode_splits(context, self)
-        on_first(partial(write_clusters, context, self, encoding))
+        write_clusters(context, self, encoding)
         if not self.keep_features:
             on_first(partial(remove_features, context.dir))
         return {name: float(value) for name, value in load_latents_info(context.dir)["figures"].items()}

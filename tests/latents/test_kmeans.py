@@ -1,7 +1,10 @@
 """K-means: exact assignment, centroids as good as scikit-learn's, no empty clusters, the same for the same seed."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from helpers.processes import free_port, one_of_two
 from sklearn.cluster import KMeans
 from torch import Tensor
 
@@ -51,7 +54,7 @@ def test_centroids_are_as_good_as_scikit_learns() -> None:
 
 
 def test_all_points_count() -> None:
-    """One far blob beyond the 256 points per cluster that faiss takes by default: it would be missed by a sample."""
+    """One far blob beyond 256 points per cluster: it would be missed by a sample."""
     points = torch.zeros(3000, 2)
     points[-1] = 1000.0
     centroids = fit_centroids(points, 2, generator=_generator())
@@ -60,7 +63,7 @@ def test_all_points_count() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_cluster_is_empty(seed: int) -> None:
-    """Many copies of few points: what faiss starts from and splits leaves clusters empty here."""
+    """Many copies of few points: starts drawn uniformly leave clusters empty here."""
     distinct = torch.randn(12, 3, generator=_generator(seed))
     points = distinct.repeat_interleave(torch.tensor([500] + [1] * 11), dim=0)
     centroids = fit_centroids(points, 12, generator=_generator(seed))
@@ -68,12 +71,14 @@ def test_no_cluster_is_empty(seed: int) -> None:
     assert _inertia(points, centroids) < 1e-9
 
 
-def test_the_repair_is_needed() -> None:
-    """The test above would fail without it."""
-    distinct = torch.randn(12, 3, generator=_generator())
-    points = distinct.repeat_interleave(torch.tensor([500] + [1] * 11), dim=0)
-    centroids = kmeans._train_faiss(points, 12, 25, 0, 1)
-    assert assign(points, centroids).bincount(minlength=12).min() == 0
+@pytest.mark.parametrize("seed", range(3))
+def test_empty_clusters_are_repaired(seed: int) -> None:
+    """From first centroids of which all but one are the nearest of no point."""
+    points = _blobs(6, spread=0.1)
+    far = torch.full((6, 5), 1e3) + torch.arange(6)[:, None]
+    assert (assign(points, refine(points, far, 25)).bincount(minlength=6) > 0).sum() == 1  # without the repair
+    found = fit_centroids(points, 6, first=far, generator=_generator(seed))
+    assert assign(points, found).bincount(minlength=6).min() >= 1
 
 
 def test_fewer_distinct_points_than_clusters_are_refused() -> None:
@@ -94,12 +99,74 @@ def test_the_seed_decides() -> None:
     assert not torch.equal(first, other)
 
 
-def test_faiss_keeps_its_threads() -> None:
-    import faiss
+def test_first_centroids_keep_their_places() -> None:
+    points = _blobs(5, spread=0.1)
+    means = points.view(5, 100, 5).mean(1)
+    found = fit_centroids(points, 5, first=means[[3, 1]] + 0.1, generator=_generator())
+    torch.testing.assert_close(found[:2], means[[3, 1]])
+    assert len(assign(found, means).unique()) == 5
+    for wrong in (means.repeat(2, 1), means[:, :4], means[0]):
+        with pytest.raises(ValueError, match="first: got shape"):
+            fit_centroids(points, 5, first=wrong)
 
-    before = faiss.omp_get_max_threads()
-    fit_centroids(_blobs(), 3, num_threads=2)
-    assert faiss.omp_get_max_threads() == before
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("spread", [1.0, 1e-4])
+def test_rounding_of_float32_does_not_decide(precision: str, spread: float) -> None:
+    """Points near the middle between two centroids, where float32 products are wrong about a half of them."""
+    before = torch.get_float32_matmul_precision()
+    generator = _generator()
+    centroids = 100 * torch.randn(30, 7, generator=generator, dtype=torch.float64)
+    pairs = torch.randint(30, (2, 5000), generator=generator)
+    middle = centroids[pairs].mean(0)
+    points = middle + 1e-5 * spread * torch.randn(5000, 7, generator=generator, dtype=torch.float64)
+    try:
+        torch.set_float32_matmul_precision(precision)
+        found = assign(points, centroids)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    distances = (points[:, None] - centroids).square().sum(2)
+    assert torch.equal(found, distances.argmin(1))
+    rough = torch.addmm(0.5 * centroids.square().sum(1).float(), points.float(), centroids.T.float(), alpha=-1)
+    assert not torch.equal(found, rough.argmin(1))
+
+
+def test_chunks_and_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = _blobs(20, spread=3.0)
+    whole = fit_centroids(points, 30, generator=_generator())
+    monkeypatch.setattr(kmeans, "_CHUNK_ENTRIES", 30 * 17)
+    assert torch.equal(fit_centroids(points, 30, generator=_generator()), whole)
+
+
+def test_sums_are_exact() -> None:
+    """The order of points, which decides how they are added up, leaves every bit of the means as it is."""
+    points = 1e3 + torch.randn(20_000, 3, generator=_generator())
+    start = points[:4].clone()
+    shuffled = points[torch.randperm(len(points), generator=_generator())]
+    assert torch.equal(refine(points, start, 10), refine(shuffled, start, 10))
+
+
+def _three_ways() -> Tensor:
+    """K-means from k-means++, of copies of few points, and from bad first centroids."""
+    torch.set_default_dtype(torch.float32)
+    points = _blobs(12, spread=3.0)
+    distinct = torch.randn(9, 3, generator=_generator())
+    copies = distinct.repeat_interleave(torch.tensor([500] + [1] * 8), dim=0)
+    bad = torch.full((12, 5), 1e3) + torch.arange(12)[:, None]
+    found = [fit_centroids(points, 25, generator=_generator(3)), fit_centroids(copies, 9, generator=_generator())]
+    found.append(fit_centroids(points, 12, first=bad, generator=_generator()))
+    return torch.cat([tensor.flatten() for tensor in found])
+
+
+def _on_rank(rank: int, port: int, folder: str) -> None:
+    with one_of_two(rank, port):
+        torch.save(_three_ways(), f"{folder}/{rank}.pt")
+
+
+def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_on_rank, (free_port(), str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        assert torch.equal(torch.load(tmp_path / f"{rank}.pt", weights_only=True), _three_ways())
 
 
 def test_seeds_and_iterations_find_the_blobs() -> None:
