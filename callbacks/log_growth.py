@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from callbacks.pictures import PictureCallback
 from lvd_lightning.runs.pictures import growth_picture, patches_picture
-from lvd_lightning.seeds import derive_seed
+from lvd_lightning.seeds import generator_for
 from lvd_lightning.stages.conditional import ConditionalStudent
 
 __all__ = ["LogGrowth"]
@@ -62,5 +62,5 @@ class LogGrowth(PictureCallback):
             heads += list(range(first, first + student.heads_per_circuit[g]))
             first = heads[-1] + 1
         context = student.context
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "clusters"))
+        generator = generator_for(self.seed, "clusters")
         patches_picture(path, z_NP, heads, context.data, generator)

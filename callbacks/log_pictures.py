@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from callbacks.pictures import PictureCallback
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.runs.pictures import sample_picture
-from lvd_lightning.seeds import derive_seed
+from lvd_lightning.seeds import generator_for
 
 __all__ = ["LogSamples"]
 
@@ -45,6 +44,6 @@ class LogSamples(PictureCallback):
 
     def draw(self, path: Path, circuit: AssembledCircuit, trainer: Trainer) -> None:
         """Write the picture of an epoch, and log it."""
-        generator = torch.Generator(circuit.prior.device).manual_seed(derive_seed(self.seed, "samples"))
+        generator = generator_for(self.seed, "samples", device=circuit.prior.device)
         sample_picture(path, circuit, trainer.datamodule, generator)  # type: ignore[attr-defined]
         self.log_pictures(trainer, {"samples": path})

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch.utils.data import Sampler
 
 from lvd_lightning.checks import expect
+from lvd_lightning.seeds import generator_for
 
 __all__ = ["GlobalBatchSampler"]
 
@@ -81,6 +81,4 @@ class GlobalBatchSampler(Sampler[list[int]]):
     def _order(self) -> torch.Tensor:
         if not self.shuffle:
             return torch.arange(self.num_examples)
-        state = int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)[0])
-        generator = torch.Generator().manual_seed(state)
-        return torch.randperm(self.num_examples, generator=generator)
+        return torch.randperm(self.num_examples, generator=generator_for(self.seed, "order", self.epoch))

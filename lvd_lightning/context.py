@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lvd_lightning.parts import Parts
-from lvd_lightning.seeds import derive_seed
+from lvd_lightning.seeds import generator_for
 from lvd_lightning.units import Unit
 
 __all__ = ["DONE_MARKER", "Artefacts", "Data", "StageContext", "VisibleData", "missing_need"]
@@ -109,7 +109,7 @@ class StageContext:
 
     def generator(self, *parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
         """A generator seeded by (seed, stage, *parts), for example `generator("mask", epoch)`."""
-        return torch.Generator(device).manual_seed(derive_seed(self.seed, self.stage, *parts))
+        return generator_for(self.seed, self.stage, *parts, device=device)
 
     def _finished(self, stage: str) -> Path:
         folder = self.run_dir / stage

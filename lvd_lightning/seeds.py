@@ -2,7 +2,9 @@
 
 import hashlib
 
-__all__ = ["derive_seed"]
+import torch
+
+__all__ = ["derive_seed", "generator_for"]
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -12,3 +14,8 @@ def derive_seed(*parts: int | str) -> int:
     """
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:4], "little")
+
+
+def generator_for(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded by `derive_seed(*parts)`."""
+    return torch.Generator(device).manual_seed(derive_seed(*parts))

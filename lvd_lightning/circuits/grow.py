@@ -84,7 +84,7 @@ def grow(
     wanted = _check_heads(circuit, heads)
     check_number("sigma", sigma, 0, meaning=", a standard deviation")
     check_generator("grow", generator)
-    seeds = torch.randint(1 << 62, (circuit.num_circuits,), generator=generator).tolist()
+    seed = int(torch.randint(1 << 62, (), generator=generator))
     examples, flow = flows.num_examples.tolist(), flows.all_units()
     graphs = []
     for g, graph in enumerate(circuit.engine.opened(circuit.probabilities())):
@@ -96,7 +96,7 @@ def grow(
             raise ValueError(NOTHING_ADDED)
         mean_flow = np.concatenate(flow[g]) / max(examples[g], 1e-300)
         split = find_split(graph, flag(graph, mean_flow, wanted[g]))
-        graphs.append(Doubling(graph, split, wanted[g], sigma, np.random.default_rng(seeds[g])).run())
+        graphs.append(Doubling(graph, split, wanted[g], sigma, (seed, g)).run())
     return graphs if circuit.batched else graphs[0]
 
 

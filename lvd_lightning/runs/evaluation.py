@@ -11,7 +11,7 @@ from lvd_lightning.latents.assignments import assignments_folder
 from lvd_lightning.metrics import LVDGap, MeanLikelihood
 from lvd_lightning.ranks import Ranks
 from lvd_lightning.runs.run import Run
-from lvd_lightning.seeds import derive_seed
+from lvd_lightning.seeds import generator_for
 from lvd_lightning.teachers import load_teacher
 
 __all__ = ["SPLITS", "evaluate_run", "is_evaluated", "lvd_gap", "mean_likelihood"]
@@ -113,5 +113,5 @@ def _rows(data: Data, split: str) -> Tensor:
     count = data.num_examples(split)
     if split != "train" or count <= MAX_TRAIN_IMAGES:
         return torch.arange(count)
-    generator = torch.Generator().manual_seed(derive_seed("evaluate", count))
+    generator = generator_for("evaluate", count)
     return torch.randperm(count, generator=generator)[:MAX_TRAIN_IMAGES].sort().values

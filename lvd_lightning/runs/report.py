@@ -16,7 +16,7 @@ from lvd_lightning.runs.pictures import cluster_picture, curve_picture, gap_pict
 from lvd_lightning.runs.progress import Noted
 from lvd_lightning.runs.run import Run
 from lvd_lightning.runs.settings import REPORT
-from lvd_lightning.seeds import derive_seed
+from lvd_lightning.seeds import generator_for
 from lvd_lightning.units import Unit
 
 __all__ = ["is_written", "print_table", "summarize", "table_rows", "worse_than_uniform", "write_report"]
@@ -239,10 +239,10 @@ def _draw(run: Run, data: Data, device: torch.device) -> None:
         return
     assignments = assignments_folder(run)
     if assignments is not None and not (folder / "clusters.png").is_file():
-        generator = torch.Generator().manual_seed(derive_seed(seed, REPORT, "clusters"))
+        generator = generator_for(seed, REPORT, "clusters")
         cluster_picture(folder / "clusters.png", assignments, data, generator)
     for file, draw in (("samples.png", sample_picture), ("inpainting.png", inpainting_picture)):
         if run.leaving("model") and not (folder / file).is_file():
-            generator = torch.Generator(device).manual_seed(derive_seed(seed, REPORT, file))
+            generator = generator_for(seed, REPORT, file, device=device)
             circuit: Any = run.model(device)
             draw(folder / file, circuit, data, generator)

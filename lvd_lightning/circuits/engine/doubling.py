@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lvd_lightning.circuits.engine.open_graph import OpenGraph, any_of_class, units_or_none
 from lvd_lightning.circuits.graph import CircuitGraph, Node
+from lvd_lightning.seeds import generator_for
 
 __all__ = ["Doubling", "find_split", "flag"]
 
@@ -109,11 +110,9 @@ def _sweep_split(graph: OpenGraph, flagged: Array, able: Array, split: Array) ->
 class Doubling:
     """Builds the graph in which the units of `split` have second copies, behind the old units of their nodes."""
 
-    def __init__(
-        self, graph: OpenGraph, split: Array, heads: list[int], sigma: float, rng: np.random.Generator
-    ) -> None:
+    def __init__(self, graph: OpenGraph, split: Array, heads: list[int], sigma: float, seed: tuple[int, ...]) -> None:
         self.graph, self.sigma = graph, sigma
-        self.share_rng, self.noise_rng = rng.spawn(2)
+        self.of_shares, self.of_noise = (generator_for(*seed, name) for name in ("shares", "noise"))
         nodes = graph.graph.nodes
         self.doubled = [np.flatnonzero(split[graph.at(index)]) for index in range(len(nodes))]
         self.doubled[graph.graph.root] = np.array(heads, dtype=np.int64)
@@ -160,7 +159,8 @@ class Doubling:
             picked += [np.arange(block.start, block.stop), num_columns + copies]
         columns = np.concatenate(picked)
         share = np.ones(weight.shape)
-        share[:, is_doubled] = self.share_rng.random((num_rows, int(is_doubled.sum()))).clip(*SHARES)
+        drawn = torch.rand(num_rows, int(is_doubled.sum()), generator=self.of_shares, dtype=torch.float64)
+        share[:, is_doubled] = drawn.clamp(*SHARES).numpy()
         share[np.ix_(rows, is_doubled)] = 1 / (1 + CROSSING)
         first = weight * share
         rest = weight - first
@@ -185,7 +185,9 @@ class Doubling:
         return torch.from_numpy(new)
 
     def _noise(self, shape: tuple[int, ...], bounds: tuple[float, float]) -> Array:
-        return self.noise_rng.normal(1.0, self.sigma, shape).clip(*bounds)
+        drawn = torch.randn(shape, generator=self.of_noise, dtype=torch.float64)
+        factors: Array = (1 + self.sigma * drawn).clamp(*bounds).numpy()
+        return factors
 
 
 def _normalised(rows: Array) -> Array:
