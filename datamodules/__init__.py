@@ -1,7 +1,6 @@
 """Where images come from: Lightning data modules, named in configs as `class_path: datamodules.Photos`."""
 
-from importlib import import_module
-from typing import Any
+from lvd_lightning.lazy import lazy_names
 
 _HOMES = {
     "CIFAR10": "cifar10",
@@ -33,13 +32,4 @@ __all__ = [
     "RGBDataModule",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """A module's own libraries (scikit-learn, torchvision) are imported when it is asked for."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -26,6 +26,7 @@ __all__ = [
     "check_agreement",
     "from_first",
     "gathered",
+    "leave",
     "on_first",
     "rank_and_size",
     "sum_in_place",
@@ -96,9 +97,7 @@ class Ranks:
 
     def close(self) -> None:
         """End the process group: without this, gloo runs exit with 1 now and then."""
-        if dist.is_available() and dist.is_initialized():
-            wait()
-            dist.destroy_process_group()
+        leave()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -114,6 +113,18 @@ def wait() -> None:
     """Until all ranks are here, however long it takes."""
     if rank_and_size()[1] > 1:
         dist.barrier(group=_patient_group())
+
+
+def leave() -> None:
+    """End the process group and the one beside it, when all ranks are here.
+
+    Nothing may keep a group after that: the threads of one that lives until the interpreter ends may abort it.
+    """
+    global _patient
+    if dist.is_available() and dist.is_initialized():
+        wait()
+        _patient = None
+        dist.destroy_process_group()
 
 
 def on_first(function: Callable[[], T]) -> T:

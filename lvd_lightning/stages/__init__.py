@@ -1,7 +1,6 @@
 """Stages of experiments, one file each; each is imported when it is first asked for."""
 
-from importlib import import_module
-from typing import Any
+from lvd_lightning.lazy import lazy_names
 
 _HOMES = {
     "MAETeacher": "mae_teacher",
@@ -29,13 +28,4 @@ __all__ = [
     "VQVAETeacher",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """A circuit user does not pay for importing a teacher, and the other way round."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

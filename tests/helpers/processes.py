@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from lvd_lightning.ranks import leave
+
 __all__ = ["as_script", "exit_codes", "fork_ranks", "free_port", "one_of_two", "script_server"]
 
 TESTS = Path(__file__).parents[1]
@@ -92,7 +94,7 @@ def one_of_two(rank: int, port: int) -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     yield
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def free_port() -> int:
