@@ -29,10 +29,10 @@ def encode_images(pixels: Pixels, color: str, region: str) -> Tensor:
         region: one of `lvd_lightning.color.REGIONS`.
 
     Returns:
-        A contiguous uint8 tensor with shape (N, 3, H, W).
+        A contiguous tensor with shape (N, 3, H, W), of the type that `encode_color` gives.
     """
     cropped = crop_region(torch.from_numpy(pixels), region)
-    encoded = torch.empty(cropped.shape, dtype=torch.uint8)
+    encoded = torch.empty(cropped.shape, dtype=encode_color(cropped[:0], color).dtype)
     for start in range(0, len(cropped), ENCODE_CHUNK):
         chunk = slice(start, start + ENCODE_CHUNK)
         encoded[chunk] = encode_color(cropped[chunk], color)

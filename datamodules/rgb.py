@@ -8,7 +8,8 @@ from typing_extensions import override
 from datamodules.base import ImageDataModule
 from datamodules.images import Pixels, encode_images
 from lvd_lightning.checks import check_choice, check_counts, expect
-from lvd_lightning.color import COLORS, REGIONS, decode_color, decode_mean, is_lossy
+from lvd_lightning.color import COLORS, REGIONS, decode_color, decode_mean, is_color, is_lossy, num_codes
+from lvd_lightning.units import BitsPerDimension, Unit
 
 __all__ = ["RGBDataModule"]
 
@@ -20,7 +21,8 @@ class RGBDataModule(ImageDataModule):
 
     Args:
         image_size: the side of the images, in pixels.
-        color: `rgb`, `ycocg_r` (reversible) or `ycbcr_lossy` (only to reproduce published figures).
+        color: `rgb`, `ycocg_r` (reversible), `ycbcr_lossy` (only to reproduce published figures) or `ycocg_r_mod256`
+            (only for runs that were begun with it); see `lvd_lightning.color.encode_color`.
         region: `whole`, or `quadrant` for the top-left quarter.
         **common: the settings of every `ImageDataModule`.
 
@@ -55,6 +57,21 @@ class RGBDataModule(ImageDataModule):
     def image_shape(self) -> tuple[int, int, int]:
         side = self.image_size // 2 if self.region == "quadrant" else self.image_size
         return 3, side, side
+
+    @property
+    @override
+    def num_categories(self) -> tuple[int, ...]:
+        return num_codes(self.color)
+
+    @property
+    @override
+    def unit(self) -> Unit:
+        """Bits per dimension of RGB bytes, of which a likelihood of codes is a bound."""
+        return BitsPerDimension()
+
+    def is_color(self, images: Tensor) -> Tensor:
+        """Whether pixels (..., 3, H, W), such as those of samples, have the codes of colours: bool (..., H, W)."""
+        return is_color(images, self.color)
 
     @property
     @override

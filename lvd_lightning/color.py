@@ -1,4 +1,4 @@
-"""Colour transforms on bytes, and images as rows of patches.
+"""Colour codes of RGB bytes, and images as rows of patches.
 
 Shapes: B images, P patches, H height, W width, p patch side; leading dimensions written "..." may be any.
 """
@@ -15,81 +15,134 @@ __all__ = [
     "decode_color",
     "decode_mean",
     "encode_color",
+    "is_color",
     "is_lossy",
+    "num_codes",
     "patchify",
     "unpatchify",
 ]
 
-COLORS = ("rgb", "ycocg_r", "ycbcr_lossy")
+COLORS = ("rgb", "ycocg_r", "ycbcr_lossy", "ycocg_r_mod256")
 REGIONS = ("whole", "quadrant")
+
+# What is added to the chroma of ycocg_r, so that its codes start at 0.
+CHROMA_OFFSET = 255
 
 # ITU-R BT.709, in ten-thousandths: luma weights, and 2 (1 - weight) of blue and of red, which scale the chroma.
 LUMA_R, LUMA_G, LUMA_B, LUMA_UNIT = 2126, 7152, 722, 10000
 CHROMA_B, CHROMA_R = 18556, 15748
 
 
+def num_codes(color: str) -> tuple[int, int, int]:
+    """How many values each channel of a code has, 0..n-1.
+
+    Raises:
+        ValueError: the colour is unknown.
+
+    Example:
+        >>> from lvd_lightning.color import num_codes
+        >>> num_codes("ycocg_r")
+        (256, 511, 511)
+    """
+    check_choice(COLORS, color=color)
+    return (256, 2 * CHROMA_OFFSET + 1, 2 * CHROMA_OFFSET + 1) if color == "ycocg_r" else (256, 256, 256)
+
+
 def encode_color(images: Tensor, color: str) -> Tensor:
-    """Encode RGB bytes in another colour space, byte for byte.
+    """Encode RGB bytes in another colour space, on whole numbers.
 
-    `rgb` is the identity. `ycocg_r` is a bijection on {0..255}^3, so that a likelihood of its values is one of the RGB
-    values: with `s` the signed reading of a byte and every step modulo 256,
+    `rgb` is the identity. `ycocg_r` gives every RGB triple a code of its own, by lifting steps that nothing wraps:
 
-        Co = R - B;  t = B + (s(Co) >> 1);  Cg = G - t;  Y = t + (s(Cg) >> 1);  stored: Y, Co + 128, Cg + 128
+        Co = R - B;  t = B + (Co >> 1);  Cg = G - t;  Y = t + (Cg >> 1);  stored: Y, Co + 255, Cg + 255
 
-    `ycbcr_lossy` is full-range BT.709 Y'CbCr rounded to bytes. It merges three colours in four, so its likelihoods do
-    not compare with those of the other two.
+    Codes of no RGB triple exist too (see `is_color`). What a circuit gives to them is lost, so a likelihood of codes is
+    a lower bound of the RGB likelihood, and its bits per dimension an upper bound.
+
+    `ycocg_r_mod256` reduces every step modulo 256, which keeps codes in bytes but puts saturated colours beside their
+    opposites: for runs that were begun with it. `ycbcr_lossy` is full-range BT.709 Y'CbCr rounded to bytes. It merges
+    three colours in four, so its likelihoods do not compare with those of the others.
 
     Args:
         images: uint8 RGB images, with shape (..., 3, H, W).
         color: one of `COLORS`.
 
     Returns:
-        A uint8 tensor of the same shape (the same tensor for `rgb`).
+        A tensor of the same shape (the same tensor for `rgb`): int16 for `ycocg_r`, uint8 for the others.
 
     Raises:
         ValueError: the colour is unknown, or the images are not bytes with three channels.
+
+    Example:
+        >>> import torch
+        >>> from lvd_lightning.color import encode_color
+        >>> orange = torch.tensor([255, 128, 0], dtype=torch.uint8).view(3, 1, 1)
+        >>> encode_color(orange, "ycocg_r").flatten().tolist()
+        [127, 510, 256]
 
     References:
         Malvar and Sullivan, YCoCg-R: A Color Space with RGB Reversibility and Low Dynamic Range, 2003.
     """
-    _check(images, color)
+    check_choice(COLORS, color=color)
+    if images.dtype != torch.uint8 or images.ndim < 3 or images.shape[-3] != 3:
+        raise ValueError(f"images: got {images.dtype} of shape {tuple(images.shape)}, expected uint8 (..., 3, H, W)")
     if color == "rgb":
         return images
-    red, green, blue = images.unbind(-3)
     if color == "ycbcr_lossy":
-        return _to_ycbcr(red, green, blue)
-    # uint8 arithmetic wraps around, which is the modulo of every step.
-    orange = red - blue
-    base = blue + _half_signed(orange)
-    green_chroma = green - base
-    luma = base + _half_signed(green_chroma)
-    return torch.stack([luma, orange + 128, green_chroma + 128], dim=-3)
+        return _to_ycbcr(*images.unbind(-3))
+    luma, orange, green_chroma = _lifted(images, wraps=color == "ycocg_r_mod256")
+    if color == "ycocg_r_mod256":  # uint8 arithmetic wraps around, which is the modulo of every step
+        return torch.stack([luma, orange + 128, green_chroma + 128], dim=-3)
+    return torch.stack([luma, orange + CHROMA_OFFSET, green_chroma + CHROMA_OFFSET], dim=-3)
 
 
 def decode_color(images: Tensor, color: str) -> Tensor:
-    """Give the RGB bytes back: exactly for `rgb` and `ycocg_r`, the nearest in-range colour for `ycbcr_lossy`.
+    """RGB bytes of codes: exact where the codes are those of RGB bytes, else the nearest that channels can show.
 
     Args:
-        images: uint8 images as `encode_color` returns them, with shape (..., 3, H, W).
+        images: whole numbers of any type, codes as `encode_color` returns them, with shape (..., 3, H, W).
         color: one of `COLORS`.
 
     Returns:
-        A uint8 tensor of the same shape (the same tensor for `rgb`).
+        A uint8 tensor of the same shape (the same tensor for uint8 `rgb`).
 
     Raises:
-        ValueError: the colour is unknown, or the images are not bytes with three channels.
+        ValueError: the colour is unknown, there are not three channels, or a code is out of range.
     """
-    _check(images, color)
+    _check_codes(images, color)
     if color == "rgb":
-        return images
+        return images.to(torch.uint8)
     if color == "ycbcr_lossy":
         return _from_ycbcr(*images.unbind(-3))
-    luma, orange, green_chroma = images.unbind(-3)
-    orange, green_chroma = orange - 128, green_chroma - 128
-    base = luma - _half_signed(green_chroma)
-    green = green_chroma + base
-    blue = base - _half_signed(orange)
-    return torch.stack([blue + orange, green, blue], dim=-3)
+    if color == "ycocg_r_mod256":
+        luma, orange, green_chroma = images.to(torch.uint8).unbind(-3)
+        orange, green_chroma = orange - 128, green_chroma - 128
+        base = luma - _half(green_chroma)
+        blue = base - _half(orange)
+        return torch.stack([blue + orange, green_chroma + base, blue], dim=-3)
+    return _unlifted(images).clamp_(0, 255).to(torch.uint8)
+
+
+def is_color(images: Tensor, color: str) -> Tensor:
+    """Whether codes are those of RGB bytes; pixels of samples need not be.
+
+    Args:
+        images: whole numbers of any type, with shape (..., 3, H, W).
+        color: one of `COLORS`.
+
+    Returns:
+        bool with shape (..., H, W).
+
+    Raises:
+        ValueError: as `decode_color`.
+
+    Example:
+        >>> import torch
+        >>> from lvd_lightning.color import is_color
+        >>> codes = torch.tensor([[0, 255, 255], [0, 510, 255]]).view(2, 3, 1, 1)  # black; red and yet dark
+        >>> is_color(codes, "ycocg_r").flatten()
+        tensor([ True, False])
+    """
+    return (encode_color(decode_color(images, color), color) == images).all(-3)
 
 
 def decode_mean(images: Tensor, color: str) -> Tensor:
@@ -109,8 +162,9 @@ def decode_mean(images: Tensor, color: str) -> Tensor:
     if images.ndim < 3 or images.shape[-3] != 3:
         raise ValueError(f"images: got shape {tuple(images.shape)}, expected (..., 3, H, W)")
     first, second, third = images.double().unbind(-3)
-    if color == "ycocg_r":
-        orange, green_chroma = second - 128, third - 128
+    if color in ("ycocg_r", "ycocg_r_mod256"):
+        offset = CHROMA_OFFSET if color == "ycocg_r" else 128
+        orange, green_chroma = second - offset, third - offset
         base = first - green_chroma / 2
         blue = base - orange / 2
         first, second, third = blue + orange, green_chroma + base, blue
@@ -198,10 +252,19 @@ def unpatchify(patches: Tensor, patch_size: int, height: int, width: int) -> Ten
     return cells.reshape(count, channels, height, width)
 
 
-def _check(images: Tensor, color: str) -> None:
-    check_choice(COLORS, color=color)
-    if images.dtype != torch.uint8 or images.ndim < 3 or images.shape[-3] != 3:
-        raise ValueError(f"images: got {images.dtype} of shape {tuple(images.shape)}, expected uint8 (..., 3, H, W)")
+def _check_codes(images: Tensor, color: str) -> None:
+    numbers = num_codes(color)
+    if images.is_floating_point() or images.dtype == torch.bool or images.ndim < 3 or images.shape[-3] != 3:
+        expected = "whole numbers (..., 3, H, W)"
+        raise ValueError(f"images: got {images.dtype} of shape {tuple(images.shape)}, expected {expected}")
+    if images.dtype == torch.uint8 or not images.numel():
+        return
+    for channel, number in enumerate(numbers):
+        lowest, highest = (int(value) for value in images.select(-3, channel).aminmax())
+        if lowest < 0 or highest >= number:
+            raise ValueError(
+                f"images: channel {channel} holds codes {lowest} to {highest}, expected 0 to {number - 1} for {color}"
+            )
 
 
 def _grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
@@ -212,9 +275,29 @@ def _grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     return height // patch_size, width // patch_size
 
 
-def _half_signed(values: Tensor) -> Tensor:
-    """Read bytes as signed, halve them rounding down, and give the bytes of that."""
-    return (values.view(torch.int8) >> 1).view(torch.uint8)
+def _lifted(images: Tensor, wraps: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Y, Co and Cg of RGB bytes, in bytes that wrap around or in int16, where they do not."""
+    red, green, blue = (images if wraps else images.short()).unbind(-3)
+    orange = red - blue
+    base = blue + _half(orange)
+    green_chroma = green - base
+    return base + _half(green_chroma), orange, green_chroma
+
+
+def _unlifted(images: Tensor) -> Tensor:
+    """Red, green and blue of ycocg_r codes, int16; not all in 0..255 where the codes are no colour."""
+    luma, orange, green_chroma = images.short().unbind(-3)
+    orange, green_chroma = orange - CHROMA_OFFSET, green_chroma - CHROMA_OFFSET
+    base = luma - _half(green_chroma)
+    blue = base - _half(orange)
+    return torch.stack([blue + orange, green_chroma + base, blue], dim=-3)
+
+
+def _half(values: Tensor) -> Tensor:
+    """Whole numbers halved, rounding down; bytes are read as signed for that."""
+    if values.dtype == torch.uint8:
+        return (values.view(torch.int8) >> 1).view(torch.uint8)
+    return values >> 1
 
 
 def _round_divide(numerator: Tensor, denominator: int) -> Tensor:

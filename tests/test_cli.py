@@ -11,6 +11,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+import lvd_lightning.circuits as pc
+from lvd_lightning import Run
 from lvd_lightning.cli import CONFIG_FOLDER, find_config, main, one_line, parse
 from lvd_lightning.runs.configuration import experiment_from
 from lvd_lightning.runs.lock import locked
@@ -499,6 +501,30 @@ def test_a_damaged_file_of_a_run_is_one_line(
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(f"error: runs/base/{name}: cannot be read (")
+
+
+def test_runs_from_before_ycocg_r_had_more_codes(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """They say ycocg_r and hold what 256 values of every channel made, here a teacher or a circuit."""
+    assert main(["fit", "--config", base, "--stage", "teacher", "--shared.color", "ycocg_r_mod256"]) == 0
+    run = Path("runs/base")
+    for path in run.rglob("config.yaml"):
+        path.write_text(path.read_text().replace("ycocg_r_mod256", "ycocg_r"))
+    (run / "latents").mkdir()
+    record = run / "latents" / "config.yaml"
+    record.write_text((run / "teacher" / "config.yaml").read_text())
+    pc.save(pc.Circuit([pc.hclt([-1, 0], 2, pc.Categorical(256))]), run / "latents" / "conditional")
+    capsys.readouterr()
+    for left in ("teacher", "conditional"):
+        for command in (["fit", "--config", base], ["test", "--config", base], ["test", "--run", str(run)]):
+            assert main(command) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert "wrap around in bytes, which are called ycocg_r_mod256 now" in line
+        with pytest.raises(ValueError, match="ycocg_r_mod256"):
+            Run.open(run)
+        if left == "teacher":
+            (run / "teacher" / "teacher.json").unlink()
+    pc.save(pc.Circuit([pc.hclt([-1, 0], 2, pc.Categorical(511))]), run / "latents" / "conditional")
+    assert Run.open(run).config.stages["teacher"] is not None
 
 
 def test_a_run_that_another_process_works_on(base: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,7 @@
 """Colour transforms on all 2^24 colours; patches; regions."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,9 @@ from lvd_lightning.color import (
     decode_color,
     decode_mean,
     encode_color,
+    is_color,
     is_lossy,
+    num_codes,
     patchify,
     unpatchify,
 )
@@ -31,16 +35,28 @@ def number_of_colors(image: Tensor) -> int:
     return int(seen.sum())
 
 
-@pytest.mark.parametrize("color", ["rgb", "ycocg_r"])
-def test_reversible_colors_are_bijections(every_color: Tensor, color: str) -> None:
+@pytest.mark.parametrize("color", ["rgb", "ycocg_r", "ycocg_r_mod256"])
+def test_reversible_colors_give_every_triple_its_own_code(every_color: Tensor, color: str) -> None:
     encoded = encode_color(every_color, color)
-    assert encoded.dtype == torch.uint8
-    assert number_of_colors(encoded) == 1 << 24
+    assert encoded.dtype == (torch.int16 if color == "ycocg_r" else torch.uint8)
+    for channel, number in zip(encoded, num_codes(color), strict=True):
+        assert tuple(int(value) for value in channel.aminmax()) == (0, number - 1)
     assert torch.equal(decode_color(encoded, color), every_color)
     assert not is_lossy(color)
+    assert is_color(encoded[:, :64], color).all()
+    if color != "ycocg_r":  # bytes: as many codes as triples
+        assert number_of_colors(encoded) == 1 << 24
 
 
-def ycocg_r_by_the_book(red: int, green: int, blue: int) -> list[int]:
+def lifted_by_the_book(red: int, green: int, blue: int) -> list[int]:
+    """The lifting steps in Python integers."""
+    orange = red - blue
+    base = blue + (orange >> 1)
+    green_chroma = green - base
+    return [base + (green_chroma >> 1), orange + 255, green_chroma + 255]
+
+
+def wrapped_by_the_book(red: int, green: int, blue: int) -> list[int]:
     """The lifting steps in Python integers, each reduced modulo 256."""
 
     def signed(value: int) -> int:
@@ -53,29 +69,56 @@ def ycocg_r_by_the_book(red: int, green: int, blue: int) -> list[int]:
     return [luma, (orange + 128) & 255, (green_chroma + 128) & 255]
 
 
-def test_ycocg_r_takes_the_documented_steps() -> None:
+@pytest.mark.parametrize(
+    ("color", "by_the_book"), [("ycocg_r", lifted_by_the_book), ("ycocg_r_mod256", wrapped_by_the_book)]
+)
+def test_ycocg_r_takes_the_documented_steps(color: str, by_the_book: Callable[[int, int, int], list[int]]) -> None:
     generator = torch.Generator().manual_seed(0)
     random = torch.randint(256, (500, 3), generator=generator)
     corners = torch.cartesian_prod(*[torch.tensor([0, 1, 127, 128, 254, 255])] * 3)
     colors = torch.cat([random, corners])
-    encoded = encode_color(colors.to(torch.uint8)[:, :, None, None], "ycocg_r")[:, :, 0, 0]
-    assert encoded.tolist() == [ycocg_r_by_the_book(*color) for color in colors.tolist()]
+    encoded = encode_color(colors.to(torch.uint8)[:, :, None, None], color)[:, :, 0, 0]
+    assert encoded.tolist() == [by_the_book(*triple) for triple in colors.tolist()]
 
 
 @pytest.mark.parametrize(
-    ("rgb", "expected"),
+    ("rgb", "expected", "wrapped"),
     [
-        ((0, 0, 0), (0, 128, 128)),
-        ((255, 255, 255), (255, 128, 128)),
-        ((100, 100, 100), (100, 128, 128)),
-        ((110, 100, 90), (100, 148, 128)),  # Co = 20, t = 100, Cg = 0
-        ((90, 105, 100), (100, 118, 138)),  # Co = -10, t = 95, Cg = 10
-        ((255, 0, 0), (255, 127, 129)),  # Co = 255 reads as -1: t = 255, Cg = 1
+        ((0, 0, 0), (0, 255, 255), (0, 128, 128)),
+        ((255, 255, 255), (255, 255, 255), (255, 128, 128)),
+        ((100, 100, 100), (100, 255, 255), (100, 128, 128)),
+        ((110, 100, 90), (100, 275, 255), (100, 148, 128)),  # Co = 20, t = 100, Cg = 0
+        ((90, 105, 100), (100, 245, 265), (100, 118, 138)),  # Co = -10, t = 95, Cg = 10
+        ((255, 0, 0), (63, 510, 128), (255, 127, 129)),  # Co = 255, t = 127, Cg = -127; wrapped, Co reads as -1
     ],
 )
-def test_ycocg_r_values(rgb: tuple[int, int, int], expected: tuple[int, int, int]) -> None:
+def test_ycocg_r_values(
+    rgb: tuple[int, int, int], expected: tuple[int, int, int], wrapped: tuple[int, int, int]
+) -> None:
     image = torch.tensor(rgb, dtype=torch.uint8)[:, None, None]
     assert tuple(encode_color(image, "ycocg_r").flatten().tolist()) == expected
+    assert tuple(encode_color(image, "ycocg_r_mod256").flatten().tolist()) == wrapped
+
+
+def test_codes_of_no_color_go_to_the_nearest_values_of_the_channels() -> None:
+    """A level below black and above white stays dark and bright; all codes beyond the cube are told."""
+    random = torch.Generator().manual_seed(0)
+    codes = torch.stack([torch.randint(number, (400,), generator=random) for number in num_codes("ycocg_r")])
+    codes = codes.view(3, 20, 20)
+    red, green, blue = [], [], []
+    for luma, orange, green_chroma in (codes - torch.tensor([0, 255, 255])[:, None, None]).flatten(1).T.tolist():
+        base = luma - (green_chroma >> 1)
+        blue.append(base - (orange >> 1))
+        green.append(green_chroma + base)
+        red.append(blue[-1] + orange)
+    exact = torch.tensor([red, green, blue]).view(3, 20, 20)
+    inside = ((exact >= 0) & (exact <= 255)).all(0)
+    assert 0 < inside.sum() < 400
+    for kind in (torch.int16, torch.int64):
+        assert torch.equal(decode_color(codes.to(kind), "ycocg_r").long(), exact.clamp(0, 255))
+        assert torch.equal(is_color(codes.to(kind), "ycocg_r"), inside)
+    noisy_black = torch.tensor([0, 250, 252]).view(3, 1, 1)
+    assert decode_color(noisy_black, "ycocg_r").max() <= 5
 
 
 def test_lossy_color_rounds_and_merges_three_in_four(every_color: Tensor) -> None:
@@ -125,6 +168,11 @@ def test_errors_name_the_argument() -> None:
     image = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
     with pytest.raises(ValueError, match="color: got 'yuv'"):
         encode_color(image, "yuv")
+    with pytest.raises(ValueError, match="float32"):
+        decode_color(image.float(), "ycocg_r")
+    for code in (-1, 511):
+        with pytest.raises(ValueError, match=r"channel 1 holds codes .*, expected 0 to 510 for ycocg_r"):
+            decode_color(torch.tensor([0, code, 0]).view(3, 1, 1), "ycocg_r")
     with pytest.raises(ValueError, match="float32"):
         encode_color(image.float(), "ycocg_r")
     with pytest.raises(ValueError, match=r"\(1, 4, 4\)"):

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lvd_lightning.circuits.checks import check_type
 from lvd_lightning.circuits.circuit import Circuit
-from lvd_lightning.circuits.distributions import check_registered, find_distribution
+from lvd_lightning.circuits.distributions import Distribution, check_registered, find_distribution
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 from lvd_lightning.files import write_tensors
 
-__all__ = ["FORMAT_VERSION", "load", "pack_structure", "save", "unpack_structure"]
+__all__ = ["FORMAT_VERSION", "load", "pack_structure", "save", "stored_leaves", "unpack_structure"]
 
 FORMAT_VERSION = 1
 #: The one entry of a file's metadata: the order of several is not the same in every file.
@@ -113,6 +113,23 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Circuit:
     except UNREADABLE as error:
         raise ValueError(f"{path}: cannot be read as a circuit: {error}") from error
     return circuit.to(device)
+
+
+def stored_leaves(path: str | Path) -> list[Distribution]:
+    """The distributions that variables of a saved circuit have, each kind once, without reading its parameters.
+
+    Raises:
+        ValueError: the file holds no circuit.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            structure = json.loads((file.metadata() or {})[STRUCTURE])
+        nodes = [node for graph in structure["graphs"] for node in graph["nodes"]]
+        entries = [node["distribution"] for node in nodes if node["kind"] == "input"]
+        distinct = {json.dumps(entry, sort_keys=True): entry for entry in entries}
+        return [find_distribution(name)(**arguments) for name, arguments in distinct.values()]
+    except UNREADABLE as error:
+        raise ValueError(f"{path}: cannot be read as a circuit: {error}") from error
 
 
 def pack_structure(graphs: Sequence[CircuitGraph]) -> tuple[str, dict[str, Tensor]]:

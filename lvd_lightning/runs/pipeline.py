@@ -30,6 +30,7 @@ from lvd_lightning.runs.evaluation import evaluate_run, is_evaluated, mean_likel
 from lvd_lightning.runs.experiment import Experiment, PlannedStage
 from lvd_lightning.runs.lock import locked
 from lvd_lightning.runs.metrics_file import MetricsFile
+from lvd_lightning.runs.old_codes import check_codes
 from lvd_lightning.runs.progress import EpochLines, Noted, ProgressBar
 from lvd_lightning.runs.report import is_written, write_report
 from lvd_lightning.runs.run import Run
@@ -76,6 +77,7 @@ class Pipeline:
         models = [stage for stage in stages if "model" in stage.kind.leaves]
         with ExitStack() as held:
             self.ranks.on_first(partial(held.enter_context, locked(self.experiment.run_dir)))
+            self.ranks.on_first(partial(check_codes, self.experiment))
             self.ranks.on_first(partial(adopt_run_directory, self.experiment, changed))
             self._adopt_data(changed)
             for stage in stages:
@@ -91,6 +93,7 @@ class Pipeline:
 
     def print_likelihood(self, split: str) -> None:
         """Print what the run's final model reaches on "val" or "test"; nothing is written."""
+        self.ranks.on_first(partial(check_codes, self.experiment))
         stage = self.result.final_stage()
         check_trained_with(self.experiment, stage.name)
         data = self.datamodule()

@@ -14,6 +14,7 @@ from lvd_lightning.context import DONE_MARKER
 from lvd_lightning.files import read_json
 from lvd_lightning.runs.configuration import experiment_from
 from lvd_lightning.runs.experiment import Experiment
+from lvd_lightning.runs.old_codes import check_codes
 from lvd_lightning.runs.run_directory import RUN_CONFIG, read_config
 from lvd_lightning.runs.settings import EVALUATE, REPORT, ExperimentSettings
 from lvd_lightning.stages.stage import Stage
@@ -90,13 +91,15 @@ class Run:
         """The run in a directory, finished or not, which may have been moved.
 
         Raises:
-            ValueError: the directory is none of a run.
+            ValueError: the directory is none of a run, or of one with codes that are called otherwise now.
         """
         folder = Path(path).resolve()
         config = folder / RUN_CONFIG
         if not config.is_file():
             raise ValueError(f"{path} is no run directory: it holds no {RUN_CONFIG}")
-        return cls(experiment_from({**read_config(config), "name": folder.name, "run_dir": str(folder.parent)}))
+        found = experiment_from({**read_config(config), "name": folder.name, "run_dir": str(folder.parent)})
+        check_codes(found)
+        return cls(found)
 
     @property
     def dir(self) -> Path:

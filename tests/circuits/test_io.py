@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import lvd_lightning.circuits as pc
-from lvd_lightning.circuits.io import STRUCTURE, pack_structure, signed, unpack_structure
+from lvd_lightning.circuits.io import STRUCTURE, pack_structure, signed, stored_leaves, unpack_structure
 
 
 def test_loaded_is_what_was_saved(case: Any, tmp_path: Path) -> None:
@@ -187,3 +187,14 @@ def test_a_single_changed_byte_is_noticed(build_case: Callable[..., Any], tmp_pa
             pc.load(path)
     path.write_bytes(data)
     pc.load(path)
+
+
+def test_the_leaves_of_a_file_are_read_without_its_parameters(tmp_path: Path) -> None:
+    leaves = [pc.Categorical(5), pc.Gaussian(), pc.Categorical(5)]
+    path = pc.save(pc.Circuit(pc.hclt([-1, 0, 1], 2, leaves)), tmp_path / "mixed")
+    found = stored_leaves(path)
+    assert [type(leaf) for leaf in found] == [pc.Categorical, pc.Gaussian]
+    assert found[0].num_outcomes == 5
+    (tmp_path / "other").write_bytes(b"no circuit")
+    with pytest.raises(ValueError, match="cannot be read as a circuit"):
+        stored_leaves(tmp_path / "other")

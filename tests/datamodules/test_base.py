@@ -62,7 +62,7 @@ def test_loaders_give_every_image_with_its_number() -> None:
         seen = torch.cat([index for _, index in batches])
         assert seen.sort().values.tolist() == list(range(data.num_examples(split)))
         for x, index in batches:
-            assert x.dtype == torch.uint8
+            assert x.dtype == torch.int16
             assert torch.equal(x, data.batch(split, index))
     assert next(iter(data.val_dataloader()))[1].tolist() == [0, 1, 2, 3]
 

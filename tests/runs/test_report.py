@@ -41,13 +41,12 @@ STAGES: dict[str, type[Stage]] = {
 PATCH, CLUSTERS = 4, 3
 
 
-def random_circuit(shape: tuple[int, int, int], seed: int) -> AssembledCircuit:
+def random_circuit(parts: ImagePatches, seed: int) -> AssembledCircuit:
     generator = torch.Generator().manual_seed(seed)
-    positions, size = shape[1] * shape[2] // PATCH**2, shape[0] * PATCH**2
-    chain = torch.arange(size) - 1
-    heads = [pc.hclt(chain, 2, pc.Categorical(256), generator=generator) for _ in range(CLUSTERS)]
-    prior = pc.hclt(torch.arange(positions) - 1, CLUSTERS, pc.SoftEvidence(CLUSTERS), generator=generator)
-    return AssembledCircuit(pc.Circuit(prior), pc.Circuit(heads), ImagePatches(shape, PATCH))
+    chain = torch.arange(math.prod(parts.shape)) - 1
+    heads = [pc.hclt(chain, 2, parts.leaf, generator=generator) for _ in range(CLUSTERS)]
+    prior = pc.hclt(torch.arange(parts.num_parts) - 1, CLUSTERS, pc.SoftEvidence(CLUSTERS), generator=generator)
+    return AssembledCircuit(pc.Circuit(prior), pc.Circuit(heads), parts)
 
 
 @pytest.fixture
@@ -66,7 +65,7 @@ def finished_run(folder: Path, **settings: Any) -> tuple[Run, Arrays]:
     mark_done(context.dir, {"seconds": 1.0, **Latents(num_clusters=CLUSTERS).run(context)})
     for number, stage in enumerate(("joint", "tuned")):
         (run_dir / stage).mkdir()
-        random_circuit(data.image_shape, number).save(run_dir / stage)
+        random_circuit(data.parts, number).save(run_dir / stage)
         mark_done(run_dir / stage, {"seconds": 10.0, "val_bpd": 8.5})
     (run_dir / "plain_em").mkdir()
     baseline = {"em": {"bpd": 7.5, "val_bpd": 7.4, "num_parameters": 12, "seconds": 3.0}}
@@ -99,7 +98,7 @@ def test_evaluation_counts_every_dimension_of_every_image(tmp_path: Path, ranks:
 def test_gap_compares_teacher_objective_and_student(tmp_path: Path, ranks: Ranks) -> None:
     run, data = finished_run(tmp_path)
     sizes = {"channels": 4, "num_features": 4, "codebook_size": 4, "prior_hidden_size": 8, "prior_num_heads": 1}
-    teacher = VQVAE(8, PATCH, **sizes)
+    teacher = VQVAE(8, PATCH, **sizes, num_categories=data.num_categories)
     save_teacher(teacher, run.dir / "vqvae")
     mark_done(run.dir / "vqvae", {"seconds": 5.0})
     stages = planned(data, {"vqvae": VQVAETeacher, **STAGES})
@@ -124,7 +123,7 @@ def test_gap_compares_teacher_objective_and_student(tmp_path: Path, ranks: Ranks
 
 def test_figures_do_not_depend_on_the_number_of_ranks(tmp_path: Path, ranks: Ranks) -> None:
     _, data = finished_run(tmp_path)
-    circuit = random_circuit(data.image_shape, 0)
+    circuit = random_circuit(data.parts, 0)
     whole = mean_likelihood(circuit, data, "test", ranks)
     parts = [ranks.share(torch.arange(7)) for ranks.rank, ranks.world_size in ((0, 3), (1, 3), (2, 3))]
     assert sorted(torch.cat(parts).tolist()) == list(range(7))

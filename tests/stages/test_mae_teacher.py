@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lvd_lightning.color import encode_color
+from lvd_lightning.color import encode_color, num_codes
 from lvd_lightning.context import StageContext
 from lvd_lightning.stages import MAETeacher
 from lvd_lightning.stages.mae_teacher import reconstruction_rows
@@ -179,11 +179,11 @@ def test_pictures_go_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_reconstruction_rows_show_pixels_where_they_belong() -> None:
     rgb = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    teacher, data = MAE(8, 4, hidden_size=8, num_layers=1, num_heads=1), Ramps()
+    teacher, data = MAE(8, 4, hidden_size=8, num_layers=1, num_heads=1, num_categories=num_codes("ycocg_r")), Ramps()
     data.color = "ycocg_r"
     images = encode_color(rgb, "ycocg_r")
     masked = torch.tensor([[True, False, False, False], [False, False, False, True]])
-    perfect = images.float() / 127.5 - 1
+    perfect = teacher.scale.floats(images, torch.float32)
     rows = reconstruction_rows(images, perfect, masked, teacher, data).permute(2, 0, 1)
     for b in range(2):
         original, seen, predicted = (rows[:, 8 * r : 8 * r + 8, 8 * b : 8 * b + 8] for r in range(3))
