@@ -1,16 +1,17 @@
-"""What the trained circuits of a run reach on its data: likelihoods of whole examples, exact, in the data's unit."""
+"""What the trained circuits of a run reach on its data: exact likelihoods of whole examples, and figures of samples."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lvd_lightning.context import Data
+from lvd_lightning.context import Data, VisibleData
 from lvd_lightning.latents import load_assignments
 from lvd_lightning.latents.assignments import assignments_folder
 from lvd_lightning.metrics import LVDGap, MeanLikelihood
 from lvd_lightning.ranks import Ranks
 from lvd_lightning.runs.run import Run
+from lvd_lightning.runs.sample_figures import sample_figures
 from lvd_lightning.seeds import generator_for
 from lvd_lightning.teachers import load_teacher
 
@@ -26,21 +27,23 @@ _BATCH = 256
 
 
 def evaluate_run(run: Run, data: Data, ranks: Ranks) -> dict[str, Any]:
-    """The likelihoods of a run's models on all splits, in the data's unit; all ranks have to call.
+    """The likelihoods of a run's models on all splits, in the data's unit, and the samples of the last one; all ranks
+    have to call.
 
     Returns:
         "circuits": {"train_<unit>", "val_<unit>", "test_<unit>"} of "teacher_elbo", "lvd_objective" and the model of
         every stage that left one, by its title ("distilled", "finetuned"), "gap": what `LVDGap` says of the test
         examples for these models, "num_train": the training examples that were counted, "num_parameters" and
-        "num_heads" (values of a latent variable) of the last model. What a run has not is absent; empty if no stage
-        left a model.
+        "num_heads" (values of a latent variable) of the last model; where data are pictures, what `sample_figures` says
+        of it. What a run has not is absent; empty if no stage left a model.
     """
     circuits: dict[str, dict[str, float]] = {}
     gaps: dict[str, Any] = {}
     described: dict[str, Any] = {}
-    assignments, unit = assignments_folder(run), data.unit.name
-    for number, stage in enumerate(run.leaving("model")):
-        name, circuit = stage.title, stage.model(ranks.device)
+    assignments, unit, models = assignments_folder(run), data.unit.name, run.leaving("model")
+    for number, stage in enumerate(models):
+        circuit: Any = stage.model(ranks.device)
+        name = stage.title
         # The bounds are those of the first model, which was trained on the latent values that they are about.
         teacher = _teacher_with_elbo(run, ranks) if number == 0 else None
         for split in SPLITS:
@@ -57,6 +60,8 @@ def evaluate_run(run: Run, data: Data, ranks: Ranks) -> dict[str, Any]:
             if split == "test":
                 gaps[name] = found
         described = {"num_parameters": circuit.num_parameters, "num_heads": circuit.num_states}
+        if stage == models[-1] and isinstance(data, VisibleData):
+            described |= sample_figures(circuit, data, ranks, run.experiment.seed)
     if not circuits:
         return {}
     gap = {"gap": gaps} if gaps else {}

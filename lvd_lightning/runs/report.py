@@ -68,13 +68,14 @@ def summarize(run: Run, data: Data) -> dict[str, Any]:
         "num_parameters": evaluation.get("num_parameters"),
         "num_heads": evaluation.get("num_heads"),
     }
-    summary = {
+    summary: dict[str, Any] = {
         "stages": run.stage_figures(),
         "test": {key: value for key, value in test.items() if value is not None},
         "baseline": {
             name: {key: figures[key] for key in (unit, "num_parameters", "seconds") if key in figures}
             for name, figures in run.baselines().items()
         },
+        **{name: evaluation[name] for name in ("samples", "completions") if name in evaluation},
         "protocol": dict(data.facts),
     }
     summary["left_out"] = left_out(run.dir, [stage.name for stage in run.stages])
@@ -188,6 +189,8 @@ def _markdown(run: Run, rows: Sequence[Row], summary: Row, data: Data) -> str:
         ]
     if "gap" in evaluation:
         lines += ["", *_gap_table(evaluation["gap"], data)]
+    if "samples" in evaluation:
+        lines += ["", *_sample_table(evaluation)]
     if summary.get("stages"):
         noted = Noted(unit.name, data.protocol)
         lines += ["", "| stage | seconds | figures |", "|---|---:|---|"]
@@ -222,6 +225,36 @@ def _gap_table(gaps: Mapping[str, Row], data: Data) -> list[str]:
         f"| {title} | {latents} | {nats:,.1f} | {value:.4f}{note} |"
         for title, latents, nats, value in gap_rows(gaps, data.unit)
     ]
+
+
+def _sample_table(evaluation: Row) -> list[str]:
+    """What `sample_figures` found, with what it means."""
+    samples, completions = evaluation["samples"], evaluation["completions"]
+    lines = [
+        f"Of {evaluation['num_samples']:,} samples, and of {evaluation['num_completions']:,} test images of which one "
+        "half was drawn given the other (pixels that were drawn), beside the same of those test images. Isolated "
+        "pixels differ from each neighbour by more than 60 of 256 levels of a channel. Border step: how much more the "
+        "luma changes from pixel to pixel across the borders of patches than inside of them, where it changes by the "
+        "inside step, in levels.",
+        "",
+        "| | isolated pixels | border step | inside step | pixels of no colour |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for title, figures, ending in (
+        ("samples", samples, ""),
+        ("test images", samples, "_test"),
+        ("completions", completions, ""),
+        ("test images, the same halves", completions, "_test"),
+    ):
+        found = [
+            f"{figures[name + ending] * scale:.2f}{sign}" if name + ending in figures else ""
+            for name, scale, sign in (
+                *(("isolated_pixels", 100, " %"), ("border_step", 1, "")),
+                *(("inside_step", 1, ""), ("no_color", 100, " %")),
+            )
+        ]
+        lines.append(f"| {title} | {' | '.join(found)} |")
+    return lines
 
 
 def _number(value: Any) -> str:

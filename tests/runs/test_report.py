@@ -26,6 +26,7 @@ from lvd_lightning.runs.pictures import grid, half_masks
 from lvd_lightning.runs.pipeline import mark_done
 from lvd_lightning.runs.report import is_written, summarize, table_rows, write_report
 from lvd_lightning.runs.run import Run
+from lvd_lightning.runs.sample_figures import sample_figures
 from lvd_lightning.runs.settings import EVALUATE
 from lvd_lightning.stages import CircuitBaseline, FinetuneStudent, Latents, PriorStudent, VQVAETeacher
 from lvd_lightning.stages.stage import Stage
@@ -95,6 +96,18 @@ def test_evaluation_counts_every_dimension_of_every_image(tmp_path: Path, ranks:
     assert found["num_parameters"] == after.num_parameters
 
 
+def test_samples_of_the_last_model_are_looked_at_once(tmp_path: Path, ranks: Ranks) -> None:
+    run, data = finished_run(tmp_path)
+    found = evaluate_run(run, data, ranks)
+    last = AssembledCircuit.load(run.dir / "tuned")
+    expected = sample_figures(last, data, ranks, seed=0)
+    assert {key: found[key] for key in expected} == expected
+    assert found["samples"]["isolated_pixels_test"] > 0.1  # the images are noise
+    first = AssembledCircuit.load(run.dir / "joint")
+    assert sample_figures(first, data, ranks, seed=0)["samples"] != found["samples"]
+    assert sample_figures(last, data, ranks, seed=1)["samples"] != found["samples"]
+
+
 def test_gap_compares_teacher_objective_and_student(tmp_path: Path, ranks: Ranks) -> None:
     run, data = finished_run(tmp_path)
     sizes = {"channels": 4, "num_features": 4, "codebook_size": 4, "prior_hidden_size": 8, "prior_num_heads": 1}
@@ -139,12 +152,18 @@ def test_report_has_pictures_and_the_keys_scripts_read(
     write_report(run, data, torch.device("cpu"))
     folder = run.dir / "report"
     summary = json.loads((folder / "summary.json").read_text())
-    assert list(summary) == ["stages", "test", "baseline", "protocol"]
+    assert list(summary) == ["stages", "test", "baseline", "samples", "completions", "protocol"]
     assert list(summary["stages"]) == list(STAGES)
     assert set(summary["test"]) == {"bpd", "distilled_bpd", "lvd_objective_bpd", "num_parameters", "num_heads"}
     assert summary["test"]["bpd"] != summary["test"]["distilled_bpd"]
     assert summary["baseline"] == {"em": {"bpd": 7.5, "num_parameters": 12, "seconds": 3.0}}
+    figures = {f"{name}{of}" for name in ("isolated_pixels", "border_step", "inside_step") for of in ("", "_test")}
     text = (folder / "summary.md").read_text()
+    for name, title in (("samples", "samples"), ("completions", "completions")):
+        assert set(summary[name]) == {*figures, "no_color"}
+        assert f"| {title} | {100 * summary[name]['isolated_pixels']:.2f} % | " in text
+        assert f" | {100 * summary[name]['no_color']:.2f} % |" in text
+    assert "Of 500 samples, and of 6 test images" in text
     for name in ("samples", "inpainting", "clusters", "training"):
         assert f"({name}.png)" in text
         assert imread(folder / f"{name}.png").std() > 0
