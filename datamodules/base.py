@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from datamodules.identity import identity_of_images
-from datamodules.images import ImageRows, IndexedImages
+from datamodules.identity import digest, identity_of_images
+from datamodules.images import ImageRows, IndexedImages, with_mirrors
 from datamodules.sampler import GlobalBatchSampler
 from datamodules.splits import SPLITS, Rows, Split, subset
 from lvd_lightning.checks import check_at_least, check_choice, check_counts
@@ -35,7 +35,7 @@ class ImageDataModule(LightningDataModule):
     ranks themselves.
 
     A subclass says where images come from in `load` and what they are in `image_shape`; one whose pixels are no bytes
-    says so in `num_categories`.
+    says so in `num_categories`, one whose mirror images are none of the kind in `mirrors_are_alike`.
 
     Args:
         patch_size: the side of a patch, the part of an image that has a latent variable; it divides the images' sides.
@@ -44,9 +44,11 @@ class ImageDataModule(LightningDataModule):
         seed: the seed of the training order.
         val_batch_size: examples per validation or test step, all ranks together; `batch_size` by default.
         max_examples: at most so many examples per split, for small runs.
+        flip: whether the mirror image of every training image is a training example of its own, numbered after all
+            others: there are twice as many then. They count for `max_examples`, and take no memory.
 
     Raises:
-        ValueError: a setting is out of range.
+        ValueError: a setting is out of range, or mirror images of such data are none of the kind.
 
     Example:
         >>> import torch
@@ -61,6 +63,8 @@ class ImageDataModule(LightningDataModule):
         (4, 16, 'bpd')
     """
 
+    mirrors_are_alike: ClassVar[bool] = True
+
     def __init__(
         self,
         *,
@@ -70,18 +74,25 @@ class ImageDataModule(LightningDataModule):
         seed: int = 0,
         val_batch_size: int | None = None,
         max_examples: int | None = None,
+        flip: bool = False,
     ) -> None:
         super().__init__()
         check_counts(
             patch_size=patch_size, batch_size=batch_size, val_batch_size=val_batch_size, max_examples=max_examples
         )
         check_at_least(0, num_workers=num_workers, seed=seed)
+        if flip and not self.mirrors_are_alike:
+            raise ValueError(
+                f"flip: got {flip}, expected False: {type(self).__name__} holds letters or digits, and most of their "
+                "mirror images are none"
+            )
         self.patch_size = patch_size
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
         self.val_batch_size = val_batch_size or batch_size
         self.max_examples = max_examples
+        self.flip = flip
         self.left_out: dict[str, int] = {}  # files that were not used, by reason
         self._images: dict[Split, Tensor | ImageRows] = {}
         self._identity: dict[Split, str] = {}
@@ -114,6 +125,11 @@ class ImageDataModule(LightningDataModule):
         self._check_counts({split: len(images[split]) for split in SPLITS})
         for split in SPLITS:
             assert tuple(images[split].shape[1:]) == self.image_shape
+        if self.flip:
+            images["train"] = with_mirrors(images["train"], self.limit(2 * len(images["train"])))
+            if "train" in self._identity:  # of the images that were loaded
+                note = f"{len(images['train'])} with mirror images"
+                self._identity["train"] = digest(self._identity["train"].encode(), note.encode())
         self._images = images
 
     def _check_counts(self, counts: Mapping[Split, int]) -> None:

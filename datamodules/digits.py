@@ -1,7 +1,7 @@
 """The handwritten digits that come with scikit-learn: a real data set without a download."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sklearn.datasets import load_digits
@@ -33,6 +33,8 @@ class Digits(ImageDataModule):
     References:
         Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
     """
+
+    mirrors_are_alike: ClassVar[bool] = False
 
     def __init__(self, val_fraction: float = 0.1, test_fraction: float = 0.1, **common: Any) -> None:
         super().__init__(**common)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from datamodules.splits import Rows
 from lvd_lightning.color import crop_region, encode_color
 
-__all__ = ["ImageRows", "IndexedImages", "Part", "Pixels", "encode_images"]
+__all__ = ["ImageRows", "IndexedImages", "MirrorImages", "Part", "Pixels", "encode_images", "with_mirrors"]
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -81,6 +81,41 @@ class ImageRows:
             part = self._parts[number]
             images[here] = part[flat[here] - (int(self._ends[number]) - len(part))]
         return images.reshape(*rows.shape, *self._image_shape)
+
+
+class MirrorImages:
+    """Stored images, each with its left and right exchanged when it is read.
+
+    Args:
+        images: the stored images, (N, C, H, W).
+    """
+
+    def __init__(self, images: Part) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Read the rows (n,) as mirror images (n, C, H, W)."""
+        return self._images[rows].flip(-1)
+
+
+def with_mirrors(images: Part, rows: Rows | None = None) -> ImageRows:
+    """Images (N, C, H, W) as 2 N images: i + N is the mirror image of i. Nothing is copied.
+
+    Args:
+        images: the stored images.
+        rows: which of the 2 N, in this order; all by default.
+
+    Example:
+        >>> import torch
+        >>> from datamodules.images import with_mirrors
+        >>> both = with_mirrors(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).view(2, 1, 1, 2))
+        >>> both[:].view(4, 2).tolist()
+        [[1, 2], [3, 4], [2, 1], [4, 3]]
+    """
+    return ImageRows([images, MirrorImages(images)], rows)
 
 
 class IndexedImages(Dataset[tuple[Tensor, Tensor]]):

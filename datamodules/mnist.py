@@ -44,6 +44,7 @@ class MNIST(ImageDataModule):
     """
 
     files: ClassVar[dict[str, str]] = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
+    mirrors_are_alike: ClassVar[bool] = False
     source: ClassVar[str] = "http://yann.lecun.com/exdb/mnist"
 
     def __init__(self, path: str, num_val: int = 5000, **common: Any) -> None:
@@ -97,6 +98,7 @@ class FashionMNIST(MNIST):
         ((1, 28, 28), 49)
     """
 
+    mirrors_are_alike: ClassVar[bool] = True
     source: ClassVar[str] = "https://github.com/zalandoresearch/fashion-mnist"
 
 

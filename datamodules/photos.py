@@ -31,10 +31,9 @@ class Photos(RGBDataModule):
 
     Args:
         reduce: how many pixels of a photograph, in each direction, make one pixel.
-        num_train: the number of training crops.
+        num_train: the number of training crops, without the mirror images of `flip`.
         num_val: the number of validation crops.
         num_test: the number of test crops.
-        flip: whether the mirror image of every training crop is a training example as well (twice `num_train`).
         **common: the settings of every `RGBDataModule`.
 
     Example:
@@ -51,14 +50,12 @@ class Photos(RGBDataModule):
         num_train: int = 8000,
         num_val: int = 1000,
         num_test: int = 1000,
-        flip: bool = False,
         **common: Any,
     ) -> None:
         super().__init__(**common)
         check_counts(reduce=reduce, num_train=num_train, num_val=num_val, num_test=num_test)
         self.reduce = reduce
         self.num_crops: dict[Split, int] = {"train": num_train, "val": num_val, "test": num_test}
-        self.flip = flip
 
     @override
     def load(self) -> Mapping[Split, Tensor]:
@@ -97,10 +94,7 @@ class Photos(RGBDataModule):
             raise ValueError(f"num_{split}: got {wanted}, but there are {len(positions)} crops of {side} x {side}")
         chosen = [positions[row] for row in subset(len(positions), wanted)]
         crops = np.stack([bands[number][top : top + side, left : left + side] for number, top, left in chosen])
-        crops = crops.transpose(0, 3, 1, 2)
-        if split == "train" and self.flip:
-            crops = np.concatenate([crops, crops[..., ::-1]])
-        return crops[self.limit(len(crops))]
+        return crops.transpose(0, 3, 1, 2)[self.limit(len(crops))]
 
 
 def _reduced(band: Pixels, factor: int) -> Pixels:

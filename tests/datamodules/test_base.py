@@ -191,7 +191,7 @@ def test_settings_are_checked() -> None:
 @pytest.mark.parametrize(
     ("name", "own"),
     [
-        ("Photos", {"reduce": 3, "flip": True}),
+        ("Photos", {"reduce": 3}),
         ("Folder", {"path": "somewhere"}),
         ("CIFAR10", {"path": "somewhere", "num_val": 10}),
         ("DownsampledImageNet", {"path": "somewhere"}),
@@ -201,8 +201,8 @@ def test_settings_are_checked() -> None:
 def test_the_command_line_knows_own_and_common_settings(name: str, own: dict[str, Any]) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")
-    common = {"color": "rgb", "batch_size": 17, "max_examples": 3}
+    common = {"color": "rgb", "batch_size": 17, "max_examples": 3, "flip": True}
     config = parser.parse_object({"data": {"class_path": f"datamodules.{name}", "init_args": {**own, **common}}})
     data = parser.instantiate(config).data
     assert type(data) is getattr(datamodules, name)
-    assert (data.color, data.batch_size, data.max_examples) == ("rgb", 17, 3)
+    assert (data.color, data.batch_size, data.max_examples, data.flip) == ("rgb", 17, 3, True)

@@ -77,16 +77,6 @@ def test_crops_are_the_same_in_every_run_and_all_different(monkeypatch: pytest.M
     assert len(torch.as_tensor(data.images("train")).unique(dim=0)) == 100
 
 
-def test_mirror_images_join_the_training_set_alone() -> None:
-    plain = Photos(num_train=20, num_val=5, num_test=5, color="rgb")
-    flipped = Photos(num_train=20, num_val=5, num_test=5, color="rgb", flip=True)
-    plain.setup()
-    flipped.setup()
-    train = torch.as_tensor(plain.images("train"))
-    assert torch.equal(torch.as_tensor(flipped.images("train")), torch.cat([train, train.flip(-1)]))
-    assert torch.equal(torch.as_tensor(flipped.images("val")), torch.as_tensor(plain.images("val")))
-
-
 def test_errors() -> None:
     with pytest.raises(ValueError, match="reduce: got 0"):
         Photos(reduce=0)
