@@ -132,8 +132,12 @@ class Categorical(Distribution):
         return params.masked_fill(low, SMALLEST) if not may_ask(low) or bool(low.any()) else params
 
     def sample(self, params_FBS: Tensor, generator: torch.Generator | None) -> Tensor:
-        noise = torch.empty_like(params_FBS).exponential_(generator=generator)
-        return (params_FBS / noise).argmax(-1)
+        below_FBS = params_FBS.cumsum(-1, dtype=torch.float64)  # in double precision rare categories keep their share
+        total_FB1 = below_FBS[..., -1:]
+        drawn_FB1 = torch.rand(total_FB1.shape, dtype=torch.float64, device=params_FBS.device, generator=generator)
+        # The first category up to which there is more than what was drawn: never one of probability 0.
+        index_FB1 = torch.searchsorted(below_FBS, drawn_FB1 * total_FB1, right=True)
+        return index_FB1[..., 0].clamp_max(self.num_categories - 1)
 
     def mode(self, params_FKS: Tensor) -> tuple[Tensor, Tensor]:
         value, index = params_FKS.max(-1)

@@ -376,3 +376,13 @@ def test_a_family_that_em_cannot_train_is_refused_where_it_is_defined(name: str)
         type("Untrained", (pc.Binomial,), {name: getattr(pc.Distribution, name)})
     with pytest.raises(TypeError, match="Untrained: .* lacks num_statistics"):
         type("Untrained", (pc.Binomial,), {"num_statistics": 0})
+
+
+def test_a_table_draws_categories_by_their_probabilities_and_never_an_impossible_one() -> None:
+    params = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0], [1e-12, 0.0, 0.0, 0.0, 1.0]])
+    generator = torch.Generator().manual_seed(0)
+    drawn = pc.Categorical(5).sample(params[:, None].expand(2, 20_000, 5), generator)
+    counts = torch.stack([row.bincount(minlength=5) for row in drawn])
+    assert counts[0, [0, 2, 4]].tolist() == [0, 0, 0]
+    assert float(counts[0, 3]) / 20_000 == pytest.approx(0.7, abs=0.02)
+    assert counts[1].tolist() == [0, 0, 0, 0, 20_000]
