@@ -6,9 +6,10 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
@@ -35,6 +36,17 @@ DECODE_ERRORS = (
 )
 
 
+class _Source(NamedTuple):
+    """Images in one place; `read` gives the bytes of one as it is stored."""
+
+    root: Path
+    names: ImageNames
+    read: Callable[[str], bytes]
+
+
+_Member = tuple[_Source, str]
+
+
 class Folder(RGBDataModule):
     """The images in a folder, its folders, or a .zip archive.
 
@@ -51,6 +63,8 @@ class Folder(RGBDataModule):
         path: the folder or the .zip archive.
         val_fraction: about how much of the images is for validation.
         test_fraction: about how much of the images is for the test.
+        train_path: another folder or archive, all of whose images are for training, so that more data is compared on
+            the same validation and test images.
         **common: the settings of every `RGBDataModule`.
 
     Example:
@@ -67,75 +81,80 @@ class Folder(RGBDataModule):
         40
     """
 
-    def __init__(self, path: str, val_fraction: float = 0.1, test_fraction: float = 0.1, **common: Any) -> None:
+    def __init__(
+        self,
+        path: str,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        train_path: str | None = None,
+        **common: Any,
+    ) -> None:
         super().__init__(**common)
         check_fractions(val_fraction, test_fraction)
         self.path = path
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
+        self.train_path = train_path
 
     @override
     def load(self) -> Mapping[Split, Tensor]:
-        root = resolve(self.path)
-        if root.is_dir():
-            return self._read(root, names_in_folder(root), lambda name: (root / name).read_bytes())
-        if not root.is_file():
-            raise FileNotFoundError(f"path: there is no {root}; expected a folder or a .zip archive of images")
-        with open_archive(root) as archive:
-            names = names_in_archive(archive)
-            check_members(archive, root, names.stored.values())
-            return self._read(root, names, archive.read)
+        with ExitStack() as opened:
+            own = _open(opened, "path", self.path)
+            sources = [own] if self.train_path is None else [own, _open(opened, "train_path", self.train_path)]
+            return self._read(sources)
 
-    def _read(self, root: Path, names: ImageNames, read: Callable[[str], bytes]) -> dict[Split, Tensor]:
-        """Divide the images among the splits and decode them; `read` gives the bytes of one as it is stored."""
-        left_out = ", ".join(f"{count} {reason}" for reason, count in names.left_out.items())
-        if not names.stored:
-            raise ValueError(
-                f"{root}: holds no images; expected files that end in {', '.join(sorted(EXTENSIONS))}"
-                + (f" (left out: {left_out})" if left_out else "")
-            )
-        if left_out:
-            rank_zero_warn(f"{root}: {len(names.stored)} images are used; left out: {left_out}")
-        self.left_out = names.left_out
-        members: dict[Split, list[str]] = {split: [] for split in SPLITS}
-        for name in sorted(names.stored, key=position_of_name):  # the first few of a split are a sample of all folders
-            members[split_of_name(name, self.val_fraction, self.test_fraction)].append(name)
-        unusable: dict[str, str] = {}
-        images = {split: self.encode(self._decode(split, members[split], names, read, unusable)) for split in SPLITS}
+    def _read(self, sources: Sequence[_Source]) -> dict[Split, Tensor]:
+        """Divide the images of the first source among the splits, give those of a second to training; decode them."""
+        self.left_out = {}
+        members: dict[Split, list[_Member]] = {split: [] for split in SPLITS}
+        for source in sources:
+            root, names = source.root, source.names
+            left_out = ", ".join(f"{count} {reason}" for reason, count in names.left_out.items())
+            if not names.stored:
+                raise ValueError(
+                    f"{root}: holds no images; expected files that end in {', '.join(sorted(EXTENSIONS))}"
+                    + (f" (left out: {left_out})" if left_out else "")
+                )
+            if left_out:
+                rank_zero_warn(f"{root}: {len(names.stored)} images are used; left out: {left_out}")
+            for reason, count in names.left_out.items():
+                self.left_out[reason] = self.left_out.get(reason, 0) + count
+            for name in names.stored:
+                is_own = source is sources[0]
+                split = split_of_name(name, self.val_fraction, self.test_fraction) if is_own else "train"
+                members[split].append((source, name))
+        for found in members.values():  # the first few of a split are a sample of all folders
+            found.sort(key=lambda member: position_of_name(member[1]))
+        unusable: dict[tuple[Path, str], str] = {}
+        images = {split: self.encode(self._decode(split, members[split], unusable)) for split in SPLITS}
         if unusable:
-            raise ValueError(_complaint(root, unusable, sum(len(part) for part in images.values())))
+            raise ValueError(_complaint(unusable, sum(len(part) for part in images.values())))
         return images
 
-    def _decode(
-        self,
-        split: Split,
-        members: Sequence[str],
-        names: ImageNames,
-        read: Callable[[str], bytes],
-        unusable: dict[str, str],
-    ) -> Pixels:
+    def _decode(self, split: Split, members: Sequence[_Member], unusable: dict[tuple[Path, str], str]) -> Pixels:
         """Decode images in threads (Pillow works outside of Python's global lock), as bytes (N, 3, S, S).
 
         unusable: what is wrong with which image, for images that could not be decoded, is added here.
         """
         used = [members[row] for row in self.limit(len(members))]
-        kept = [names.stored[name] for name in used]
-        digests = [""] * len(kept)
-        pixels = np.empty((len(kept), 3, self.image_size, self.image_size), dtype=np.uint8)
+        digests = [""] * len(used)
+        pixels = np.empty((len(used), 3, self.image_size, self.image_size), dtype=np.uint8)
 
         def decode_block(start: int) -> None:
-            for row in range(start, min(start + DECODE_BLOCK, len(kept))):
+            for row in range(start, min(start + DECODE_BLOCK, len(used))):
+                source, name = used[row]
+                stored = source.names.stored[name]
                 try:
-                    contents = read(kept[row])
+                    contents = source.read(stored)
                     digests[row] = digest(contents)
                     pixels[row] = decode_image(contents, self.image_size)
                 except (*DECODE_ERRORS, zipfile.BadZipFile) as error:
-                    unusable[kept[row]] = "its contents are no image" if _is_no_image(error) else str(error)
+                    unusable[source.root, stored] = "its contents are no image" if _is_no_image(error) else str(error)
 
         with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-            for _ in pool.map(decode_block, range(0, len(kept), DECODE_BLOCK)):
+            for _ in pool.map(decode_block, range(0, len(used), DECODE_BLOCK)):
                 pass
-        self._identity[split] = identity_of_files(zip(used, digests, strict=True))
+        self._identity[split] = identity_of_files(zip((name for _, name in used), digests, strict=True))
         return pixels
 
 
@@ -174,13 +193,27 @@ def _is_no_image(error: Exception) -> bool:
     return isinstance(error, UnidentifiedImageError)  # its own message names an object in memory
 
 
-def _complaint(root: Path, unusable: Mapping[str, str], count: int) -> str:
+def _open(opened: ExitStack, argument: str, path: str) -> _Source:
+    """The images below a folder or in an archive, which stays open as long as `opened`."""
+    root = resolve(path)
+    if root.is_dir():
+        return _Source(root, names_in_folder(root), lambda name: (root / name).read_bytes())
+    if not root.is_file():
+        raise FileNotFoundError(f"{argument}: there is no {root}; expected a folder or a .zip archive of images")
+    archive = opened.enter_context(open_archive(root))
+    names = names_in_archive(archive)
+    check_members(archive, root, names.stored.values())
+    return _Source(root, names, archive.read)
+
+
+def _complaint(unusable: Mapping[tuple[Path, str], str], count: int) -> str:
     """What is wrong with the first image by name, how many there are, and what to do."""
     first, *others = sorted(unusable)
-    complaint = f"{root}/{first.lstrip('/')}: {unusable[first]}"
+    root, name = first
+    complaint = f"{root}/{name.lstrip('/')}: {unusable[first]}"
     if not others:
         return f"{complaint}; remove this file or replace it by an intact one"
-    also = ", ".join(others[:5]) + (" ..." if len(others) > 5 else "")
+    also = ", ".join(name for _, name in others[:5]) + (" ..." if len(others) > 5 else "")
     return (
         f"{complaint}; {len(unusable)} of {count} images cannot be used (also {also}): remove these files or replace "
         "them by intact ones"

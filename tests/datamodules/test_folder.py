@@ -326,3 +326,32 @@ def test_nothing_there_and_nothing_in_it(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "one" / "0.png").write_bytes(encoded(picture(0)))
     with pytest.raises(ValueError, match="Folder: there are 1 images, .*each needs at least 1: give more images"):
         Folder(str(tmp_path / "one"), image_size=8).setup()
+
+
+def test_a_second_place_gives_training_images_alone(folder: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more"
+    more.mkdir()
+    for number in range(100, 120):
+        (more / f"{number}.png").write_bytes(encoded(picture(number)))
+    (more / "notes.txt").write_text("no image")
+    one = Folder(str(folder), image_size=8)
+    one.setup()
+    found = []
+    for place in (more, archive_of(more)):
+        both = Folder(str(folder), train_path=str(place), image_size=8)
+        both.setup()
+        found.append(both)
+        for split in ("val", "test"):
+            assert torch.equal(torch.as_tensor(both.images(split)), torch.as_tensor(one.images(split)))
+            assert both.identity[split] == one.identity[split]
+        assert both.num_examples("train") == one.num_examples("train") + 20
+        train = {image.numpy().tobytes() for image in both.images("train")}
+        assert {image.numpy().tobytes() for image in one.images("train")} < train
+        assert both.identity["train"] != one.identity["train"]
+        assert sum(both.left_out.values()) == sum(one.left_out.values()) + 1
+    assert found[0].identity == found[1].identity
+    with pytest.raises(FileNotFoundError, match="train_path: there is no"):
+        Folder(str(folder), train_path=str(tmp_path / "nowhere"), image_size=8).setup()
+    few = Folder(str(folder), train_path=str(more), image_size=8, max_examples=10)
+    few.setup()
+    assert few.num_examples("train") == 10
