@@ -316,6 +316,11 @@ def test_merge_drops_arguments_of_another_class() -> None:
         (["--stage=latents"], "run stage 'teacher' first"),
         (["--data.path=nowhere.npy"], "nowhere.npy"),
         (["--shared.patch_size=0"], "patch_size"),
+        (
+            ["--trainer.check_val_every_n_epoch=0"],
+            "stages.teacher.trainer.check_val_every_n_epoch: got 0, expected more",
+        ),
+        (["--trainer.limit_train_batches=0"], "stages.teacher.trainer.limit_train_batches: got 0, expected more"),
         (["--shared.color=grey"], "expected one of rgb, ycocg_r, ycbcr_lossy"),
         (["--stages.latents.model.num_clusters=${shared.k}"], "Interpolation key"),
         (["--trainer.logger=lightning.pytorch.loggers.NoLogger"], "trainer.logger"),

@@ -69,6 +69,9 @@ def check_trainer(stage: str, trainer: Mapping[str, Any], top: Mapping[str, Any]
             raise ValueError(
                 f"trainer.{key} can only be given as a whole on the command line: --trainer.{key} '{{...}}'"
             )
+    for key in ("check_val_every_n_epoch", "limit_train_batches"):
+        if trainer.get(key) == 0 and not isinstance(trainer[key], bool):
+            raise ValueError(f"stages.{stage}.trainer.{key}: got 0, expected more: a stage could not do its work")
     values = parsed(_trainer_parser(), {"trainer": _without_loggers(trainer)}, f"stages.{stage}: ")
     try:
         _trainer_parser().instantiate(values)  # the callbacks
