@@ -26,7 +26,7 @@ from lvd_lightning.ranks import Ranks
 from lvd_lightning.runs.checkpoint import EpochCheckpoint
 from lvd_lightning.runs.experiment import Experiment, PlannedStage
 from lvd_lightning.runs.metrics_file import MetricsFile, read_metrics
-from lvd_lightning.runs.pipeline import Pipeline, resume_epoch
+from lvd_lightning.runs.pipeline import Pipeline, load_best, resume_epoch
 from lvd_lightning.runs.run_directory import check_trained_with, record_stage
 from lvd_lightning.seeds import derive_seed
 from lvd_lightning.stages.stage import PlainStage, StageModule
@@ -427,6 +427,18 @@ def test_killed_in_every_stage_equals_uninterrupted(tmp_path: Path) -> None:
     assert list(whole) == list(killed)
     for name in whole:
         assert whole[name] == killed[name], name
+
+
+@pytest.mark.parametrize("kept", [0, 40, 0.5, 0.99])
+def test_a_damaged_best_checkpoint_is_named(tmp_path: Path, kept: float) -> None:
+    """Cut after so many bytes, or at such a share of its length."""
+    checkpoint = EpochCheckpoint(tmp_path, "val/bpd")
+    torch.save({"state_dict": {"weight": torch.zeros(1000)}}, checkpoint.best_path)
+    size = checkpoint.best_path.stat().st_size
+    os.truncate(checkpoint.best_path, int(kept * size) if 0 < kept < 1 else int(kept))
+    module: Any = None  # nothing gets as far as the module
+    with pytest.raises(ValueError, match=r"best\.ckpt: cannot be read"):
+        load_best(module, checkpoint)
 
 
 if __name__ == "__main__":
