@@ -38,7 +38,7 @@ def _most_values(folder: Path) -> int | None:
     if path.is_file():
         content = read_json(path)
         # The first ones of ours knew bytes alone and did not say so; of others nothing is known.
-        silent = _BYTES if content.get("class") in ("MAE", "VQVAE") else []
+        silent: Any = _BYTES if content.get("class") in ("MAE", "VQVAE") else []
         numbers: Any = content.get("init_args", {}).get("num_categories", silent)
         found += [numbers] if isinstance(numbers, int) else list(numbers)
     return max(found, default=None)
