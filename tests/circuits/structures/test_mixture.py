@@ -102,7 +102,7 @@ def test_dtype_is_that_of_the_components(dtype: torch.dtype) -> None:
         ({"num_heads": 0}, "num_heads.*0"),
         ({"weights": [1, 2, 3]}, r"weights must have shape \(2,\) or \(1, 2\).*\(3,\)"),
         ({"weights": torch.ones(2, 2)}, r"weights.*\(2, 2\)"),
-        ({"weights": [-1, 2]}, "non-negative"),
+        ({"weights": [-1, 2]}, "0 or more"),
         ({"weights": [0, 0]}, "positive sum"),
     ],
 )
