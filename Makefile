@@ -6,21 +6,23 @@ INSTALLED := $(VENV)/.installed
 # -qq: errors only.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test test-circuits test-others lint
+.PHONY: demo test test-first test-rest lint
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
 	$(BIN)/python train.py fit --config photos.yaml
 
-# Two parts at once, each on one thread.
+# Two parts at once, each on one thread and of about the same length.
+FIRST_PART := tests/circuits tests/test_configs.py tests/callbacks
+
 test: $(INSTALLED)
-	$(MAKE) --jobs=2 --keep-going test-circuits test-others
+	$(MAKE) --jobs=2 --keep-going test-first test-rest
 
-test-circuits: $(INSTALLED)
-	$(BIN)/python -m pytest tests/circuits
+test-first: $(INSTALLED)
+	$(BIN)/python -m pytest $(FIRST_PART)
 
-test-others: $(INSTALLED)
-	$(BIN)/python -m pytest --ignore=tests/circuits
+test-rest: $(INSTALLED)
+	$(BIN)/python -m pytest $(FIRST_PART:%=--ignore=%)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
