@@ -63,7 +63,8 @@ class PixelScale:
                 f"images: got {images.dtype} with shape {tuple(images.shape)}, expected whole numbers with shape "
                 f"(B, {', '.join(map(str, self.image_shape))})"
             )
-        return images.to(dtype) / self._halves(images) - 1.0
+        wide = torch.promote_types(dtype, torch.float32)  # bfloat16 has no place for 511 values
+        return (images.to(wide) / self._halves(images) - 1.0).to(dtype)
 
     def levels(self, scaled: Tensor) -> Tensor:
         """The inverse for images (B, C, H, W) in about [-1, 1]: the nearest values, of `dtype`."""
