@@ -141,6 +141,16 @@ class AssembledCircuit(nn.Module):
         z = self.prior.sample(x=self.evidence(x, observed), generator=generator)
         return self._complete(x, observed, z, generator)
 
+    @torch.no_grad()
+    def redraw(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Examples like x, with its shape and type: for each draws latent values given it, then all variables anew.
+
+        What these have in common with x went through the latent values. Set beside `sample`, they tell what the prior
+        costs from what the conditionals cost.
+        """
+        nothing = torch.zeros_like(x, dtype=torch.bool)
+        return self._complete(x, nothing, self.prior.sample(x=self.evidence(x), generator=generator), generator)
+
     def expected(self, x: Tensor, observed: Tensor) -> Tensor:
         """E[x | what is `observed`] of every variable, (B, ...); exact but for latent values with posteriors below
         `RARE`.

@@ -75,7 +75,7 @@ def summarize(run: Run, data: Data) -> dict[str, Any]:
             name: {key: figures[key] for key in (unit, "num_parameters", "seconds") if key in figures}
             for name, figures in run.baselines().items()
         },
-        **{name: evaluation[name] for name in ("samples", "completions") if name in evaluation},
+        **{name: evaluation[name] for name in ("samples", "redrawn", "completions") if name in evaluation},
         "protocol": dict(data.facts),
     }
     summary["left_out"] = left_out(run.dir, [stage.name for stage in run.stages])
@@ -232,7 +232,8 @@ def _sample_table(evaluation: Row) -> list[str]:
     samples, completions = evaluation["samples"], evaluation["completions"]
     lines = [
         f"Of {evaluation['num_samples']:,} samples, and of {evaluation['num_completions']:,} test images of which one "
-        "half was drawn given the other (pixels that were drawn), beside the same of those test images. Isolated "
+        "half was drawn given the other (pixels that were drawn), beside the same of those test images. Drawn anew: "
+        "all pixels given the latent values of test images, so that the prior has no part in it. Isolated "
         "pixels differ from each neighbour by more than 60 of 256 levels of a channel. Border step: how much more the "
         "luma changes from pixel to pixel across the borders of patches than inside of them, where it changes by the "
         "inside step, in levels.",
@@ -243,6 +244,7 @@ def _sample_table(evaluation: Row) -> list[str]:
     for title, figures, ending in (
         ("samples", samples, ""),
         ("test images", samples, "_test"),
+        ("test images, drawn anew", evaluation["redrawn"], ""),
         ("completions", completions, ""),
         ("test images, the same halves", completions, "_test"),
     ):

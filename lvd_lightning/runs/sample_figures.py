@@ -111,12 +111,13 @@ def sample_figures(
         "samples": {"isolated_pixels", "border_step", "inside_step", the same of test images with "_test" appended,
         "no_color": the share of pixels whose code is no colour}; "completions": the same of test images one half of
         which was drawn given the other, where only pixels that were drawn count, in the test images as well;
+        "redrawn": those of test images drawn anew given their latent values, which the prior has no part in;
         "num_samples" and "num_completions". What there is not is absent, such as a step where nothing changes.
     """
     num_test = min(max_images, data.num_examples("test"))
     row_N = torch.linspace(0, data.num_examples("test") - 1, num_test).long()
     observed_N1HW = half_masks(num_test, *data.image_shape[1:])
-    drawn, completed, test, test_halves = _Totals(), _Totals(), _Totals(), _Totals()
+    drawn, completed, redrawn, test, test_halves = (_Totals() for _ in range(5))
     patch_size = int(data.parts.shape[-1])
 
     def add(totals: _Totals, images: Tensor, counted: Tensor | None = None) -> None:
@@ -132,15 +133,20 @@ def sample_figures(
         original, observed = data.batch("test", row_N[chosen]), observed_N1HW[chosen]
         generator = generator_for(seed, EVALUATE, "completions", number, device=ranks.device)
         images = circuit.inpaint(original.to(ranks.device), observed.to(ranks.device), generator=generator).cpu()
+        generator = generator_for(seed, EVALUATE, "redrawn", number, device=ranks.device)
+        again = circuit.redraw(original.to(ranks.device), generator=generator).cpu()
+        add(redrawn, again)
+        redrawn.add_colors(data, again)
         add(test, original)
         add(test_halves, original, ~observed)
         add(completed, images, ~observed)
         completed.add_colors(data, images, ~observed)
-    for totals in (drawn, completed, test, test_halves):
+    for totals in (drawn, completed, redrawn, test, test_halves):
         totals.sums = ranks.sum(totals.sums)
     return {
         "samples": {**_figures(drawn), **_figures(test, "_test")},
         "completions": {**_figures(completed), **_figures(test_halves, "_test")},
+        "redrawn": _figures(redrawn),
         "num_samples": max_images,
         "num_completions": num_test,
     }

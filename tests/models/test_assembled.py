@@ -148,6 +148,24 @@ def test_inpainting_keeps_what_is_given_and_draws_the_rest_exactly(assembled: An
     assert chi_square(counts_of(drawn), count * log_joint.softmax(0)) < 44.3
 
 
+def test_redrawing_keeps_the_latent_values_and_nothing_else() -> None:
+    """Of two heads one draws the values 0 and 1, the other one 2 and 3: values tell the head."""
+    graphs = []
+    for low in (True, False):
+        graph = pc.hclt([-1, 0, 1, 2], 1, pc.Categorical(4))
+        for node in graph.nodes:
+            if node.kind == "input":
+                node.params = torch.tensor([[0.5, 0.5, 0.0, 0.0] if low else [0.0, 0.0, 0.5, 0.5]])
+        graphs.append(graph)
+    prior = pc.Circuit(pc.hclt([-1, 0, 1, 2], 2, pc.SoftEvidence(2), generator=torch.Generator().manual_seed(0)))
+    circuit = AssembledCircuit(prior, pc.Circuit(graphs), ImagePatches((1, 4, 4), 2, 4))
+    x = circuit.sample(200, torch.Generator().manual_seed(1))
+    again = circuit.redraw(x, torch.Generator().manual_seed(2))
+    assert (again.dtype, again.shape) == (x.dtype, x.shape)
+    assert torch.equal(again >= 2, x >= 2)
+    assert float((again % 2 == x % 2).float().mean()) == pytest.approx(0.5, abs=0.05)
+
+
 def test_inpainting_takes_one_mask_for_all_channels_or_one_per_image(assembled: Any, images: Tensor) -> None:
     observed = torch.zeros(len(images), 1, 4, 4, dtype=torch.bool)
     observed[0, :, :2] = True

@@ -152,7 +152,7 @@ def test_report_has_pictures_and_the_keys_scripts_read(
     write_report(run, data, torch.device("cpu"))
     folder = run.dir / "report"
     summary = json.loads((folder / "summary.json").read_text())
-    assert list(summary) == ["stages", "test", "baseline", "samples", "completions", "protocol"]
+    assert list(summary) == ["stages", "test", "baseline", "samples", "redrawn", "completions", "protocol"]
     assert list(summary["stages"]) == list(STAGES)
     assert set(summary["test"]) == {"bpd", "distilled_bpd", "lvd_objective_bpd", "num_parameters", "num_heads"}
     assert summary["test"]["bpd"] != summary["test"]["distilled_bpd"]
@@ -163,6 +163,8 @@ def test_report_has_pictures_and_the_keys_scripts_read(
         assert set(summary[name]) == {*figures, "no_color"}
         assert f"| {title} | {100 * summary[name]['isolated_pixels']:.2f} % | " in text
         assert f" | {100 * summary[name]['no_color']:.2f} % |" in text
+    assert set(summary["redrawn"]) == {"isolated_pixels", "border_step", "inside_step", "no_color"}
+    assert f"| test images, drawn anew | {100 * summary['redrawn']['isolated_pixels']:.2f} % | " in text
     assert "Of 500 samples, and of 6 test images" in text
     for name in ("samples", "inpainting", "clusters", "training"):
         assert f"({name}.png)" in text

@@ -118,6 +118,9 @@ class Noise:
         drawn = torch.randint(256, x.shape, generator=generator, dtype=x.dtype)
         return torch.where(observed, x, drawn)
 
+    def redraw(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.where(torch.rand(x.shape, generator=generator) < 0.5, x, 255)
+
 
 def figures(data: Any, max_images: int, ranks: Any = None) -> dict[str, Any]:
     return sample_figures(Noise(), data, ranks or Ranks({"accelerator": "cpu", "devices": 1}), 0, max_images)  # type: ignore[arg-type]
@@ -133,6 +136,8 @@ def test_samples_and_completions_stand_beside_test_images() -> None:
         assert found[name]["no_color"] == pytest.approx(55 / 256, rel=0.1)
         assert (found[name]["isolated_pixels_test"], found[name]["inside_step_test"]) == (0, pytest.approx(0.5, 0.1))
         assert "no_color_test" not in found[name]
+    assert found["redrawn"]["no_color"] == pytest.approx(0.5, rel=0.05)
+    assert not [name for name in found["redrawn"] if name.endswith("_test")]
     assert found["samples"]["border_step"] == pytest.approx(1.0, rel=0.05)
     assert found["samples"]["border_step_test"] == pytest.approx(1.0)
 
