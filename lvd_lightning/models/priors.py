@@ -1,4 +1,4 @@
-"""Priors over the latents of patches: Chow-Liu trees with the closed form from counts, and trees with extra latents."""
+"""Priors over the latents of patches: Chow-Liu trees and hidden Chow-Liu trees, both begun from counts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from torch import Tensor
 from lvd_lightning import circuits as pc
 from lvd_lightning.checks import expect
 from lvd_lightning.circuits.structures import chow_liu_tree
+from lvd_lightning.latents.kmeans import assign, fit_centroids
 from lvd_lightning.models.head_index import HeadIndex
 
 __all__ = ["chow_liu_prior", "clusters_tree", "hidden_prior", "latent_tree"]
+
+#: The share of a latent state that goes to states of other groups.
+SPREAD = 0.05
 
 
 def latent_tree(z: Tensor, num_states: int, max_examples: int = 20000) -> Tensor:
@@ -47,20 +51,80 @@ def chow_liu_prior(z: Tensor, num_states: int, parents: Tensor, pseudocount: flo
     """
     expect(pseudocount > 0, "pseudocount", pseudocount, "more than 0, or some states are impossible for good")
     graph = pc.hclt(parents, num_states, pc.SoftEvidence(num_states))
-    variable_of = {node: v for v, node in graph.latents.items()}
     overall_K = torch.bincount(z.reshape(-1), minlength=num_states).double() + 1e-3
-    smooth_K = pseudocount * overall_K / overall_K.sum()
-    for node in graph.nodes:
-        if node.kind == "sum":
-            v = variable_of[node.children[0]]
-            weight = _counts(z, v, int(parents[v]), num_states) + smooth_K
-            node.weight = (weight / weight.sum(1, keepdim=True)).to(torch.get_default_dtype())
+    _count_transitions(graph, z, parents, num_states, pseudocount * overall_K / overall_K.sum())
     return pc.Circuit(graph)
 
 
-def hidden_prior(num_states: int, num_latents: int, parents: Tensor, generator: torch.Generator) -> pc.Circuit:
-    """A hidden Chow-Liu tree over z with `num_latents` states per latent, drawn at random."""
-    return pc.Circuit(pc.hclt(parents, num_latents, pc.SoftEvidence(num_states), generator=generator))
+def hidden_prior(
+    z: Tensor,
+    num_states: int,
+    num_latents: int,
+    parents: Tensor,
+    generator: torch.Generator,
+    pseudocount: float = 1.0,
+) -> pc.Circuit:
+    """A hidden Chow-Liu tree over z with `num_latents` states per latent, whose first parameters are counted.
+
+    The states of a position with like neighbours in the tree are put into one group (K-means of the square roots of
+    p(z of the neighbours | z_v = k)). A latent begins as the group of its position's state: transitions are those
+    counted between groups, and a group gives its states the probabilities counted in it, but a share of `SPREAD`, which
+    goes to all states of the position: EM cannot give back what is 0. With as many latent states as states there is
+    nothing to group: it is the tree over z.
+
+    Args:
+        z, num_states, parents, pseudocount: as for `chow_liu_prior`.
+        generator: where K-means draws its starts, on the CPU.
+
+    References:
+        Liu, Zhang and Van den Broeck, ICLR 2023, section 3, for a hidden Chow-Liu tree over the latent variables.
+    """
+    if num_latents >= num_states:
+        return chow_liu_prior(z, num_states, parents, pseudocount)
+    expect(pseudocount > 0, "pseudocount", pseudocount, "more than 0, or some states are impossible for good")
+    graph = pc.hclt(parents, num_latents, pc.SoftEvidence(num_states), generator=generator)
+    group_VK = torch.stack([_groups(z, v, parents, num_states, num_latents, generator) for v in range(z.shape[1])])
+    y_NP = group_VK.T.gather(0, z)
+    overall_L = torch.bincount(y_NP.reshape(-1), minlength=num_latents).double() + 1e-3
+    _count_transitions(graph, y_NP, parents, num_latents, pseudocount * overall_L / overall_L.sum())
+    for node in graph.nodes:
+        if node.kind == "sum" and graph.nodes[node.children[0]].kind == "input":
+            v = int(graph.nodes[node.children[0]].variable)
+            count_K = torch.bincount(z[:, v], minlength=num_states).double() + 1e-3
+            within_LK = torch.zeros(num_latents, num_states, dtype=torch.float64)
+            within_LK[group_VK[v], torch.arange(num_states)] = count_K
+            total_L1 = within_LK.sum(1, keepdim=True)
+            overall_K = count_K / count_K.sum()
+            within_LK = torch.where(total_L1 > 0, within_LK / total_L1.clamp_min(1e-300), overall_K)
+            node.weight = ((1 - SPREAD) * within_LK + SPREAD * overall_K).to(torch.get_default_dtype())
+    return pc.Circuit(graph)
+
+
+def _groups(z: Tensor, v: int, parents: Tensor, num_states: int, num_groups: int, generator: torch.Generator) -> Tensor:
+    """The group of each state of z_v, int64 (K,), by the states of its neighbours in the tree."""
+    above = int(parents[v])
+    near = [*([above] if above >= 0 else []), *(parents == v).nonzero()[:, 0].tolist()]
+    rows = []
+    for other in near:
+        count_KK = _counts(z, other, v, num_states)
+        overall_K = torch.bincount(z[:, other], minlength=num_states).double()
+        rows.append((count_KK + overall_K / len(z)) / (count_KK.sum(1, keepdim=True) + 1))
+    if not rows:
+        return torch.arange(num_states) % num_groups
+    # Distances of square roots are those of distributions (Hellinger). Where fewer states differ, groups stay empty.
+    points_KE = torch.cat(rows, 1).sqrt().float()
+    distinct = len(points_KE.unique(dim=0))
+    return assign(points_KE, fit_centroids(points_KE, min(num_groups, distinct), generator=generator))
+
+
+def _count_transitions(graph: pc.CircuitGraph, y: Tensor, parents: Tensor, num_states: int, smooth_K: Tensor) -> None:
+    """Set the weights between latents, and of the root, to what is counted in y, int64 (N, P)."""
+    variable_of = {node: v for v, node in graph.latents.items()}
+    for node in graph.nodes:
+        if node.kind == "sum" and node.children[0] in variable_of:
+            v = variable_of[node.children[0]]
+            weight = _counts(y, v, int(parents[v]), num_states) + smooth_K
+            node.weight = (weight / weight.sum(1, keepdim=True)).to(torch.get_default_dtype())
 
 
 def _counts(z: Tensor, v: int, above: int, num_states: int) -> Tensor:

@@ -30,7 +30,7 @@ __all__ = ["PriorStudent"]
 
 
 class PriorStudent(EMStudent):
-    """The prior: a Chow-Liu tree over z in closed form from counts, or with `num_units` a hidden Chow-Liu tree.
+    """The prior: a Chow-Liu tree over z in closed form from counts, or with `num_units` a hidden one begun from it.
 
     Trained for `hard_epochs` epochs on assignments (which a tree from counts does not need), then on soft evidence: the
     log-likelihoods of every patch under the frozen conditionals, computed once and kept in `evidence/`, so that the
@@ -40,8 +40,9 @@ class PriorStudent(EMStudent):
     validation images).
 
     Args:
-        num_units: null for the tree over z itself, else the states of its hidden variables.
-        hard_epochs: epochs on assignments; 0 for the tree from counts.
+        num_units: null for the tree over z itself, else the states of its hidden variables, which begin as groups of
+            the states of z (see `hidden_prior`).
+        hard_epochs: epochs on assignments; what is counted needs none.
         candidates: latent values kept per patch, those that patches of its cluster may have; null for all. What is
             left out counts as impossible, so the training figure is a bound; validation leaves nothing out.
         max_cache_gb: disk space for the evidence of training images, in gigabytes; what does not fit is computed again
@@ -80,10 +81,6 @@ class PriorStudent(EMStudent):
         super().__init__()
         check_counts(num_units=num_units, candidates=candidates)
         check_at_least(0, hard_epochs=hard_epochs, max_cache_gb=max_cache_gb)
-        if num_units is not None and hard_epochs < 1:
-            raise ValueError(
-                f"hard_epochs: got {hard_epochs}, but a prior with num_units starts at random: give it 1 or more"
-            )
         check_above(0, counts_pseudocount=counts_pseudocount)
         check_share(prune_threshold=prune_threshold)
 
@@ -180,7 +177,8 @@ class PriorStudent(EMStudent):
         tree = clusters_tree(z_NP, HeadIndex.of(conditional, num_states, z_NP.shape[1]))
         if self.hparams["num_units"] is None:
             return chow_liu_prior(z_NP, num_states, tree, self.hparams["counts_pseudocount"])
-        return hidden_prior(num_states, self.hparams["num_units"], tree, context.generator("parameters"))
+        generator, pseudocount = context.generator("parameters"), self.hparams["counts_pseudocount"]
+        return hidden_prior(z_NP, num_states, self.hparams["num_units"], tree, generator, pseudocount)
 
     def _train_evidence(self, context: StageContext) -> EvidenceSource:
         """The evidence of training images, of candidates; as much of it as fits is computed once. All ranks call."""

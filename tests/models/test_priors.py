@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lvd_lightning.circuits as pc
 from lvd_lightning.models.priors import chow_liu_prior, hidden_prior, latent_tree
 
 STATES = 3
@@ -67,10 +68,37 @@ def test_normalised(z: Tensor, num_latents: int | None) -> None:
     if num_latents is None:
         prior = chow_liu_prior(z, STATES, parents)
     else:
-        prior = hidden_prior(STATES, num_latents, parents, torch.Generator().manual_seed(0))
+        prior = hidden_prior(z, STATES, num_latents, parents, torch.Generator().manual_seed(0))
     assert log_prob(prior, WORLDS).exp().sum().item() == pytest.approx(1.0)
+
+
+def test_latents_begin_as_groups_of_like_states(double_precision: None) -> None:
+    """States 2 y and 2 y + 1 come with the same neighbours: three latent states are as good as all six states."""
+    generator = torch.Generator().manual_seed(0)
+    y = [torch.randint(3, (3000,), generator=generator)]
+    for _ in range(3):
+        other = torch.randint(3, (3000,), generator=generator)
+        y.append(torch.where(torch.rand(3000, generator=generator) < 0.8, y[-1], other))
+    z = 2 * torch.stack(y, 1) + torch.randint(2, (3000, 4), generator=generator)
+    parents = torch.tensor([-1, 0, 1, 2])
+
+    def mean(prior: pc.Circuit) -> float:
+        certain = torch.full((*z.shape, 6), -torch.inf).scatter_(2, z[..., None], 0.0)
+        return float(prior.log_prob(certain).detach().mean())
+
+    tree = mean(chow_liu_prior(z, 6, parents))
+    hidden = hidden_prior(z, 6, 3, parents, generator)
+    assert tree - 0.25 < mean(hidden) < tree  # the share that is spread costs about 4 log(1 - 0.05)
+    alone = sum(torch.bincount(z[:, v]).div(3000).log()[z[:, v]].mean() for v in range(4))
+    assert mean(hidden) > float(alone) + 1.0
+    assert mean(hidden_prior(z, 6, 6, parents, generator)) == pytest.approx(tree)
+    single = hidden_prior(z[:, :1], 6, 2, torch.tensor([-1]), generator)
+    one = torch.full((6, 1, 6), -torch.inf).scatter_(2, torch.arange(6).view(6, 1, 1), 0.0)
+    assert float(single.log_prob(one).exp().sum()) == pytest.approx(1.0)
 
 
 def test_without_smoothing_is_refused(z: Tensor) -> None:
     with pytest.raises(ValueError, match="pseudocount: got 0, expected more than 0"):
         chow_liu_prior(z, STATES, torch.tensor([-1, 0, 1, 2]), 0)
+    with pytest.raises(ValueError, match="pseudocount: got 0, expected more than 0"):
+        hidden_prior(z, STATES, 2, torch.tensor([-1, 0, 1, 2]), torch.Generator(), 0)

@@ -44,7 +44,7 @@ def bpd(module: PriorStudent, run: Any, split: str, count: int = 1000) -> float:
         {"candidates": None, "counts_pseudocount": 300.0},  # a tree that counts for little, for EM to mend
         {"candidates": 2, "counts_pseudocount": 300.0},
         {"candidates": None, "counts_pseudocount": 300.0, "optimizer": "em"},
-        {"candidates": 2, "num_units": 5, "hard_epochs": 2},
+        {"candidates": 2, "num_units": 2, "hard_epochs": 2, "counts_pseudocount": 300.0},
         {"candidates": None, "num_units": 2, "hard_epochs": 1, "optimizer": "em"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
@@ -62,7 +62,7 @@ def test_the_likelihood_rises(conditional: Any, settings: dict[str, Any]) -> Non
 
 
 def test_hard_epochs_fit_the_assignments(conditional: Any) -> None:
-    module = conditional.begin("prior", PriorStudent(num_units=3, hard_epochs=4))
+    module = conditional.begin("prior", PriorStudent(num_units=2, hard_epochs=4, counts_pseudocount=300.0))
     z = conditional.data.z["train"]
     before = module.assembled.prior_log_prob(z).mean()
     conditional.trainer("prior", 4).fit(module, datamodule=conditional.data)
@@ -167,16 +167,14 @@ def test_thresholds_are_shares(threshold: float) -> None:
         PriorStudent(prune_threshold=threshold)
 
 
-def test_the_seed_decides(conditional: Any) -> None:
+def test_global_random_numbers_play_no_part(conditional: Any) -> None:
     weights = []
-    for seed in (0, 0, 1):
-        conditional.seed = seed
-        torch.manual_seed(len(weights))
-        module = PriorStudent(num_units=3, hard_epochs=1)
+    for count in range(2):
+        torch.manual_seed(count)
+        module = PriorStudent(num_units=2, hard_epochs=1)
         conditional.train("prior", module, 2)
         weights.append(torch.cat([table.detach().flatten() for table in module.assembled.prior.tables]))
     assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
 
 
 def test_the_whole_circuit_is_handed_on(conditional: Any) -> None:
