@@ -3,8 +3,8 @@
     python benchmarks/growing.py      # 1,000 crops of photographs, 64 clusters that grow to 4 heads
     python benchmarks/growing.py --images 4000 --accelerator gpu --clusters 400
 
-Runs `folder_pg`-like stages (VQ-VAE for one epoch, latents, three rounds of growing, prior, finetuning) on crops of the
-two photographs that come with scikit-learn, and reads the seconds of epochs and edits off their metrics.csv. The
+Runs `folder_pg`-like stages (VQ-VAE for one epoch, latents, three rounds of growing, prior, finetuning) on crops of
+photographs, and reads the seconds of epochs and edits off their metrics.csv. The
 projection is linear in the images: rates on this machine times the epochs of configs/imagenet32.yaml, with as many
 latent values as were measured here; more of them cost more in the prior and in finetuning.
 """
