@@ -42,6 +42,8 @@ class Distribution(ABC):
 
     #: Rows of parameters are probabilities: the M-step is "normalise the flows".
     is_table: ClassVar[bool] = False
+    #: p(x) is a probability, which `likelihood` writes: circuits can do without logarithms. Tables are linear.
+    is_linear: ClassVar[bool] = False
     #: Values are log-likelihood vectors rather than numbers.
     is_evidence: ClassVar[bool] = False
     #: Parameters say what the units are: nothing trains them.
@@ -158,8 +160,8 @@ class Distribution(ABC):
         """log p(x | unit) in nats, (F, K, B): out of place and differentiable, for the reference pass."""
 
     def likelihood(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
-        """Write p(x | unit) to `out_FKB`; tables only."""
-        raise TypeError(f"{type(self).__name__} is no table")
+        """Write p(x | unit) to `out_FKB`; linear families only."""
+        raise TypeError(f"{type(self).__name__} is not linear")
 
     @abstractmethod
     def backward(self, params_FKS: Tensor, x_FB: Tensor, grad_FKB: Tensor, out_FKS: Tensor) -> None:

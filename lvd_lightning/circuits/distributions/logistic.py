@@ -73,6 +73,7 @@ class DiscretizedLogistic(Discretized):
     """
 
     min_scale: float = 0.05
+    is_linear: ClassVar[bool] = True
     num_statistics: ClassVar[int] = 4
     spread: ClassVar[str] = "scale"
     deviation: ClassVar[float] = math.pi / math.sqrt(3.0)
@@ -85,6 +86,10 @@ class DiscretizedLogistic(Discretized):
         out_FKB.addcmul_(between_FK1, edges.has_low_F1B * edges.has_high_F1B)
         out_FKB.div_(math.log(2.0))
 
+    def likelihood(self, params_FKS: Tensor, x_FB: Tensor, out_FKB: Tensor) -> None:
+        self.forward(params_FKS, x_FB, out_FKB)
+        out_FKB.exp2_()
+
     def log_prob(self, params_FKS: Tensor, x_FB: Tensor) -> Tensor:
         edges = self._edges(params_FKS, x_FB, params_FKS.dtype)
         between_FK1 = torch.log(-torch.expm1(-1 / params_FKS[..., 1:]))
@@ -93,23 +98,36 @@ class DiscretizedLogistic(Discretized):
         return log_high_FKB + log_low_FKB + between_FK1 * edges.has_low_F1B * edges.has_high_F1B
 
     def backward(self, params_FKS: Tensor, x_FB: Tensor, grad_FKB: Tensor, out_FKS: Tensor) -> None:
-        first_FKB, second_FKB = self._scores(params_FKS, self._edges(params_FKS, x_FB, grad_FKB.dtype))
-        scale_FK = params_FKS[..., 1]
-        out_FKS[..., 0] = (grad_FKB * first_FKB).sum(-1) / scale_FK
-        out_FKS[..., 1] = (grad_FKB * (second_FKB - 1)).sum(-1) / scale_FK
+        out_FKS.copy_(self.gradient_from(params_FKS, self._sums(params_FKS, x_FB, grad_FKB)))
 
     def statistics(self, params_FKS: Tensor, x_FB: Tensor, grad_FKB: Tensor) -> Tensor:
         """Flow-weighted sums of 1 and of what is expected of (r, r y, r y^2), given x and the current parameters."""
-        edges = self._edges(params_FKS, x_FB, grad_FKB.dtype)
+        return self.statistics_from(params_FKS, self._sums(params_FKS, x_FB, grad_FKB))
+
+    def prepared(self, params_FKS: Tensor) -> Tensor:
+        """What compiled kernels read of a unit with the scale s: mean, 1/s, 1 - e^(-1/s), (1/s)/(e^(1/s) - 1)."""
         mean_FK, scale_FK = params_FKS.unbind(-1)
+        width_FK = 1 / scale_FK
+        return torch.stack([mean_FK, width_FK, -torch.expm1(-width_FK), width_FK / torch.expm1(width_FK)], -1)
+
+    def gradient_from(self, params_FKS: Tensor, sums_FK4: Tensor) -> Tensor:
+        """The gradient for the parameters, float64; for the sums see `_sums`."""
+        flow_FK, _, first_FK, second_FK = sums_FK4.double().unbind(-1)
+        return torch.stack([first_FK, second_FK - flow_FK], -1) / params_FKS[..., 1:].double()
+
+    def statistics_from(self, params_FKS: Tensor, sums_FK4: Tensor) -> Tensor:
+        """`statistics` from the sums of `_sums`."""
+        flow_FK, weight_FK, first_FK, second_FK = sums_FK4.double().unbind(-1)
+        mean_FK, scale_FK = params_FKS.double().unbind(-1)
+        moments_FK3 = moments_from_centred(weight_FK, first_FK * scale_FK, second_FK * scale_FK.square(), mean_FK)
+        return torch.cat([flow_FK[..., None], moments_FK3], -1)
+
+    def _sums(self, params_FKS: Tensor, x_FB: Tensor, grad_FKB: Tensor) -> Tensor:
+        """Sums over the batch of g, g w, g E[r z | x] and g E[r z^2 | x], g being the gradients: (F, K, 4)."""
+        edges = self._edges(params_FKS, x_FB, grad_FKB.dtype)
         first_FKB, second_FKB = self._scores(params_FKS, edges)
-        sums_FK3 = moments_from_centred(
-            (grad_FKB * _largest_precision(edges)).sum(-1),
-            (grad_FKB * first_FKB).sum(-1) * scale_FK,
-            (grad_FKB * second_FKB).sum(-1) * scale_FK.square(),
-            mean_FK,
-        )
-        return torch.cat([grad_FKB.sum(-1, keepdim=True).double(), sums_FK3], -1)
+        parts = (grad_FKB, grad_FKB * _largest_precision(edges), grad_FKB * first_FKB, grad_FKB * second_FKB)
+        return torch.stack([part.sum(-1) for part in parts], -1)
 
     def expected(self, params: Tensor) -> Tensor:
         """E (r, r y, r y^2)."""

@@ -42,6 +42,7 @@ class Categorical(Distribution):
 
     num_categories: int
     is_table: ClassVar[bool] = True
+    is_linear: ClassVar[bool] = True
     is_whole: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

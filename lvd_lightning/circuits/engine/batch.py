@@ -145,7 +145,7 @@ def _variables_first(x: Tensor, shared: bool) -> Tensor:
 
 
 def _whole(found: Tensor, layer: InputLayer) -> Tensor:
-    return found.long() if layer.distribution.is_table else found
+    return found.long() if layer.distribution.is_linear else found
 
 
 def _describe(x: object) -> str:

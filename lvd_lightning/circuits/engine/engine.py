@@ -74,7 +74,7 @@ class Engine(nn.Module):
         for number in range(len(plan.groups)):
             self.set_mask(number, None)
         self.register_buffer("circuit_of_node", _circuit_of_nodes(plan), persistent=False)
-        self.is_linear = all(found.distribution.is_table for found in plan.inputs) and plan.is_slim_tree
+        self.is_linear = all(found.distribution.is_linear for found in plan.inputs) and plan.is_slim_tree
         self.is_evidence = self._check_evidence()
         self.half_smooth = _half_smooth(plan)
         self.pool = Pool()

@@ -122,6 +122,16 @@ class InputLayer(_Folded):
         if observed_FB is not None:
             out_FKB.masked_fill_(~observed_FB[:, None, :], 1.0)
 
+    def largest(self, stacked: Tensor, x_FB: Tensor) -> Tensor:
+        """The largest p(x | unit) among the units of every node, (F, B)."""
+        found = []
+        for a, b in self.chunks(self.num_units * max(self.distribution.size, x_FB.shape[1]), x_FB.device):
+            params_FKS = self.parameters_of(stacked, a, b)
+            out_FKB = params_FKS.new_empty(*params_FKS.shape[:2], x_FB.shape[1])
+            self.distribution.likelihood(params_FKS, x_FB[a:b], out_FKB)
+            found.append(out_FKB.amax(1))
+        return torch.cat(found)
+
     def forward_modes(self, values: Tensor, stacked: Tensor | None, observed_FB: Tensor) -> None:
         """Give unobserved variables the log-likelihood of their most likely value (for max-product)."""
         if stacked is None:

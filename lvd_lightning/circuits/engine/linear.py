@@ -77,8 +77,11 @@ def largest_inputs(engine: Engine, batch: Batch, tables: Sequence[Tensor]) -> Te
     """The largest likelihood among the units of every input node, (L, B)."""
     found = []
     for number, leaf in enumerate(engine.leaf_layers()):
-        table_FC = tables[leaf.group].amax(1)[leaf.parameter_rows]
-        largest_FB = table_FC.gather(1, batch.values[number])
+        if leaf.distribution.is_table:
+            table_FC = tables[leaf.group].amax(1)[leaf.parameter_rows]
+            largest_FB = table_FC.gather(1, batch.values[number])
+        else:
+            largest_FB = leaf.largest(tables[leaf.group], batch.values[number])
         observed = None if batch.observed is None else batch.observed[number]
         found.append(largest_FB if observed is None else largest_FB.masked_fill(~observed, 1.0))
     return torch.cat(found)

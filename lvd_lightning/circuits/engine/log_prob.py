@@ -80,7 +80,8 @@ class LogProb(torch.autograd.Function):
             ctx.lease = None
             ctx.shapes = (None if inputs is None else inputs.shape, [table.shape for table in tables])
             return tables[0].new_empty(*engine.roots.shape, 0)
-        log_GHB, lease, again = _evaluate(engine, batch, tables, keep, wanted, margin)
+        for_inputs = inputs is not None and inputs.requires_grad
+        log_GHB, lease, again = _evaluate(engine, batch, tables, keep, wanted, margin, for_inputs)
         if keep:
             ctx.lease, ctx.again, ctx.engine, ctx.batch = lease, again, engine, batch
             ctx.input_shape = None if inputs is None else inputs.shape
@@ -149,9 +150,14 @@ def _evaluate(
     keep: bool,
     wanted: Tensor | None,
     margin: float | None,
+    for_inputs: bool,
 ) -> tuple[Tensor, object, _Again | None]:
-    """log p of all heads (G, H, B), the lease whose workspace a backward pass needs, and what it needs besides."""
-    if engine.is_linear and not triton_kernels.applies(engine.device, engine.dtype):
+    """log p of all heads (G, H, B), the lease whose workspace a backward pass needs, and what it needs besides.
+
+    Gradients for x, which families over whole numbers have if x is floating point, come from the general pass.
+    """
+    is_whole = not any(values.is_floating_point() for values in batch.values)
+    if engine.is_linear and is_whole and not for_inputs and not triton_kernels.applies(engine.device, engine.dtype):
         kind = FusedWorkspace if passes.applies(engine, tables) else LinearWorkspace
         linear: Lease[Any] = Lease(engine, kind, batch.size, keep)
         log_GHB, scale_GB = run_linear(engine, batch, tables, linear.space)
@@ -197,7 +203,8 @@ def _backward(
 ) -> Tensor | None:
     """Gradients for parameters, into `grads`, and that for x, if its shape is given."""
     if isinstance(space, FusedWorkspace):
-        space.backward(batch, tables, grads, grad_GHB)
+        sums = [engine.statistics_of(layer.group, tables[layer.group]) for layer in engine.leaf_layers()]
+        space.backward(batch, tables, grads, grad_GHB, sums)
         return None
     gradient = engine.gradient_space(batch.size)
     engine.head_rows(gradient.inner).copy_(grad_GHB)

@@ -150,7 +150,7 @@ class _Compiler:
     def run(self) -> Plan:
         self._find_levels()
         is_slim_tree = all(_is_slim_tree(graph) for graph in self.graphs)
-        self._find_grids(grids.LEAST_LINEAR if is_slim_tree and self._has_tables() else grids.LEAST_UNITS)
+        self._find_grids(grids.LEAST_LINEAR if is_slim_tree and self._has_linear_inputs() else grids.LEAST_UNITS)
         buckets = self._find_buckets()
         inputs = self._place_inputs(buckets)
         layers, num_values, num_edges = self._place_layers(buckets, inputs)
@@ -188,9 +188,9 @@ class _Compiler:
                     self.inlined.add((g, index))
                 self.level[g, index] = below if inline else below + 1
 
-    def _has_tables(self) -> bool:
+    def _has_linear_inputs(self) -> bool:
         families = {node.distribution for graph in self.graphs for node in graph.nodes if node.kind == "input"}
-        return all(family is not None and family.is_table for family in families)
+        return all(family is not None and family.is_linear for family in families)
 
     def _find_grids(self, least_units: int) -> None:
         """Sum nodes over Kronecker products, of at least so many units each, that are not stored."""

@@ -249,14 +249,17 @@ static void transpose(const real *restrict in, int64_t rows, real *restrict out,
 
 /* ---- forward and backward pass ---- */
 
-typedef struct { /* input nodes over a table of probabilities */
+typedef struct { /* input nodes: a table of probabilities or, with `values`, discretised logistic distributions */
     int64_t start, units, size; /* first value row, K, S */
     const int32_t *fold, *table_row; /* of every unit, (F * K): its fold; its row of the table as (P * K, S) */
-    const real *table; /* (P, K, S) */
+    const real *table; /* (P, K, S); of logistics (mean, 1 / scale, 1 - e^(-1 / scale), (1 / scale) / (e^(1 / scale) - 1)) */
     const int64_t *x; /* (F, B) */
+    const real *values; /* (F, B), or null */
     const uint8_t *observed; /* (F, B), or null: all */
     real *table_grad; /* (P, K, S); null: not wanted, or nodes are tied */
     real *rows_grad; /* (F * K, B), for tied nodes */
+    double *sums; /* (F * K, SUMS), of logistics; or null */
+    double last; /* value of logistics */
 } Leaf;
 
 typedef struct { /* sum nodes of one shape and level; value rows are those of plan.py */
@@ -305,16 +308,87 @@ static int64_t columns_of(const Space *space, int64_t block) {
     return left < WIDTH ? left : WIDTH;
 }
 
+/* ---- discretised logistic distributions: see logistic.py ---- */
+
+enum { SUMS = 4, DEGREE = sizeof(real) == 4 ? 7 : 13 };
+
+/* e^y for y <= 0; 0 where that is below the normal numbers. */
+static inline __attribute__((always_inline)) real exp_negative(real y) {
+    static const real part[] = {1.0, 1.0, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320,
+                                1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0};
+    const real log2_e = (real)1.4426950408889634, lowest = sizeof(real) == 4 ? (real)-87.3 : (real)-708.3;
+    const real high = (real)(sizeof(real) == 4 ? 0.693359375 : 0.693147180369123816490);
+    const real low = (real)(sizeof(real) == 4 ? -2.12194440054690583e-4 : 1.90821492927058770002e-10);
+    const real shift = (real)1.5 * (real)((Bits)1 << FRACTION); /* added, it rounds to whole numbers in the last bits */
+    const real clamped = y < lowest ? lowest : y, shifted = clamped * log2_e + shift, whole = shifted - shift;
+    const real rest = (clamped - whole * high) - whole * low;
+    real sum = part[DEGREE], power;
+    Bits bits;
+    for (int i = DEGREE - 1; i >= 0; i--) sum = sum * rest + part[i];
+    memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits << FRACTION) + ((Bits)BIAS << FRACTION);
+    memcpy(&power, &bits, sizeof bits);
+    return y < lowest ? 0 : sum * power;
+}
+
+/* Values of a block of examples, filled up with 0. */
+static void read_values(const Leaf *leaf, int64_t place, int64_t n, real *restrict x) {
+    memcpy(x, leaf->values + place, n * sizeof(real));
+    for (int64_t c = n; c < WIDTH; c++) x[c] = 0;
+}
+
+/* s(b) s(-a) (1 - e^(a - b)), with the edges a and b of the value's bin and the sigmoid s. */
+static void logistic(const real *restrict params, real last, const real *restrict x, real *restrict out) {
+    const real mean = params[0], inverse = params[1], between = params[2];
+    for (int c = 0; c < WIDTH; c++) {
+        const real centre = x[c] - mean, a = (centre - (real)0.5) * inverse, b = (centre + (real)0.5) * inverse;
+        const real ea = exp_negative(a < 0 ? a : -a), eb = exp_negative(b < 0 ? b : -b);
+        const int has_low = x[c] > 0, has_high = x[c] < last;
+        const real left = has_low ? (a > 0 ? ea : 1) : 1, right = has_high ? (b < 0 ? eb : 1) : 1;
+        const real below = has_low ? 1 + ea : 1, above = has_high ? 1 + eb : 1;
+        out[c] = left * right * (has_low & has_high ? between : 1) / (below * above);
+    }
+}
+
+/* Add the sums of g, g w, g E[r z | x] and g E[r z^2 | x] over a block of examples with the gradients g. */
+static void add_scores(const real *restrict params, real last, const real *restrict x, const real *restrict grad,
+                       double *restrict out) {
+    const real mean = params[0], inverse = params[1], within = params[3];
+    real flow = 0, weight = 0, first = 0, second = 0;
+#pragma omp simd reduction(+ : flow, weight, first, second)
+    for (int c = 0; c < WIDTH; c++) {
+        const real centre = x[c] - mean, a = (centre - (real)0.5) * inverse, b = (centre + (real)0.5) * inverse;
+        const real ea = exp_negative(a < 0 ? a : -a), eb = exp_negative(b < 0 ? b : -b);
+        const int has_low = x[c] > 0, has_high = x[c] < last;
+        const real above = has_low ? (a > 0 ? 1 : ea) / (1 + ea) : 0, below = has_high ? (b < 0 ? 1 : eb) / (1 + eb) : 0;
+        const real up = has_low ? (a > 0 ? a : 0) : 0, down = has_high ? (b < 0 ? -b : 0) : 0;
+        const real z = up + down, e = up > 0 ? ea : eb, z2 = z * z; /* the nearest edge of a bin that 0 is not in */
+        const real near = (real)0.5 - z2 * ((real)(1.0 / 24) - z2 * ((real)(1.0 / 240) - z2 * ((real)(17.0 / 40320) - z2 * (real)(31.0 / 725760))));
+        const real precision = z < (real)0.1 ? near : (1 - e) / ((1 + e) * z); /* tanh(z / 2) / z */
+        flow += grad[c];
+        weight += grad[c] * precision;
+        first += grad[c] * (above - below);
+        second += grad[c] * (1 + a * above - b * below - (has_low & has_high ? within : 0));
+    }
+    out[0] += flow, out[1] += weight, out[2] += first, out[3] += second;
+}
+
 /* p(x | unit) of a block of examples. */
 static void look_up(const Space *space, int64_t row, int64_t block, real *restrict out) {
     const Leaf *leaf = leaf_of(space, row);
     const real *restrict table = leaf->table + leaf->table_row[row - leaf->start] * leaf->size;
     const int64_t n = columns_of(space, block), place = leaf->fold[row - leaf->start] * space->batch + block * WIDTH;
-    const int64_t *restrict x = leaf->x + place;
-    for (int64_t c = 0; c < n; c++) {
-        int64_t i = x[c];
-        __asm__("" : "+r"(i)); /* one by one: gather instructions are slower */
-        out[c] = table[i];
+    if (leaf->values) {
+        real x[WIDTH];
+        read_values(leaf, place, n, x);
+        logistic(table, (real)leaf->last, x, out);
+    } else {
+        const int64_t *restrict x = leaf->x + place;
+        for (int64_t c = 0; c < n; c++) {
+            int64_t i = x[c];
+            __asm__("" : "+r"(i)); /* one by one: gather instructions are slower */
+            out[c] = table[i];
+        }
     }
     if (leaf->observed)
         for (int64_t c = 0; c < n; c++) out[c] = leaf->observed[place + c] ? out[c] : 1;
@@ -459,7 +533,11 @@ static void pass_down(const Space *space, int64_t row, int64_t block, real *rest
     const int64_t place = leaf->fold[unit] * space->batch + block * WIDTH;
     if (leaf->observed)
         for (int64_t c = 0; c < n; c++) grad[c] = leaf->observed[place + c] ? grad[c] : 0;
-    if (leaf->table_grad)
+    if (leaf->sums) {
+        real x[WIDTH];
+        read_values(leaf, place, n, x);
+        add_scores(leaf->table + leaf->table_row[unit] * leaf->size, (real)leaf->last, x, grad, leaf->sums + unit * SUMS);
+    } else if (leaf->table_grad)
         scatter(leaf->x + place, grad, n, leaf->table_grad + leaf->table_row[unit] * leaf->size);
     else if (leaf->rows_grad)
         memcpy(leaf->rows_grad + unit * space->batch + block * WIDTH, grad, n * sizeof(real));
@@ -476,6 +554,8 @@ static void pass_all_down(const Space *space, const Layer *layer, int64_t fold, 
         const int64_t place = leaf ? leaf->table_row[row - leaf->start] * leaf->size : 0;
         if (low == 0 && leaf && leaf->table_grad)
             memset(leaf->table_grad + place, 0, leaf->size * sizeof(real));
+        if (low == 0 && leaf && leaf->sums)
+            memset(leaf->sums + (row - leaf->start) * SUMS, 0, SUMS * sizeof(double));
         for (int64_t block = low; block < high; block++) {
             const real *restrict inner = space->inner + (block * space->num_edges + layer->first_edge) * WIDTH;
             const real *restrict raw_block = raw + ((block - low) * layer->units - fold * layer->units) * WIDTH;

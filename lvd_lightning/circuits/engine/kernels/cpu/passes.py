@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_int64, c_void_p
+from ctypes import c_double, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from lvd_lightning.circuits.distributions.logistic import DiscretizedLogistic
 from lvd_lightning.circuits.engine.kernels.cpu import library, suits
 from lvd_lightning.circuits.engine.layers import BITS_PER_NAT
 from lvd_lightning.circuits.engine.plan import LOG_ZERO, LayerPlan
@@ -36,17 +37,23 @@ __all__ = ["FusedWorkspace", "LayerIndex", "applies"]
 Index = NDArray[Any]
 #: As in kernels.c: columns of a block, and of one step of a matrix product at most; blocks of a backward step.
 WIDTH, LARGEST_STRIP, BLOCKS_AT_ONCE = 64, 32, 4
+#: As in kernels.c: sums over examples that a logistic unit learns from.
+NUM_SUMS = 4
 
 
 def applies(engine: Engine, tables: Sequence[Tensor]) -> bool:
     """Whether the kernels can run these layers with these parameters."""
-    return engine.is_linear and suits(tables) and library(engine.dtype) is not None
+    families = (leaf.distribution for leaf in engine.leaf_layers())
+    known = all(family.is_table or isinstance(family, DiscretizedLogistic) for family in families)
+    return known and engine.is_linear and suits(tables) and library(engine.dtype) is not None
 
 
 class _Leaf(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("start", "units", "size")),
-        *((name, c_void_p) for name in ("fold", "table_row", "table", "x", "observed", "table_grad", "rows_grad")),
+        *((name, c_void_p) for name in ("fold", "table_row", "table", "x", "values", "observed")),
+        *((name, c_void_p) for name in ("table_grad", "rows_grad", "sums")),
+        ("last", c_double),
     )
 
 
@@ -130,10 +137,19 @@ class FusedWorkspace:
         self.scratch = like.new_empty(0)
         widest = max(layer.inner_units for layer in self.layers)
         self.scratch_size = (BLOCKS_AT_ONCE * widest + -(-widest // LARGEST_STRIP) * LARGEST_STRIP) * WIDTH
+        is_table = [leaf.distribution.is_table for leaf in self.leaves]
         self.rows_grad = [
-            like.new_zeros(leaf.num_folds * leaf.num_units if keep and leaf.accumulate else 0, size)
-            for leaf in self.leaves
+            like.new_zeros(leaf.num_folds * leaf.num_units if keep and leaf.accumulate and is_table else 0, size)
+            for leaf, is_table in zip(self.leaves, is_table, strict=True)
         ]
+        self.sums_FK4 = [  # of units that nothing reads they stay 0
+            None
+            if is_table or not keep
+            else like.new_zeros(leaf.num_folds, leaf.num_units, NUM_SUMS, dtype=torch.float64)
+            for leaf, is_table in zip(self.leaves, is_table, strict=True)
+        ]
+        self.prepared: list[Tensor | None] = [None] * len(self.leaves)  # parameters as the kernels want them
+        self.values: list[Tensor | None] = [None] * len(self.leaves)
         self.parameter_rows = [layer.parameter_rows for layer in self.layers]
         self.leaf_rows = [_leaf_rows(leaf) for leaf in self.leaves]
         self.own_rows = torch.arange(max(layer.num_folds for layer in self.layers))
@@ -150,6 +166,8 @@ class FusedWorkspace:
         for leaf_struct, leaf, (fold, table_row), rows in parts:
             leaf_struct.start, leaf_struct.units = leaf.start, leaf.num_units
             leaf_struct.size = leaf.distribution.size
+            if isinstance(leaf.distribution, DiscretizedLogistic):
+                leaf_struct.size, leaf_struct.last = NUM_SUMS, leaf.distribution.num_values - 1
             leaf_struct.fold, leaf_struct.table_row = fold.data_ptr(), table_row.data_ptr()
             leaf_struct.rows_grad = rows.data_ptr() if len(rows) else None
         edge = row = node = 0
@@ -189,9 +207,17 @@ class FusedWorkspace:
         return value_GHB.log2_().add_(log_GB[:, None]).div_(BITS_PER_NAT), log_GB
 
     def backward(
-        self, batch: Batch, tables: Sequence[Tensor], grads: Sequence[Tensor | None], grad_GHB: Tensor
+        self,
+        batch: Batch,
+        tables: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        grad_GHB: Tensor,
+        statistics: Sequence[Tensor | None],
     ) -> None:
-        """From the gradient of the heads to that of all parameters, written to `grads`."""
+        """From the gradient of the heads to that of all parameters, written to `grads`.
+
+        What EM needs besides goes to `statistics`, one tensor (P, K, T) for every input layer that has any.
+        """
         tied = [
             None if grads[layer.group] is None or not layer.accumulate else self._grad_buffer(layer, tables)
             for layer in self.layers
@@ -209,19 +235,25 @@ class FusedWorkspace:
             if found_FHK is not None and grad is not None:
                 grad.index_add_(0, layer.parameter_rows, found_FHK)
         self._collect_ties(grads, threads)
+        self._collect_sums(tables, grads, statistics)
 
     def _point(
         self, batch: Batch, tables: Sequence[Tensor], grads: Sequence[Tensor | None], tied: Sequence[Tensor | None]
     ) -> None:
         """Show the kernels where parameters, examples and gradients of this step are."""
         for number, (leaf_struct, leaf) in enumerate(zip(self.leaf_structs, self.leaves, strict=True)):
-            grad = grads[leaf.group]
+            grad, table, sums = grads[leaf.group], tables[leaf.group], self.sums_FK4[number]
             assert batch.values[number].is_contiguous()
             assert batch.values[number].dtype == torch.int64
-            leaf_struct.table = tables[leaf.group].data_ptr()
+            if isinstance(leaf.distribution, DiscretizedLogistic):
+                self.prepared[number] = table = leaf.distribution.prepared(table)
+                self.values[number] = values = batch.values[number].to(table.dtype)
+                leaf_struct.values = values.data_ptr()
+            leaf_struct.table = table.data_ptr()
             leaf_struct.x = batch.values[number].data_ptr()
             leaf_struct.observed = None if batch.observed is None else batch.observed[number].data_ptr()
-            leaf_struct.table_grad = None if grad is None or leaf.accumulate else grad.data_ptr()
+            leaf_struct.table_grad = None if grad is None or leaf.accumulate or sums is not None else grad.data_ptr()
+            leaf_struct.sums = None if grad is None or sums is None else sums.data_ptr()
         for struct, layer, buffer in zip(self.layer_structs, self.layers, tied, strict=True):
             grad = grads[layer.group] if buffer is None else buffer
             struct.weight = tables[layer.group].data_ptr()
@@ -277,7 +309,7 @@ class FusedWorkspace:
         """Sum what tied inputs contribute to their rows."""
         for number, leaf in enumerate(self.leaves):
             grad = grads[leaf.group]
-            if grad is None or not leaf.accumulate:
+            if grad is None or not leaf.accumulate or self.sums_FK4[number] is not None:
                 continue
             order = torch.argsort(leaf.parameter_rows, stable=True)
             counts = torch.bincount(leaf.parameter_rows, minlength=len(grad))
@@ -285,6 +317,19 @@ class FusedWorkspace:
             struct = ctypes.byref(self.leaf_structs, number * ctypes.sizeof(_Leaf))
             rows = (len(grad), start.data_ptr(), order.data_ptr())
             self.library.collect_ties(struct, *rows, self.size, grad.data_ptr(), threads)
+
+    def _collect_sums(
+        self, tables: Sequence[Tensor], grads: Sequence[Tensor | None], statistics: Sequence[Tensor | None]
+    ) -> None:
+        """Gradients and statistics of logistic inputs, from what the kernels summed over examples."""
+        for leaf, sums_FK4, found_PKT in zip(self.leaves, self.sums_FK4, statistics, strict=True):
+            grad, family = grads[leaf.group], leaf.distribution
+            if grad is None or sums_FK4 is None or not isinstance(family, DiscretizedLogistic):
+                continue
+            params_FKS = leaf.parameters_of(tables[leaf.group], 0, leaf.num_folds)
+            leaf.add_rows(grad, family.gradient_from(params_FKS, sums_FK4).to(grad.dtype), 0)
+            if found_PKT is not None:
+                found_PKT.index_add_(0, leaf.parameter_rows, -family.statistics_from(params_FKS, sums_FK4))
 
 
 def _leaf_rows(leaf: InputLayer) -> tuple[Tensor, Tensor]:

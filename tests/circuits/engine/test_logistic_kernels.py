@@ -1,0 +1,143 @@
+"""Logistic inputs in the pass with linear values: compiled, by PyTorch, and against the general pass."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import lvd_lightning.circuits as pc
+from lvd_lightning.circuits.engine.kernels.cpu import passes
+
+
+def spread_out(graph: pc.CircuitGraph, widest: float) -> pc.CircuitGraph:
+    """Means all over the values and beyond, scales up to `widest`."""
+    for node in graph.nodes:
+        if isinstance(node.distribution, pc.DiscretizedLogistic) and node.tied_to is None:
+            mean, scale = 300 * torch.rand(node.num_units) - 20, 0.05 + widest * torch.rand(node.num_units)
+            node.params = torch.stack([mean, scale], 1)
+    return graph
+
+
+def trees(widest: float) -> pc.Circuit:
+    """Three circuits over five variables of 256 and of 40 values, one of them a table."""
+    leaves = [pc.DiscretizedLogistic(256)] * 3 + [pc.DiscretizedLogistic(40), pc.Categorical(7)]
+    return pc.Circuit([spread_out(pc.hclt([-1, 0, 0, 1, 2], 9, leaves, num_heads=2), widest) for _ in range(3)])
+
+
+def tied(widest: float) -> pc.Circuit:
+    """A hidden Markov model whose steps share their inputs."""
+    return pc.Circuit(spread_out(pc.hmm(5, 6, leaf=pc.DiscretizedLogistic(256), homogeneous=True), widest))
+
+
+def draw(circuit: pc.Circuit, size: int) -> torch.Tensor:
+    x = torch.randint(256, (size, 5))
+    x[:5], x[5:10] = 0, 255
+    if circuit.batched:
+        x = torch.minimum(x, torch.tensor([255, 255, 255, 39, 6]))
+    return x
+
+
+def evaluate(circuit: pc.Circuit, x: torch.Tensor, observed: torch.Tensor | None) -> list[torch.Tensor]:
+    """Log-likelihoods, gradients, and the sums that EM learns from."""
+    pc.CircuitEM(circuit)
+    circuit.zero_grad()
+    log_p = circuit.log_prob(x, observed=observed)
+    (log_p * torch.linspace(0.5, 2, log_p.numel(), dtype=log_p.dtype).view_as(log_p)).sum().backward()
+    statistics = [circuit.engine.statistics[number].clone() for number in sorted(circuit.engine.statistics)]
+    assert statistics
+    return [log_p.detach(), *(parameter.grad.clone() for parameter in circuit.parameters()), *statistics]
+
+
+def general(
+    circuit: pc.Circuit, x: torch.Tensor, observed: torch.Tensor | None, monkeypatch: Any
+) -> list[torch.Tensor]:
+    with monkeypatch.context() as patch:
+        patch.setattr(circuit.engine, "is_linear", False)
+        return evaluate(circuit, x, observed)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """By the compiled kernels (where there is a compiler), or without them."""
+    monkeypatch.setenv("LVD_LIGHTNING_NATIVE", "1" if request.param == "compiled" else "0")
+    return str(request.param)
+
+
+@pytest.mark.parametrize("build", [trees, tied])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_both_passes_agree(
+    build: Any, masked: bool, dtype: torch.dtype, tolerance: float, kind: str, monkeypatch: Any
+) -> None:
+    circuit = build(30).to(dtype)
+    assert circuit.engine.is_linear
+    x = draw(circuit, 150)
+    observed = torch.rand(x.shape) < 0.7 if masked else None
+    linear = evaluate(circuit, x, observed)
+    for first, second in zip(linear, general(circuit, x, observed, monkeypatch), strict=True):
+        torch.testing.assert_close(first, second, rtol=tolerance, atol=tolerance * float(second.abs().max()))
+
+
+def test_the_kernels_take_them(kind: str) -> None:
+    circuit = trees(30)
+    x = draw(circuit, 20)
+    expected = kind == "compiled" and passes.library(circuit.dtype) is not None
+    assert passes.applies(circuit.engine, circuit.probabilities()) is expected
+    circuit.log_prob(x)
+    kinds = [type(space) for _, space in circuit.engine.pool.free]
+    assert (passes.FusedWorkspace in kinds) is expected
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.7, 3.0, 40.0, 2000.0])
+def test_every_value_has_its_probability(scale: float, kind: str) -> None:
+    """Against the definition in double precision, to the relative precision of single; they sum to one."""
+    means = torch.tensor([-60.0, 0.0, 17.3, 254.9, 300.0])
+    params = torch.stack([means, torch.full_like(means, scale)], 1).float().double()
+    graph = pc.hclt([-1], 5, pc.DiscretizedLogistic(256))
+    (leaf,) = (node for node in graph.nodes if node.kind == "input")
+    leaf.params = params
+    family = leaf.distribution
+    exact = family.log_prob(params.double()[None], torch.arange(256)[None]).exp()[0]
+    weight = next(node for node in graph.nodes if node.kind == "sum" and node.num_units == 1).weight.double()
+    circuit = pc.Circuit(graph).float()
+    found = circuit.log_prob(torch.arange(256)[:, None])[:, 0].detach().double().exp()
+    torch.testing.assert_close(found, (weight @ exact)[0], rtol=2e-5, atol=1e-37)
+    assert float(found.sum()) == pytest.approx(1, abs=1e-5)
+
+
+def test_far_out_in_the_tails_the_general_pass_takes_over(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No unit explains the value: single precision holds no such likelihood, its logarithm it does."""
+    graph = pc.hclt([-1, 0, 0], 4, pc.DiscretizedLogistic(256))
+    for node in graph.nodes:
+        if node.kind == "input":
+            node.params = torch.tensor([[20.0, 0.3], [22.0, 0.3], [25.0, 0.3], [21.0, 0.3]])
+    exact, circuit = pc.Circuit(graph).double(), pc.Circuit(graph).float()
+    sizes: list[int] = []
+    run_forward = circuit.engine.run_forward
+    monkeypatch.setattr(
+        circuit.engine, "run_forward", lambda batch, *rest: (sizes.append(batch.size), run_forward(batch, *rest))
+    )
+    x = 20 + torch.randint(5, (40, 3))
+    x[7], x[9, 1] = torch.tensor([250, 20, 21]), 120
+    first, second = evaluate(circuit, x, None), evaluate(exact, x, None)
+    assert sizes
+    assert max(sizes) <= 8  # these two examples, and what fills a batch
+    assert float(first[0].min()) < -200
+    for found, expected in zip(first, second, strict=True):
+        torch.testing.assert_close(
+            found.double(), expected.double(), rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+        )
+
+
+def test_values_in_floating_point_and_gradients_for_them(kind: str) -> None:
+    circuit = trees(30)
+    x = draw(circuit, 30)
+    expected = circuit.log_prob(x).detach()
+    torch.testing.assert_close(circuit.log_prob(x.to(circuit.dtype)), expected)
+    smooth = pc.Circuit(pc.hclt([-1, 0, 0], 5, pc.DiscretizedLogistic(256)))
+    values = torch.randint(256, (20, 3)).to(smooth.dtype).requires_grad_()
+    (found,) = torch.autograd.grad(smooth.log_prob(values).sum(), values)
+    with smooth.reference():
+        (wanted,) = torch.autograd.grad(smooth.log_prob(values).sum(), values)
+    torch.testing.assert_close(found, wanted)
+    assert bool((found != 0).any())
