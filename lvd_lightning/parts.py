@@ -1,6 +1,6 @@
 """How an example falls into the parts that have a latent variable each: patches of an image, tokens of a text.
 
-Shapes: B examples, P parts, D variables of a part, C channels, H x W pixels, p patch side.
+Shapes: B examples, P parts, D variables of a part, C channels, H x W pixels, p patch side, T tokens, V words.
 """
 
 from __future__ import annotations
@@ -12,11 +12,20 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lvd_lightning.checks import expect
+from lvd_lightning.checks import check_counts, expect
 from lvd_lightning.circuits.distributions import Categorical, Distribution
 from lvd_lightning.color import patchify, unpatchify
 
-__all__ = ["ImagePatches", "Parts", "describe_parts", "example_leaf", "parts_from", "register_parts", "variable_type"]
+__all__ = [
+    "ImagePatches",
+    "Parts",
+    "Tokens",
+    "describe_parts",
+    "example_leaf",
+    "parts_from",
+    "register_parts",
+    "variable_type",
+]
 
 
 @runtime_checkable
@@ -135,7 +144,69 @@ class ImagePatches:
         return unpatchify(parts, self.patch_size, *self.example_shape[1:])
 
 
-_KNOWN: dict[str, type] = {"ImagePatches": ImagePatches}
+class Tokens:
+    """The tokens of a text, or of a window of it: each is a part of one variable.
+
+    Args:
+        length: tokens of an example, T.
+        vocabulary: how many tokens there are to choose from, V; a token is a number 0..V-1.
+
+    Raises:
+        ValueError: a length below 1, or fewer than 2 words.
+
+    Example:
+        >>> tokens = Tokens(4, vocabulary=10)
+        >>> tokens.num_parts, tokens.shape, tokens.leaf
+        (4, (1,), Categorical(num_categories=10))
+        >>> tokens.split(torch.tensor([[3, 1, 4, 1]])).tolist()
+        [[[3], [1], [4], [1]]]
+    """
+
+    shape: tuple[int, ...] = (1,)
+
+    def __init__(self, length: int, vocabulary: int) -> None:
+        check_counts(length=length, vocabulary=vocabulary)
+        expect(vocabulary >= 2, "vocabulary", vocabulary, "2 words or more")
+        self.num_parts = length
+        self.vocabulary = vocabulary
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """(T,)."""
+        return (self.num_parts,)
+
+    @property
+    def leaf(self) -> Distribution:
+        """A categorical distribution over the words."""
+        return Categorical(self.vocabulary)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Plain values that make the same parts."""
+        return {"length": self.num_parts, "vocabulary": self.vocabulary}
+
+    def split(self, x: Tensor) -> Tensor:
+        """Windows (B, T), of any dtype, to tokens (B, T, 1).
+
+        Raises:
+            ValueError: windows of another length.
+        """
+        if x.ndim != 2 or x.shape[1] != self.num_parts:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected windows (batch, {self.num_parts})")
+        return x[..., None]
+
+    def join(self, parts: Tensor) -> Tensor:
+        """Tokens (B, T, 1) to windows (B, T).
+
+        Raises:
+            ValueError: tokens of another shape.
+        """
+        if parts.ndim != 3 or tuple(parts.shape[1:]) != (self.num_parts, 1):
+            raise ValueError(f"parts: got shape {tuple(parts.shape)}, expected (batch, {self.num_parts}, 1)")
+        return parts[..., 0]
+
+
+_KNOWN: dict[str, type] = {"ImagePatches": ImagePatches, "Tokens": Tokens}
 
 
 def register_parts(kind: type) -> type:

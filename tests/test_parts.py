@@ -7,6 +7,7 @@ import lvd_lightning.circuits as pc
 from lvd_lightning.parts import (
     ImagePatches,
     Parts,
+    Tokens,
     describe_parts,
     example_leaf,
     parts_from,
@@ -70,3 +71,31 @@ def test_errors_name_the_argument() -> None:
         patches.split(torch.zeros(2, 1, 4, 6))
     with pytest.raises(ValueError, match=r"parts: got shape \(2, 4, 5\), expected \(batch, 4, 4\)"):
         patches.join(torch.zeros(2, 4, 5))
+
+
+def test_a_text_falls_into_its_tokens() -> None:
+    tokens = Tokens(5, vocabulary=300)
+    assert isinstance(tokens, Parts)
+    assert (tokens.num_parts, tokens.shape, tokens.example_shape) == (5, (1,), (5,))
+    assert (tokens.leaf, variable_type(tokens)) == (pc.Categorical(300), torch.int16)
+    x = torch.randint(300, (7, 5))
+    assert torch.equal(tokens.join(tokens.split(x)), x)
+    assert torch.equal(tokens.split(x)[:, 2], x[:, 2:3])
+    assert parts_from(describe_parts(tokens)).arguments == tokens.arguments
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 4), (2, 5, 1)])
+def test_windows_of_another_length_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"expected windows \(batch, 5\)"):
+        Tokens(5, vocabulary=9).split(torch.zeros(shape))
+
+
+def test_tokens_of_another_length_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"parts: got shape \(2, 4, 1\), expected \(batch, 5, 1\)"):
+        Tokens(5, vocabulary=9).join(torch.zeros(2, 4, 1))
+
+
+@pytest.mark.parametrize(("length", "vocabulary", "name"), [(0, 9, "length"), (5, 1, "vocabulary")])
+def test_tokens_without_length_or_choice_are_refused(length: int, vocabulary: int, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: got"):
+        Tokens(length, vocabulary)
