@@ -1,4 +1,4 @@
-"""Where images come from: Lightning data modules, named in configs as `class_path: datamodules.Photos`."""
+"""Where images and texts come from: Lightning data modules, named in configs as `class_path: datamodules.Photos`."""
 
 from lvd_lightning.lazy import lazy_names
 
@@ -13,8 +13,11 @@ _HOMES = {
     "Folder": "folder",
     "GlobalBatchSampler": "sampler",
     "ImageDataModule": "base",
+    "LanguageDataModule": "language",
     "Photos": "photos",
     "RGBDataModule": "rgb",
+    "Text": "text",
+    "WikiText": "wikitext",
 }
 
 __all__ = [
@@ -28,8 +31,11 @@ __all__ = [
     "Folder",
     "GlobalBatchSampler",
     "ImageDataModule",
+    "LanguageDataModule",
     "Photos",
     "RGBDataModule",
+    "Text",
+    "WikiText",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

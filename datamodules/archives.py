@@ -16,8 +16,10 @@ REMEDY = "unpack it and give the folder, or pack it again in the ordinary way (z
 
 
 @contextmanager
-def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
+def open_archive(path: Path, of: str = "images") -> Iterator[zipfile.ZipFile]:
     """Open a .zip archive.
+
+    of: what it is expected to hold, for messages.
 
     Raises:
         ValueError: it is none, is damaged or is of a kind that cannot be read; the message names it.
@@ -25,20 +27,20 @@ def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        what = "expected a folder or an intact .zip archive of images"
+        what = f"expected a folder or an intact .zip archive of {of}"
         raise ValueError(f"{path}: {what} ({error})" + (f": {REMEDY}" if "disk" in str(error) else "")) from error
     except NotImplementedError as error:
         raise ValueError(f"{path}: this kind of archive cannot be read ({error}): {REMEDY}") from error
     except (OverflowError, struct.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a folder or an intact .zip archive of images ({error})") from error
+        raise ValueError(f"{path}: expected a folder or an intact .zip archive of {of} ({error})") from error
     with archive:
         yield archive
 
 
-def check_members(archive: zipfile.ZipFile, path: Path, names: Iterable[str]) -> None:
+def check_members(archive: zipfile.ZipFile, path: Path, names: Iterable[str], of: str = "images") -> None:
     """Raise a ValueError that says why, if members of an archive are encrypted or packed in a way that cannot be read.
 
-    names: the members that will be read.
+    names: the members that will be read; of: what they are, for messages.
     """
     obstacles: dict[tuple[int, int], str] = {}
     unreadable: dict[str, str] = {}
@@ -51,7 +53,7 @@ def check_members(archive: zipfile.ZipFile, path: Path, names: Iterable[str]) ->
             unreadable[name] = obstacles[kind]
     if unreadable:
         first, obstacle = next(iter(unreadable.items()))
-        raise ValueError(f"{path}: {len(unreadable)} of its images are {obstacle}, {first} for one: {REMEDY}")
+        raise ValueError(f"{path}: {len(unreadable)} of its {of} are {obstacle}, {first} for one: {REMEDY}")
 
 
 def _obstacle(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:

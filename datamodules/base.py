@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -13,17 +13,13 @@ from typing_extensions import override
 
 from datamodules.identity import digest, identity_of_images
 from datamodules.images import ImageRows, IndexedImages, with_mirrors
-from datamodules.sampler import GlobalBatchSampler
+from datamodules.loaders import Batch, global_batches
 from datamodules.splits import SPLITS, Rows, Split, subset
 from lvd_lightning.checks import check_at_least, check_choice, check_counts
 from lvd_lightning.parts import ImagePatches
-from lvd_lightning.ranks import rank_and_size
 from lvd_lightning.units import BitsPerDimension, Unit
 
 __all__ = ["ImageDataModule"]
-
-Batch = tuple[Tensor, Tensor]
-T = TypeVar("T")
 
 
 class ImageDataModule(LightningDataModule):
@@ -231,28 +227,6 @@ class ImageDataModule(LightningDataModule):
         return self._loader("test", self.val_batch_size, shuffle=False)
 
     def _loader(self, split: Split, batch_size: int, shuffle: bool) -> DataLoader[Batch]:
-        rank, size = rank_and_size()
-        sampler = GlobalBatchSampler(
-            self.num_examples(split),
-            batch_size,
-            seed=self.seed,
-            shuffle=shuffle,
-            rank=rank,
-            world_size=size,
+        return global_batches(
+            IndexedImages(self.images(split)), batch_size, self.seed, shuffle, self.num_workers, self.trainer
         )
-        if self.trainer is not None:
-            # A resumed Trainer fetches the first batches before it calls `set_epoch`.
-            sampler.set_epoch(self.trainer.current_epoch)
-        return DataLoader(
-            IndexedImages(self.images(split)),
-            batch_sampler=sampler,
-            collate_fn=_as_read,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-
-def _as_read(batch: T) -> T:
-    """The dataset reads whole batches: nothing is left to collate."""
-    return batch

@@ -1,10 +1,10 @@
-"""Which files of a folder or an archive are images, under which names, and what is left out for which reason."""
+"""Which files of a folder or an archive are images, or texts, under which names; what is left out for which reason."""
 
 import os
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from posixpath import commonpath
@@ -25,7 +25,7 @@ HIDDEN = "hidden"
 
 @dataclass(frozen=True)
 class ImageNames:
-    """The images of a folder or an archive.
+    """The images, or texts, of a folder or an archive.
 
     stored: how each image is called where it lies, by its name below the folder that all images share.
     left_out: how many files, folders and links are left out, by the reason.
@@ -35,30 +35,35 @@ class ImageNames:
     left_out: dict[str, int]
 
 
-def names_in_folder(root: Path) -> ImageNames:
+def names_in_folder(root: Path, extensions: Collection[str] = EXTENSIONS) -> ImageNames:
     """The images below a folder and in the folders that links lead to.
 
     A folder is read once, by whatever links it is reached, so that links in a circle end.
+
+    extensions: how the names of files end that are wanted, in lower case.
     """
     left_out: Counter[str] = Counter()
-    return _chosen(_walk(root, left_out), left_out)
+    return _chosen(_walk(root, left_out), left_out, extensions)
 
 
-def names_in_archive(archive: zipfile.ZipFile) -> ImageNames:
-    """The images in an archive; of two with one name the last, as when it is unpacked."""
+def names_in_archive(archive: zipfile.ZipFile, extensions: Collection[str] = EXTENSIONS) -> ImageNames:
+    """The images in an archive; of two with one name the last, as when it is unpacked.
+
+    extensions: how the names of files end that are wanted, in lower case.
+    """
     left_out: Counter[str] = Counter()
     members = [info for info in archive.infolist() if not info.filename.endswith(("/", "\\"))]
     files = [info.filename for info in members if not stat.S_ISLNK(info.external_attr >> 16)]
     if len(files) < len(members):
         left_out[PACKED_LINK] = len(members) - len(files)
-    return _chosen(files, left_out)
+    return _chosen(files, left_out, extensions)
 
 
-def _chosen(files: Iterable[str], left_out: Counter[str]) -> ImageNames:
+def _chosen(files: Iterable[str], left_out: Counter[str], extensions: Collection[str]) -> ImageNames:
     stored: dict[PurePosixPath, str] = {}
     for file in files:
         name = _plain(file)
-        reason = REPEATED if name in stored else _reason(name)
+        reason = REPEATED if name in stored else _reason(name, extensions)
         if reason:
             left_out[reason] += 1
         if reason in ("", REPEATED):
@@ -76,12 +81,12 @@ def _plain(name: str) -> PurePosixPath:
     return PurePosixPath(*parts)
 
 
-def _reason(name: PurePosixPath) -> str:
-    """Why a file is left out, from its name; empty for an image."""
+def _reason(name: PurePosixPath, extensions: Collection[str]) -> str:
+    """Why a file is left out, from its name; empty for one that is wanted."""
     if any(part.startswith(".") or part == "__MACOSX" for part in name.parts):
         return HIDDEN
     suffix = name.suffix.lower()
-    if suffix in EXTENSIONS:
+    if suffix in extensions:
         return ""
     return f"{suffix} files" if suffix else "files without an extension"
 

@@ -1,0 +1,49 @@
+"""Loaders of global batches, for every data module."""
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.sampler import GlobalBatchSampler
+from lvd_lightning.ranks import rank_and_size
+
+__all__ = ["Batch", "global_batches"]
+
+Batch = tuple[Tensor, Tensor]
+T = TypeVar("T")
+
+
+def global_batches(
+    examples: Dataset[Batch], batch_size: int, seed: int, shuffle: bool, num_workers: int, trainer: Any = None
+) -> DataLoader[Batch]:
+    """This rank's share of every batch of a split; see `GlobalBatchSampler`.
+
+    Args:
+        examples: with a length, and `__getitems__`, which gives a whole batch (x, index) for a list of numbers.
+        batch_size: examples per step, all ranks together.
+        seed: of the order.
+        shuffle: whether every epoch has an order of its own.
+        num_workers: processes that read batches.
+        trainer: the Trainer whose epoch counts, if there is one.
+    """
+    rank, size = rank_and_size()
+    count = len(examples)  # type: ignore[arg-type]
+    sampler = GlobalBatchSampler(count, batch_size, seed=seed, shuffle=shuffle, rank=rank, world_size=size)
+    if trainer is not None:
+        # A resumed Trainer fetches the first batches before it calls `set_epoch`.
+        sampler.set_epoch(trainer.current_epoch)
+    return DataLoader(
+        examples,
+        batch_sampler=sampler,
+        collate_fn=_as_read,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _as_read(batch: T) -> T:
+    """The dataset reads whole batches: nothing is left to collate."""
+    return batch
