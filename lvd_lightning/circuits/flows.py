@@ -5,6 +5,9 @@ Shapes: G circuits, B examples, D variables, P parameter rows, H outer and K inn
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,7 +15,9 @@ from torch import Tensor
 
 from lvd_lightning.circuits.checks import check_counts, check_type, described, is_whole
 from lvd_lightning.circuits.circuit import Circuit
-from lvd_lightning.circuits.engine.batch import expected_shape, head_index
+from lvd_lightning.circuits.engine.batch import Batch, expected_shape, head_index
+from lvd_lightning.circuits.engine.kernels.cpu.passes import FusedWorkspace
+from lvd_lightning.circuits.engine.log_prob import evaluate
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 from lvd_lightning.ranks import sum_in_place
 
@@ -67,6 +72,8 @@ class Flows:
             for number, group in enumerate(circuit.plan.groups)
             for row, owner in enumerate(group.owners)
         }
+        # The sums of tied nodes do not tell which of them the flow went through.
+        self._is_tied = any(layer.accumulate for layer in circuit.engine.inner_layers())
         self._added = False
         self._reduced = False
 
@@ -217,24 +224,54 @@ class Flows:
         return out
 
     def _add_chunk(self, x: Tensor, observed: Tensor | None, head_GB: Tensor, weight_GB: Tensor) -> None:
-        circuit = self.circuit
-        batch, tables = circuit.prepare(x, observed), circuit.probabilities()
-        lease = circuit.engine.lease(batch.size, keep=True)
-        circuit.engine.run_forward(batch, tables, lease.space)
-        possible_GB = lease.space.values[circuit.engine.roots].gather(1, head_GB[:, None])[:, 0] > -torch.inf
-        gradient = circuit.engine.gradient_space(batch.size)
-        share_GB = (weight_GB * possible_GB).to(circuit.dtype)
-        circuit.engine.head_rows(gradient.inner).zero_().scatter_(1, head_GB[:, None], share_GB[:, None])
+        engine = self.circuit.engine
+        batch, tables = self.circuit.prepare(x, observed), self.circuit.probabilities()
+        wanted_GHB = torch.zeros(*engine.roots.shape, batch.size, dtype=torch.bool, device=head_GB.device)
+        wanted_GHB.scatter_(1, head_GB[:, None], (weight_GB > 0)[:, None])
+        lease: Any
+        if self._is_tied:
+            lease, again = engine.lease(batch.size, keep=True), None
+            engine.run_forward(batch, tables, lease.space)
+            log_GHB = lease.space.values[engine.roots]
+        else:
+            log_GHB, lease, again = evaluate(engine, batch, tables, keep=True, wanted=wanted_GHB)
+        possible_GB = log_GHB.gather(1, head_GB[:, None])[:, 0] > -torch.inf
+        share_GB = (weight_GB * possible_GB).to(self.circuit.dtype)
+        flow_GHB = torch.zeros_like(log_GHB).scatter_(1, head_GB[:, None], share_GB[:, None])
+        if again is not None:
+            again_GHS, flow_GHB = again.split(flow_GHB)
+            self._pass_down(again.batch, again.lease.space, tables, again_GHS)
+        self._pass_down(batch, lease.space, tables, flow_GHB)
+        self.num_examples.add_(weight_GB.sum(1))
+
+    def _pass_down(self, batch: Batch, space: Any, tables: Sequence[Tensor], flow_GHB: Tensor) -> None:
+        """Add what a backward pass from the flows of the heads gives."""
+        engine = self.circuit.engine
         grads = [
             None if found is None else torch.zeros_like(table) for found, table in zip(self.tables, tables, strict=True)
         ]
-        circuit.engine.run_backward(lease.space, tables, gradient, grads)
+        if isinstance(space, FusedWorkspace):
+            space.backward(batch, tables, grads, flow_GHB, [None] * len(engine.leaf_layers()))
+        else:
+            gradient = engine.gradient_space(batch.size)
+            engine.head_rows(gradient.inner).copy_(flow_GHB)
+            engine.run_backward(space, tables, gradient, grads)
+            self.inner_E.add_(gradient.inner.sum(1, dtype=torch.float64))
+            engine.return_gradient_space(gradient)
         for found, grad, table in zip(self.tables, grads, tables, strict=True):
             if found is not None and grad is not None:
                 found.add_(grad.mul_(table))
-        self.inner_E.add_(gradient.inner.sum(1, dtype=torch.float64))
-        self.num_examples.add_(weight_GB.sum(1))
-        circuit.engine.return_gradient_space(gradient)
+        if isinstance(space, FusedWorkspace):
+            self._add_inner(grads, flow_GHB)
+
+    def _add_inner(self, flows: Sequence[Tensor | None], flow_GHB: Tensor) -> None:
+        """Add the flows of all rows of E: those of the heads, and for the others the sums over edges from above."""
+        engine = self.circuit.engine
+        engine.head_rows(self.inner_E[:, None]).add_(flow_GHB.sum(-1, dtype=torch.float64)[..., None])
+        for layer in engine.inner_layers():
+            flow = flows[layer.group]
+            assert flow is not None
+            layer.inner_rows(self.inner_E[:, None], 0, layer.num_folds).add_(layer.by_inner(flow)[..., None])
 
     def _weights(self, weight: Tensor | None, head_GB: Tensor) -> Tensor:
         """Weights as float64 (G, B), checked."""

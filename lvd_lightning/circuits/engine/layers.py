@@ -235,6 +235,12 @@ class Layer(_Folded):
         rows_FKB = self.inner_rows(active, low, high)
         rows_FKB.scatter_(1, unit_FB[:, None], reached_FB[:, None].to(active.dtype))
 
+    def by_inner(self, edges: Tensor) -> Tensor:
+        """Numbers of the edges of a group, added up for every inner unit of this layer's folds: float64 (F, K)."""
+        if self.edges is not None:
+            return self.edges.column_sums(edges)
+        return self.parameters_of(edges, 0, self.num_folds).sum(1, dtype=torch.float64)
+
     def pulled(self, inner_grad: Tensor, low: int, high: int) -> Tensor:
         """Gradient for the outer units of folds low..high, shape (F, H, B)."""
         rows = self.gradient.dense(inner_grad, low * self.outer_units, high * self.outer_units)

@@ -61,7 +61,7 @@ def inexact(
     matters_GHB = (engine.roots != LOG_ZERO)[..., None]
     if wanted_GHB is not None:
         matters_GHB = matters_GHB & wanted_GHB
-    peaks_NB, inputs_LB = space.peaks_of_nodes(), largest_inputs(engine, batch, tables)
+    peaks_NB, inputs_LB = space.peaks_of_nodes(), largest_inputs(engine, batch, tables, space)
     error_G1B = engine.error_bound().error(peaks_NB, space.largest(), inputs_LB)[:, None]
     heads_GHB = space.heads(engine.roots)
     bad_GHB = matters_GHB & ~(error_G1B <= TOLERANCE * heads_GHB)
@@ -73,13 +73,17 @@ def inexact(
     return bad_GB if bool(bad_GB.any()) else None
 
 
-def largest_inputs(engine: Engine, batch: Batch, tables: Sequence[Tensor]) -> Tensor:
+def largest_inputs(
+    engine: Engine, batch: Batch, tables: Sequence[Tensor], space: LinearWorkspace | FusedWorkspace
+) -> Tensor:
     """The largest likelihood among the units of every input node, (L, B)."""
     found = []
     for number, leaf in enumerate(engine.leaf_layers()):
         if leaf.distribution.is_table:
             table_FC = tables[leaf.group].amax(1)[leaf.parameter_rows]
             largest_FB = table_FC.gather(1, batch.values[number])
+        elif isinstance(space, FusedWorkspace):
+            largest_FB = space.largest_input(number)
         else:
             largest_FB = leaf.largest(tables[leaf.group], batch.values[number])
         observed = None if batch.observed is None else batch.observed[number]

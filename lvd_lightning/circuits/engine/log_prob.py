@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lvd_lightning.circuits.engine.batch import Batch
     from lvd_lightning.circuits.engine.engine import Engine
 
-__all__ = ["Lease", "LogProb"]
+__all__ = ["Again", "Lease", "LogProb", "evaluate"]
 
 AnySpace = TypeVar("AnySpace", Workspace, LinearWorkspace, FusedWorkspace)
 
@@ -81,7 +81,7 @@ class LogProb(torch.autograd.Function):
             ctx.shapes = (None if inputs is None else inputs.shape, [table.shape for table in tables])
             return tables[0].new_empty(*engine.roots.shape, 0)
         for_inputs = inputs is not None and inputs.requires_grad
-        log_GHB, lease, again = _evaluate(engine, batch, tables, keep, wanted, margin, for_inputs)
+        log_GHB, lease, again = evaluate(engine, batch, tables, keep, wanted, margin, for_inputs)
         if keep:
             ctx.lease, ctx.again, ctx.engine, ctx.batch = lease, again, engine, batch
             ctx.input_shape = None if inputs is None else inputs.shape
@@ -122,7 +122,7 @@ class LogProb(torch.autograd.Function):
 
 
 @dataclass
-class _Again:
+class Again:
     """Pairs of a circuit and an example in a batch for the general pass: (circuit, column), once there and once here.
 
     Circuits with fewer pairs than others have some other example in the columns that they do not need.
@@ -143,15 +143,15 @@ class _Again:
         return again_GSH.transpose(1, 2), rest_GBH.transpose(1, 2)
 
 
-def _evaluate(
+def evaluate(
     engine: Engine,
     batch: Batch,
     tables: Sequence[Tensor],
     keep: bool,
     wanted: Tensor | None,
-    margin: float | None,
-    for_inputs: bool,
-) -> tuple[Tensor, object, _Again | None]:
+    margin: float | None = None,
+    for_inputs: bool = False,
+) -> tuple[Tensor, object, Again | None]:
     """log p of all heads (G, H, B), the lease whose workspace a backward pass needs, and what it needs besides.
 
     Gradients for x, which families over whole numbers have if x is floating point, come from the general pass.
@@ -177,7 +177,7 @@ def _evaluate(
 
 def _compute_again(
     engine: Engine, batch: Batch, tables: Sequence[Tensor], bad_GB: Tensor, log_GHB: Tensor, keep: bool
-) -> _Again:
+) -> Again:
     """Compute log p of the heads for some pairs of a circuit and an example by the general pass, into `log_GHB`."""
     count_G = bad_GB.sum(1)
     size = min(few_sizes(int(count_G.max())), batch.size)
@@ -189,7 +189,7 @@ def _compute_again(
     column = index_GS[g, place]
     log_GSH = lease.space.values[engine.roots].transpose(1, 2)
     log_GHB.transpose(1, 2)[g, column] = log_GSH[g, place] / layers.BITS_PER_NAT
-    return _Again(few, lease, g, column, place)
+    return Again(few, lease, g, column, place)
 
 
 def _backward(

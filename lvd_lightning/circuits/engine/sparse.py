@@ -117,6 +117,13 @@ class SparseEdges(nn.Module):
         """Sums over the edges of every row, (R)."""
         return torch.segment_reduce(values_E, "sum", lengths=self.counts, unsafe=True)
 
+    def column_sums(self, values_E: Tensor) -> Tensor:
+        """Sums over the edges of every inner unit, float64 (F, K)."""
+        edges_F = torch.tensor(self.fold_start, device=values_E.device).diff()
+        fold_E = torch.repeat_interleave(torch.arange(self.num_folds, device=values_E.device), edges_F)
+        out = torch.zeros(self.num_folds * self.inner, dtype=torch.float64, device=values_E.device)
+        return out.index_add_(0, fold_E * self.inner + self.column, values_E.double()).view(self.num_folds, self.inner)
+
     def spread(self, values_R: Tensor) -> Tensor:
         """The number of a row at each of its edges, (E)."""
         return torch.repeat_interleave(values_R, self.counts, output_size=self.count)

@@ -141,3 +141,35 @@ def test_values_in_floating_point_and_gradients_for_them(kind: str) -> None:
         (wanted,) = torch.autograd.grad(smooth.log_prob(values).sum(), values)
     torch.testing.assert_close(found, wanted)
     assert bool((found != 0).any())
+
+
+@pytest.mark.parametrize("layout", ["dense", "sparse"])
+def test_flows_are_those_of_the_general_pass(layout: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every edge and unit, with heads, weights, pruned edges, and examples that no unit explains."""
+    circuit = trees(2).float()
+    x = draw(circuit, 100)
+    graphs = circuit.to_graph()
+    for graph in graphs:
+        for index, node in enumerate(graph.nodes):
+            if node.kind == "sum" and index != graph.root:
+                node.mask = torch.rand(node.weight.shape) < 0.5
+                node.mask[:, 0] = True
+                node.weight = node.weight * node.mask / (node.weight * node.mask).sum(1, keepdim=True)
+    circuit = pc.Circuit(graphs, layout=layout)
+    head, weight = torch.randint(2, (3, 100)), torch.rand(3, 100) * (torch.rand(3, 100) < 0.8)
+
+    def count() -> pc.Flows:
+        flows = pc.Flows(circuit)
+        flows.add(x, head=head, weight=weight, chunk_size=70)
+        return flows
+
+    found = count()
+    with monkeypatch.context() as patch:
+        patch.setattr(circuit.engine, "is_linear", False)
+        expected = count()
+    for g, graph in enumerate(graphs):
+        for index, node in enumerate(graph.nodes):
+            atol = 1e-4 * float(weight[g].sum())
+            torch.testing.assert_close(found.units(index, g), expected.units(index, g), rtol=1e-4, atol=atol)
+            if node.kind == "sum":
+                torch.testing.assert_close(found.edges(index, g), expected.edges(index, g), rtol=1e-4, atol=atol)

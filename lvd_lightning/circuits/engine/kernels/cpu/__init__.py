@@ -57,9 +57,10 @@ def _load(real: str) -> ctypes.CDLL | None:
     found.backward.argtypes = (pointer, pointer, threads)
     found.finish.argtypes, found.finish.restype = (pointer, pointer, pointer, pointer), ctypes.c_double
     found.collect_ties.argtypes = (pointer, number, pointer, pointer, number, pointer, threads)
+    found.largest_inputs.argtypes = (pointer, number, number, pointer, threads)
     found.pass_edges.argtypes = (*(number,) * 3, *(pointer,) * 5, threads)
-    for function in (found.forward, found.backward, found.collect_ties, found.update_table, found.pass_edges):
-        function.restype = None
+    for name in ("forward", "backward", "collect_ties", "largest_inputs", "update_table", "pass_edges"):
+        getattr(found, name).restype = None
     return found
 
 

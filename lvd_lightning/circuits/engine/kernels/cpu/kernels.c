@@ -510,6 +510,34 @@ double finish(const Space *space, real *fraction, int32_t *exponent, real *heads
     return (double)peak * (double)sum;
 }
 
+/* The largest p(x | unit) among the units of each fold of logistics, (F, B). */
+typedef struct {
+    const Leaf *leaf;
+    int64_t batch;
+    real *out;
+} Largest;
+
+static void largest_item(const void *job, int64_t fold, real *scratch) {
+    const Largest *largest = job;
+    const Leaf *leaf = largest->leaf;
+    (void)scratch;
+    for (int64_t low = 0; low < largest->batch; low += WIDTH) {
+        const int64_t n = largest->batch - low < WIDTH ? largest->batch - low : WIDTH;
+        real x[WIDTH], found[WIDTH], best[WIDTH] = {0};
+        read_values(leaf, fold * largest->batch + low, n, x);
+        for (int64_t unit = fold * leaf->units; unit < (fold + 1) * leaf->units; unit++) {
+            logistic(leaf->table + leaf->table_row[unit] * leaf->size, (real)leaf->last, x, found);
+            for (int c = 0; c < WIDTH; c++) best[c] = found[c] > best[c] ? found[c] : best[c];
+        }
+        memcpy(largest->out + fold * largest->batch + low, best, n * sizeof(real));
+    }
+}
+
+void largest_inputs(const Leaf *leaf, int64_t folds, int64_t batch, real *out, int threads) {
+    const Largest largest = {leaf, batch, out};
+    run_items(largest_item, &largest, folds, folds * leaf->units * batch, threads, 0, 0);
+}
+
 static void scatter(const int64_t *restrict x, const real *restrict value, int64_t n, real *restrict out) {
     for (int64_t c = 0; c < n; c++) out[x[c]] += value[c];
 }

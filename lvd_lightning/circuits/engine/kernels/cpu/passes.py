@@ -296,6 +296,14 @@ class FusedWorkspace:
             found.append(rows_JVC.unflatten(1, (struct.folds, struct.outer)).amax(2))
         return self._columns(torch.cat(found, 1))
 
+    def largest_input(self, number: int) -> Tensor:
+        """The largest p(x | unit) among the units of each logistic input of this layer, (F, B), of the last batch."""
+        leaf = self.leaves[number]
+        out_FB = self.sums_JVC.new_empty(leaf.num_folds, self.size)
+        struct = ctypes.byref(self.leaf_structs, number * ctypes.sizeof(_Leaf))
+        self.library.largest_inputs(struct, leaf.num_folds, self.size, out_FB.data_ptr(), self._threads())
+        return out_FB
+
     def make_finite(self) -> None:
         for buffer in (self.sums_JVC, self.inner_JEC):
             buffer.nan_to_num_(nan=0.0, posinf=0.0)
