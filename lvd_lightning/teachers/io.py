@@ -22,6 +22,7 @@ Teacher = TypeVar("Teacher", bound=type[nn.Module])
 
 # The classes that may be named in a file, and the modules of those that are imported when they are needed.
 _TEACHERS: dict[str, type[nn.Module] | str] = {
+    "Encoder": "lvd_lightning.teachers.encoder",
     "MAE": "lvd_lightning.teachers.mae",
     "VQVAE": "lvd_lightning.teachers.vqvae",
 }

@@ -16,12 +16,16 @@ def write_tokenizer(folder: Path, pieces: Sequence[str], **signs: str) -> int:
 
     signs: by default those of BERT.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {piece: number for number, piece in enumerate([*SIGNS, *pieces])}
     tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
+    if not signs:
+        tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
     signs = signs or {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
     fast: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", **signs)
     fast.save_pretrained(folder)
