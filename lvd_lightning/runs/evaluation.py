@@ -9,11 +9,13 @@ from lvd_lightning.context import Data, VisibleData
 from lvd_lightning.latents import load_assignments
 from lvd_lightning.latents.assignments import assignments_folder
 from lvd_lightning.metrics import LVDGap, MeanLikelihood
+from lvd_lightning.models.carried import carried_log_prob
 from lvd_lightning.ranks import Ranks
 from lvd_lightning.runs.run import Run
 from lvd_lightning.runs.sample_figures import sample_figures
 from lvd_lightning.seeds import generator_for
 from lvd_lightning.teachers import load_teacher
+from lvd_lightning.teachers.io import ARGUMENTS_FILE
 
 __all__ = ["SPLITS", "evaluate_run", "is_evaluated", "lvd_gap", "mean_likelihood"]
 
@@ -59,6 +61,8 @@ def evaluate_run(run: Run, data: Data, ranks: Ranks) -> dict[str, Any]:
                     circuits.setdefault(title, {})[f"{split}_{unit}"] = found[key][unit]
             if split == "test":
                 gaps[name] = found
+        for split, value in _carried(circuit, data, ranks).items():
+            circuits.setdefault(name, {})[f"{split}_{unit}_carried"] = value
         described = {"num_parameters": circuit.num_parameters, "num_heads": circuit.num_states}
         if stage == models[-1] and isinstance(data, VisibleData):
             described |= sample_figures(circuit, data, ranks, run.experiment.seed)
@@ -66,6 +70,21 @@ def evaluate_run(run: Run, data: Data, ranks: Ranks) -> dict[str, Any]:
         return {}
     gap = {"gap": gaps} if gaps else {}
     return {"circuits": circuits, **gap, "num_train": len(_rows(data, "train")), **described}
+
+
+def _carried(circuit: Any, data: Data, ranks: Ranks) -> dict[str, float]:
+    """What a homogeneous hidden Markov model reaches with its state carried over all of a split, in the data's unit.
+
+    Of validation and test; nothing for other models and for data that are no stream. Every rank does the same.
+    """
+    if not getattr(circuit, "homogeneous", False) or not hasattr(data, "stream"):
+        return {}
+    found = {}
+    for split in ("val", "test"):
+        tokens = torch.from_numpy(data.stream(split).astype("int64")).to(ranks.device)
+        if len(tokens):
+            found[split] = float(data.unit.from_nats(carried_log_prob(circuit.tables(), tokens), len(tokens)))
+    return found
 
 
 def is_evaluated(run: Run) -> bool:
@@ -108,7 +127,7 @@ def mean_likelihood(circuit: Any, data: Data, split: str, ranks: Ranks) -> float
 def _teacher_with_elbo(run: Run, ranks: Ranks) -> Any | None:
     """The run's teacher, if it has one that bounds the likelihood of images."""
     folder = run.artefact("features")
-    if folder is None:
+    if folder is None or not (folder / ARGUMENTS_FILE).is_file():  # other teachers leave nothing but features
         return None
     teacher = load_teacher(folder)
     return teacher.to(ranks.device) if hasattr(teacher, "elbo") else None

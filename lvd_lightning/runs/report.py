@@ -65,6 +65,7 @@ def summarize(run: Run, data: Data) -> dict[str, Any]:
         **{f"{title}_{unit}": circuits.get(title, {}).get(f"test_{unit}") for title in titles[:-1] or titles},
         f"lvd_objective_{unit}": circuits.get("lvd_objective", {}).get(f"test_{unit}"),
         f"teacher_elbo_{unit}": circuits.get("teacher_elbo", {}).get(f"test_{unit}"),
+        f"{unit}_carried": circuits.get(titles[-1], {}).get(f"test_{unit}_carried") if titles else None,
         "num_parameters": evaluation.get("num_parameters"),
         "num_heads": evaluation.get("num_heads"),
     }
@@ -74,6 +75,10 @@ def summarize(run: Run, data: Data) -> dict[str, Any]:
         "baseline": {
             name: {key: figures[key] for key in (unit, "num_parameters", "seconds") if key in figures}
             for name, figures in run.baselines().items()
+        },
+        "reference": {
+            name: {key: figures[key] for key in (unit, f"val_{unit}", "num_parameters", "seconds") if key in figures}
+            for name, figures in run.references().items()
         },
         **{name: evaluation[name] for name in ("samples", "redrawn", "completions") if name in evaluation},
         "protocol": dict(data.facts),
@@ -109,8 +114,14 @@ def table_rows(run: Run, unit: Unit) -> list[Row]:
                     "seconds": sum(list(seconds.values())[:until]),
                 }
             )
-    titles = {"em": "baseline, EM", "anemone": "baseline, Anemone"}
-    for name, figures in run.baselines().items():
+    titles = {
+        "em": "baseline, EM",
+        "anemone": "baseline, Anemone",
+        "random_em": "random beginning, EM",
+        "random_anemone": "random beginning, Anemone",
+    }
+    titles |= {name: f"reference, {name.replace('_', ' ')}" for name in run.references()}
+    for name, figures in [*run.baselines().items(), *run.references().items()]:
         rows.append(
             {
                 "model": titles.get(name, f"baseline, {name}"),
@@ -182,6 +193,15 @@ def _markdown(run: Run, rows: Sequence[Row], summary: Row, data: Data) -> str:
     if worse:
         lines += ["", f"**{worse[0].upper()}{worse[1:]}.**"]
     evaluation = run.evaluation()
+    carried = evaluation.get("circuits", {}).get(run.leaving("model")[-1].title, {}) if run.leaving("model") else {}
+    if f"test_{unit.name}_carried" in carried:
+        lines += [
+            "",
+            f"{unit.title[0].upper()}{unit.title[1:]} is told per window above: the first words of a window have no "
+            "context. With the state carried over the whole text, which is another protocol and not to be compared "
+            f"with it: {carried[f'val_{unit.name}_carried']:.4f} on validation, "
+            f"{carried[f'test_{unit.name}_carried']:.4f} on test.",
+        ]
     if "num_train" in evaluation:
         lines += [
             "",

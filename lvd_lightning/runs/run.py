@@ -48,6 +48,11 @@ class RunStage:
         path = self.folder / "baseline.json"
         return dict(read_json(path)) if self.is_finished and path.is_file() else {}
 
+    def references(self) -> dict[str, dict[str, Any]]:
+        """The figures of models of another kind, which the run's have to be compared with, by name; mostly none."""
+        path = self.folder / "reference.json"
+        return dict(read_json(path)) if self.is_finished and path.is_file() else {}
+
     def model(self, device: torch.device | str = "cpu") -> nn.Module:
         """The model that it left, for evaluation.
 
@@ -172,6 +177,10 @@ class Run:
         if len(found) == 1:
             return next(iter(found.values()))
         return {f"{stage} {name}": figures for stage, models in found.items() for name, figures in models.items()}
+
+    def references(self) -> dict[str, Any]:
+        """The figures of models of another kind by name, of all stages that have some."""
+        return {name: figures for stage in self.stages for name, figures in stage.references().items()}
 
 
 def read_figures(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from lvd_lightning.checks import check_at_least, check_choice, check_counts, che
 from lvd_lightning.context import StageContext
 from lvd_lightning.metrics import MeanLikelihood
 from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.models.language import HiddenMarkovModel
 from lvd_lightning.stages.stage import StageModule
 
 __all__ = [
@@ -66,9 +67,12 @@ class EMStudent(StageModule, ABC):
     momentum: of Anemone's moving averages, 0 <= momentum < 1.
     pseudocount: per sum node and input unit, in examples of a step.
     round_epochs: optional; the step size falls anew in every round of so many epochs.
-    val_images: validation images on which the circuit is evaluated after every epoch.
+    val_images: validation images on which the circuit is evaluated after every epoch; another name for it, where
+        examples are no images, stands in `val_setting`. None, where a stage allows it: all.
     """
 
+    rules: ClassVar[tuple[str, ...]] = get_args(Rule)
+    val_setting: ClassVar[str] = "val_images"
     em: ClassVar[bool] = True
     accumulates: ClassVar[bool] = True
 
@@ -78,10 +82,10 @@ class EMStudent(StageModule, ABC):
         self.automatic_optimization = False
         self.save_hyperparameters()
         settings = self.hparams
-        check_choice(get_args(Rule), optimizer=settings["optimizer"])
+        check_choice(self.rules, optimizer=settings["optimizer"])
         check_step_sizes(settings["lr"], settings["final_lr"], settings["momentum"])
         check_at_least(0, pseudocount=settings["pseudocount"])
-        check_counts(val_images=settings["val_images"])
+        check_counts(**{self.val_setting: settings[self.val_setting]})
 
     def begin_stage(self, context: StageContext) -> None:
         self._context = context
@@ -98,19 +102,27 @@ class EMStudent(StageModule, ABC):
 
     def configure_optimizers(self) -> Any:
         """One EM optimizer, and a schedule that `em_step` steps, as manual optimisation wants it."""
-        settings = self.hparams
-        optimizer = make_optimizer(
-            settings["optimizer"], self.trained(), settings["lr"], settings["momentum"], settings["pseudocount"]
-        )
+        optimizer = self.make_optimizer()
         total = float(self.trainer.estimated_stepping_batches)
         if total == float("inf"):
             raise ValueError(
                 f"stage {self._context.stage}: set max_epochs of its trainer, so that the step size can fall"
             )
         total = self._num_steps(total)
+        return [optimizer], [LambdaLR(optimizer, lambda step: self.factor(step, total))]
+
+    def make_optimizer(self) -> Optimizer:
+        """The optimizer that the settings ask for."""
+        settings = self.hparams
+        rule, lr = settings["optimizer"], settings["lr"]
+        return make_optimizer(rule, self.trained(), lr, settings["momentum"], settings["pseudocount"])
+
+    def factor(self, step: int, total: float) -> float:
+        """What `lr` is multiplied by in step `step` (from 0) of `total`."""
+        settings = self.hparams
         ratio, round_epochs = settings["final_lr"] / settings["lr"], settings.get("round_epochs")
         length = None if round_epochs is None else round_epochs * total / max(1, self.trainer.max_epochs or 1)
-        return [optimizer], [LambdaLR(optimizer, lambda step: step_factor(step, total, ratio, length))]
+        return step_factor(step, total, ratio, length)
 
     def renew_optimizer(self) -> None:
         """An optimizer of the circuits as they are now, without moving averages; the schedule goes on."""
@@ -151,10 +163,11 @@ class EMStudent(StageModule, ABC):
         return epochs * math.ceil(num_batches / epochs / self.batches_per_step)
 
     @torch.no_grad()
-    def validate(self, assembled: AssembledCircuit, context: StageContext) -> float:
+    def validate(self, assembled: AssembledCircuit | HiddenMarkovModel, context: StageContext) -> float:
         """What a circuit reaches on the first `val_images` validation examples; computed by this rank alone."""
         metric = self.likelihood(sync_on_compute=False).to(self.device)
-        count = min(self.hparams["val_images"], context.data.num_examples("val"))
+        count = context.data.num_examples("val")
+        count = min(self.hparams[self.val_setting] or count, count)
         for index in torch.arange(count).split(64):
             metric.update(assembled.log_prob(context.data.batch("val", index).to(self.device)))
         return float(metric.compute())

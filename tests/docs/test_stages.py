@@ -61,9 +61,11 @@ def test_needs_and_leaves(row: list[str]) -> None:
 
 
 def test_files(run_dir: Path) -> None:
-    """Every file in the table is in the folder of the last stage of its class."""
+    """Every file in the table is in the folder of the last stage of its class; those of texts are tested with them."""
     folders = {stage.kind.__name__: stage.folder for stage in Run.open(run_dir).stages}
-    for classes, _, _, files in rows():
+    rows_here = [row for row in rows() if any(name in folders for name in names(row[0]))]
+    assert len(rows_here) >= 6
+    for classes, _, _, files in rows_here:
         (folder,) = [folders[name] for name in names(classes) if name in folders]
         several_heads = files.find("with several heads")
         for name in names(files[:several_heads] if several_heads > 0 else files):
