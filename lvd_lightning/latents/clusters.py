@@ -4,6 +4,7 @@ Shapes: N images, P patches, E features, D features after centring and projectio
 share their clusters, else P.
 """
 
+import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -40,9 +41,9 @@ def write_clusters(context: LatentsContext, settings: LatentsSettings, encoding:
 
     All ranks have to call: they share the work, and the first one writes.
     """
-    folder, train = context.dir, encoding.vectors["train"]
+    folder, train, begun = context.dir, encoding.vectors["train"], time.monotonic()
     center = settings.center or ("position" if encoding.positional and settings.pooled else "none")
-    without = ("batch_size", "keep_features")  # settings that change nothing
+    without = ("batch_size", "keep_features", "cache_gb")  # settings that change nothing
     facts = {name: value for name, value in asdict(settings).items() if name not in without}
     facts |= {"center": center, "context": "none" if encoding.parents is None else "tree"}
     key = key_of(encoding.key, facts, context.generator("centroids").initial_seed())
@@ -74,7 +75,8 @@ def write_clusters(context: LatentsContext, settings: LatentsSettings, encoding:
                 "num_features": train.shape[2],
                 "num_examples": {split: encoding.vectors[split].shape[0] for split in SPLITS},
                 "figures": _use_of_clusters(label_NP, centroids.shape[-2], settings.pooled)
-                | {"mean_squared_distance": _mean_squared_distance(context, train, fitted, centroids, label_NP)},
+                | {"mean_squared_distance": _mean_squared_distance(context, train, fitted, centroids, label_NP)}
+                | _speed(encoding, time.monotonic() - begun),
             },
         )
 
@@ -177,6 +179,15 @@ def _mean_squared_distance(
     nearest = centroids[label] if centroids.dim() == 2 else centroids[positions, label]
     points = fitted.of_patches(vectors.gather(images, positions), positions)
     return (points - nearest).double().square().sum(1).mean().item()
+
+
+def _speed(encoding: Encoding, seconds: float) -> dict[str, float]:
+    """What an encoder of texts and the clustering of its features took."""
+    clock = encoding.clock
+    if clock is None or not clock.seconds:
+        return {}
+    rate = clock.num_parts / clock.seconds
+    return {"words_per_second": rate, "encoding_seconds": clock.seconds, "clustering_seconds": seconds}
 
 
 def _save_map(path: Path, fitted: AffineMap) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lvd_lightning.files import read_json, write_json
 from lvd_lightning.latents.context import ancestor_mask, context_tree, linear_cka
-from lvd_lightning.latents.features import FeatureStore, PartValues, PatchVectors, write_features
+from lvd_lightning.latents.features import ComputedFeatures, FeatureStore, PartValues, PatchVectors, write_features
 from lvd_lightning.latents.keys import key_of, stored_key
 from lvd_lightning.latents.sampling import sample_distinct
 from lvd_lightning.latents.settings import SPLITS, LatentsContext, LatentsSettings, float64_device
-from lvd_lightning.parts import describe_parts
+from lvd_lightning.parts import Tokens, describe_parts
 from lvd_lightning.ranks import on_first, rank_and_size, wait
 
 __all__ = ["Encoding", "encode_splits", "remove_features"]
@@ -31,6 +31,7 @@ class Encoding(NamedTuple):
     vectors: by split; key: says what they were computed from; source: "teacher", or "values" of the parts themselves;
     parents: of the tree over patches whose ancestors a patch was encoded with, -1 at the root, or None.
     positional: whether the vectors tell positions; codebook: of a teacher whose codes are wanted, with shape (K, E).
+    clock: how long the teacher took, for its features of texts.
     """
 
     vectors: dict[str, PatchVectors]
@@ -39,6 +40,18 @@ class Encoding(NamedTuple):
     parents: list[int] | None
     positional: bool = False
     codebook: Tensor | None = None
+    clock: "Clock | None" = None
+
+
+@dataclass
+class Clock:
+    """What a teacher has encoded: parts, and the seconds that it took."""
+
+    num_parts: int = 0
+    seconds: float = 0.0
+
+    def add(self, num_parts: int, seconds: float) -> None:
+        self.num_parts, self.seconds = self.num_parts + num_parts, self.seconds + seconds
 
 
 def encode_splits(context: LatentsContext, settings: LatentsSettings) -> Encoding:
@@ -60,12 +73,17 @@ def encode_splits(context: LatentsContext, settings: LatentsSettings) -> Encodin
     parents = encoder.context_parents() if _in_context(teacher, settings) else None
     visible = None if parents is None else ancestor_mask(torch.tensor(parents))
     vectors: dict[str, PatchVectors] = {}
+    stored = encoder.fits_on_disk(visible)
     for split, split_key in zip(SPLITS, data_keys):
+        if not stored:
+            vectors[split] = encoder.computed(split, visible)
+            continue
         images = torch.arange(context.data.num_examples(split))
         key = key_of(encoder.key, parents, split_key)
         vectors[split] = encoder.features(f"features_{split}.npy", split, images, visible, key)
     key = key_of(encoder.key, parents, *data_keys)
-    return Encoding(vectors, key, "teacher", parents, teacher.positional, codebook)
+    clock = encoder.clock if isinstance(context.data.parts, Tokens) else None
+    return Encoding(vectors, key, "teacher", parents, teacher.positional, codebook, clock)
 
 
 def remove_features(folder: Path) -> None:
@@ -106,6 +124,51 @@ class _Encoder:
     teacher: Any
     key: str
     settings: LatentsSettings
+    clock: Clock = field(default_factory=Clock)
+
+    def fits_on_disk(self, visible: Tensor | None) -> bool:
+        """Whether the features of all splits may be kept; says so if they may not."""
+        if self.settings.cache_gb is None:
+            return True
+        data = self.context.data
+        _, num_parts, num_features = self._encode("train", torch.zeros(1, dtype=torch.int64), visible).shape
+        needed = 2 * num_parts * num_features * sum(data.num_examples(split) for split in SPLITS) / 1e9
+        if needed > self.settings.cache_gb and rank_and_size()[0] == 0:
+            print(
+                f"latents: features would take {needed:.3g} GB, cache_gb allows {self.settings.cache_gb:.3g}: they are "
+                "computed whenever they are read",
+                flush=True,
+            )
+        return needed <= self.settings.cache_gb
+
+    def computed(self, split: str, visible: Tensor | None) -> ComputedFeatures:
+        """The features of a split, computed whenever they are read."""
+        data = self.context.data
+
+        def compute(images: Tensor) -> Tensor:
+            return self._timed(lambda: self._encode(split, images, visible), len(images) * data.parts.num_parts)
+
+        def compute_at(images: Tensor, positions: Tensor) -> Tensor:
+            batch, device = data.batch(split, images), self.context.device
+            at = partial(self.teacher.features_at, batch.to(device), positions.to(device))
+            return self._timed(at, len(images))
+
+        _, num_parts, num_features = self._encode(split, torch.zeros(1, dtype=torch.int64), visible).shape
+        shape = (data.num_examples(split), num_parts, num_features)
+        has_one = visible is None and hasattr(self.teacher, "features_at")
+        return ComputedFeatures(shape, compute, compute_at if has_one else None, self.settings.batch_size)
+
+    def _timed(self, compute: Callable[[], Tensor], num_parts: int) -> Tensor:
+        begun = time.monotonic()
+        found = compute().cpu()
+        self.clock.add(num_parts, time.monotonic() - begun)
+        return found
+
+    def _encode(self, split: str, images: Tensor, visible: Tensor | None) -> Tensor:
+        """Features (n, P, E) of images of a split."""
+        batch = self.context.data.batch(split, images).to(self.context.device)
+        features: Tensor = self.teacher.features(batch, visible)
+        return features
 
     def context_parents(self) -> list[int]:
         """First pass: some training images, each patch alone; parents of the tree over patches with like features."""
@@ -132,22 +195,31 @@ class _Encoder:
         complete = FeatureStore.is_complete(path, key)
         wait()  # every rank looks before any writes, so that all decide alike
         if complete:
-            return FeatureStore(path)
+            return self._noted(FeatureStore(path))
 
         def compute(start: int, stop: int) -> Tensor:
-            batch = self.context.data.batch(split, images[start:stop]).to(self.context.device)
-            features: Tensor = self.teacher.features(batch, visible)
-            return features
+            return self._encode(split, images[start:stop], visible)
 
         _, num_patches, num_features = compute(0, 1).shape
-        return write_features(
+        store = write_features(
             path,
             (len(images), num_patches, num_features),
             compute,
             key=key,
             chunk_size=self.settings.batch_size,
-            progress=_progress_lines(path.stem) if rank_and_size()[0] == 0 else None,
+            progress=self._progress(path.stem) if rank_and_size()[0] == 0 else None,
         )
+        return self._noted(store)
+
+    def _noted(self, store: FeatureStore) -> FeatureStore:
+        self.clock.add(store.shape[0] * store.shape[1], store.seconds or 0.0)
+        return store
+
+    def _progress(self, what: str) -> Callable[[int, int], None]:
+        parts = self.context.data.parts
+        if isinstance(parts, Tokens):
+            return _progress_lines(what, "windows", parts.num_parts)
+        return _progress_lines(what)
 
 
 def data_key(data: Any, split: str) -> str:
@@ -163,14 +235,22 @@ def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def _progress_lines(what: str) -> Callable[[int, int], None]:
-    """Prints how far a computation is, every few seconds, for terminals that are files."""
+def _progress_lines(what: str, examples: str = "images", words: int = 0) -> Callable[[int, int], None]:
+    """Prints how far a computation is, every few seconds, for terminals that are files.
+
+    examples: what is counted; words: of each, whose number in a second is told too.
+    """
     start = last = time.monotonic()
+    before: int | None = None  # what an earlier process had done
 
     def show(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > _SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            print(f"latents: {what} {done}/{total} images  {last - start:.0f} s", flush=True)
+        nonlocal last, before
+        if before is None:
+            before = done
+        now = time.monotonic()
+        if now - last > _SECONDS_BETWEEN_LINES:
+            last = now
+            rate = f"  {words * (done - before) / (now - start):,.0f} words/s" if words else ""
+            print(f"latents: {what} {done}/{total} {examples}  {now - start:.0f} s{rate}", flush=True)
 
     return show

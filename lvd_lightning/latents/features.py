@@ -1,4 +1,4 @@
-"""Features of patches: written to disk once, read by rows; or the pixels themselves.
+"""Features of patches: written to disk once, read by rows; computed whenever they are read; or the pixels themselves.
 
 Shapes: N images, P patches, E features, m rows.
 """
@@ -6,6 +6,7 @@ Shapes: N images, P patches, E features, m rows.
 import json
 import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvd_lightning.files import put_in_place, temporary_name, write_json
+from lvd_lightning.files import put_in_place, read_json, temporary_name, write_json
 from lvd_lightning.ranks import on_first, rank_and_size, wait
 
-__all__ = ["FeatureStore", "PartValues", "PatchVectors", "write_features"]
+__all__ = ["ComputedFeatures", "FeatureStore", "PartValues", "PatchVectors", "write_features"]
 
 _DTYPE = np.dtype("<f2")
+_SECONDS_BETWEEN_MARKS = 5.0  # of how far a file is written
 
 
 class PatchVectors(Protocol):
@@ -60,10 +62,53 @@ class PartValues:
         return found
 
 
+class ComputedFeatures:
+    """Features that take no room on disk: they are computed whenever they are read, to the precision of float16.
+
+    Args:
+        shape: N, P, E.
+        compute: features of the images of some numbers (n,), with shape (n, P, E).
+        compute_at: features of one position (n,) each of images (n,), with shape (n, E); None: of all positions, from
+            which one is taken.
+        chunk_size: images computed at once.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        compute: Callable[[Tensor], Tensor],
+        compute_at: Callable[[Tensor, Tensor], Tensor] | None = None,
+        chunk_size: int = 256,
+    ) -> None:
+        self.shape = shape
+        self._compute, self._compute_at, self._chunk_size = compute, compute_at, chunk_size
+
+    def read(self, start: int, stop: int) -> Tensor:
+        images = torch.arange(start, max(start, min(stop, self.shape[0])))
+        vectors_NPE = torch.empty(len(images), *self.shape[1:])
+        for first in range(0, len(images), self._chunk_size):
+            rows = slice(first, first + self._chunk_size)
+            vectors_NPE[rows] = _rounded(self._compute(images[rows]), start + first)
+        return vectors_NPE
+
+    def gather(self, images: Tensor, positions: Tensor) -> Tensor:
+        vectors_mE = torch.empty(len(images), self.shape[2])
+        for first in range(0, len(images), self._chunk_size):
+            rows = slice(first, first + self._chunk_size)
+            if self._compute_at is not None:
+                found = self._compute_at(images[rows], positions[rows])
+            else:
+                distinct, place = images[rows].unique(return_inverse=True)
+                found = self._compute(distinct).cpu()[place, positions[rows]]
+            vectors_mE[rows] = _rounded(found, int(images[first]))
+        return vectors_mE
+
+
 class FeatureStore:
     """A finished file of features, memory-mapped: float16 with shape (N, P, E) in NumPy's own format.
 
-    A side-car file, written last, says that the features are complete, and what they were computed from.
+    A side-car file, written last, says that the features are complete, what they were computed from, and how many
+    seconds that took.
 
     Raises:
         FileNotFoundError: if there are no complete features at `path`.
@@ -72,7 +117,7 @@ class FeatureStore:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.shape, self.key = _read_sidecar(self.path)
+        self.shape, self.key, self.seconds = _read_sidecar(self.path)
         try:
             array = np.load(self.path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
@@ -112,7 +157,8 @@ def write_features(
 ) -> FeatureStore:
     """Compute features chunk by chunk into a file that appears only when it is complete.
 
-    All processes have to call; each computes a slice of the images and writes it into the one file.
+    All processes have to call; each computes a slice of the images and writes it into the one file. What processes that
+    were interrupted have written is used again, if it was computed from the same.
 
     Args:
         shape: N, P, E.
@@ -129,19 +175,66 @@ def write_features(
     def begin() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sidecar(path).unlink(missing_ok=True)
-        np.lib.format.open_memmap(partial, mode="w+", dtype=_DTYPE, shape=shape).flush()
+        if not _has_shape(partial, shape):
+            for mark in _marks(path):
+                mark.unlink()
+            np.lib.format.open_memmap(partial, mode="w+", dtype=_DTYPE, shape=shape).flush()
 
     def complete() -> None:
+        seconds = max(_Mark(mark, key).seconds for mark in _marks(path))
         put_in_place(partial, path)
-        write_json(_sidecar(path), {"shape": shape, "dtype": _DTYPE.str, "key": key})
+        write_json(_sidecar(path), {"shape": shape, "dtype": _DTYPE.str, "key": key, "seconds": seconds})
+        for mark in _marks(path):
+            mark.unlink()
 
     on_first(begin)
     rank, size = rank_and_size()
+    mark = _Mark(partial.with_name(f"{partial.stem}.{rank}of{size}.json"), key)
     start, stop = rank * shape[0] // size, (rank + 1) * shape[0] // size
-    _write_slice(partial, shape, compute, range(start, stop, chunk_size), stop, progress)
+    _write_slice(partial, shape, compute, range(start, stop, chunk_size), stop, progress, mark)
     wait()
     on_first(complete)
     return FeatureStore(path)
+
+
+class _Mark:
+    """How much of its slice a process has written, in a file that a later process with the same slice goes on from.
+
+    path: of the file; key: of the features, without which the mark is one of others and counts for nothing.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
+        found = read_json(path) if path.is_file() else {}
+        is_own = found.get("key") == key
+        self.num_done: int = found["num_done"] if is_own else 0
+        self.seconds: float = found["seconds"] if is_own else 0.0
+        self._begun = time.monotonic() - self.seconds
+        self._last = time.monotonic()
+
+    def move(self, num_done: int, file: Any, at_once: bool = False) -> None:
+        """Note that so many images are written to an open file, once they are on the disk; every few seconds."""
+        now = time.monotonic()
+        self.num_done, self.seconds = num_done, now - self._begun
+        if at_once or now - self._last >= _SECONDS_BETWEEN_MARKS:
+            file.flush()
+            os.fsync(file.fileno())
+            write_json(self.path, {"key": self.key, "num_done": num_done, "seconds": self.seconds})
+            self._last = time.monotonic()
+
+
+def _marks(path: Path) -> list[Path]:
+    """The marks of all processes that write features which belong at `path`."""
+    return sorted(path.parent.glob(f"{temporary_name(path).stem}.*of*.json"))
+
+
+def _has_shape(partial: Path, shape: tuple[int, int, int]) -> bool:
+    """Whether there is a file to go on with."""
+    try:
+        array = np.load(partial, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return False
+    return bool(array.shape == shape and array.dtype == _DTYPE)
 
 
 def _write_slice(
@@ -151,30 +244,44 @@ def _write_slice(
     starts: range,
     stop: int,
     progress: Callable[[int, int], None] | None,
+    mark: _Mark,
 ) -> None:
-    """Compute and write one process's images.
+    """Compute and write one process's images, from where its mark is.
 
     Written through the file, not through a memory map: a full disk is then an OSError and not a killed process.
     """
     offset = int(np.load(partial, mmap_mode="r").offset)
     row_bytes = shape[1] * shape[2] * _DTYPE.itemsize
     with open(partial, "r+b") as file:
-        for first in starts:
+        for first in range(starts.start + mark.num_done, stop, starts.step):
             last = min(first + starts.step, stop)
             features = compute(first, last).cpu().to(torch.float16)
             if features.shape != (last - first, *shape[1:]):
                 raise ValueError(
                     f"compute gave features of shape {tuple(features.shape)}, expected {(last - first, *shape[1:])}"
                 )
-            if not features.isfinite().all():
-                raise ValueError(
-                    f"features of images {first} to {last} hold NaN or values beyond float16: "
-                    "the teacher has diverged; train it with a lower learning rate"
-                )
+            _check_finite(features, first, last)
             file.seek(offset + first * row_bytes)
             file.write(features.numpy().astype(_DTYPE, copy=False).tobytes())
+            mark.move(last - starts.start, file)
             if progress is not None:
                 progress(last - starts.start, stop - starts.start)
+        mark.move(stop - starts.start, file, at_once=True)
+
+
+def _rounded(features: Tensor, first: int) -> Tensor:
+    """To the precision of float16, as float32 on the CPU."""
+    found = features.cpu().to(torch.float16)
+    _check_finite(found, first, first + len(found))
+    return found.float()
+
+
+def _check_finite(features: Tensor, first: int, last: int) -> None:
+    if not features.isfinite().all():
+        raise ValueError(
+            f"features of examples {first} to {last} hold NaN or values beyond float16: "
+            "the teacher has diverged; train it with a lower learning rate"
+        )
 
 
 _REMEDY = "delete it, and it is computed again"
@@ -184,14 +291,15 @@ def _sidecar(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _read_sidecar(path: Path) -> tuple[tuple[int, int, int], str]:
-    """Shape and key of complete features."""
+def _read_sidecar(path: Path) -> tuple[tuple[int, int, int], str, float | None]:
+    """Shape and key of complete features, and the seconds that they took, which files of earlier versions lack."""
     sidecar = _sidecar(path)
     if not sidecar.is_file() or not path.is_file():
         raise FileNotFoundError(f"{path} holds no complete features: run stage latents first")
     try:
         content = json.loads(sidecar.read_text())
         num_images, num_patches, num_features = content["shape"]
-        return (int(num_images), int(num_patches), int(num_features)), str(content["key"])
+        shape = (int(num_images), int(num_patches), int(num_features))
+        return shape, str(content["key"]), content.get("seconds")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{sidecar} does not describe features ({error!r}): delete it, and {path}") from error

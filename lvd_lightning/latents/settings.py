@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lvd_lightning.checks import check_choice, check_counts, expect
+from lvd_lightning.checks import check_at_least, check_choice, check_counts, expect
 
 __all__ = ["SPLITS", "LatentsContext", "LatentsSettings", "float64_device"]
 
@@ -41,7 +41,7 @@ class LatentsSettings:
     max_points: training patches that the centroids are fitted to, drawn at random; if not pooled, so many of each
         position; None: 1024 per cluster.
     iterations: of Lloyd's algorithm.
-    batch_size: images per call of the teacher.
+    batch_size: images, or windows of a text, per call of the teacher.
     context: "tree": a patch is encoded together with its ancestors in a tree over the patches; "none": alone, or in
         sight of the whole image by a teacher that always is. None: "tree" for a teacher that can hide patches (MAE).
     context_images: training images that the tree is learned from.
@@ -53,6 +53,9 @@ class LatentsSettings:
     pca: cluster so many principal components of the features; None: the features.
     whiten: scale the components to unit variance.
     keep_features: leave the features on disk, for clustering them again.
+    cache_gb: gigabytes that features may take on disk; if they would take more, none are kept, and they are computed
+        whenever they are read: three times or more, for each position once more unless `pooled` (of suffixes of a text,
+        only what is asked for is computed). None: as many as they take.
     """
 
     num_clusters: int | None = None
@@ -67,10 +70,12 @@ class LatentsSettings:
     pca: int | None = None
     whiten: bool = False
     keep_features: bool = True
+    cache_gb: float | None = None
 
     def __post_init__(self) -> None:
         counts = ("num_clusters", "max_points", "iterations", "batch_size", "context_images", "pca")
         check_counts(**{name: getattr(self, name) for name in counts})
+        check_at_least(0, cache_gb=self.cache_gb)
         check_choice(("kmeans", "codes"), method=self.method)
         is_told = self.method != "kmeans" or self.num_clusters is not None
         expect(is_told, "num_clusters", self.num_clusters, "the number of values of a latent variable")

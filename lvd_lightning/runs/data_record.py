@@ -1,4 +1,4 @@
-"""What a stage's folder says of the data: which images its results are of, and what of them was left out."""
+"""What a stage's folder says of the data: which examples its results are of, and what of them was left out."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def stages_with_data(experiment: Experiment) -> list[str]:
 
 
 def adopt_data(experiment: Experiment, data: Mapping[str, Any], changed: str = "refuse") -> None:
-    """Check that stages go on with the data that they were begun with: what they keep goes by the numbers of images.
+    """Check that stages go on with the data that they were begun with: what they keep goes by the numbers of examples.
 
     data: the datamodules of `stages_with_data`.
-    changed: "refuse", "restart" or "continue", as in `adopt_run_directory`. Figures of images are told anew in any
+    changed: "refuse", "restart" or "continue", as in `adopt_run_directory`. Figures of examples are told anew in any
         case.
     """
     found = {name: _others(experiment.run_dir / name, datamodule) for name, datamodule in data.items()}
@@ -87,4 +87,4 @@ def _others(folder: Path, data: Any) -> list[str]:
 
 
 def _told(splits: list[str]) -> str:
-    return f"the images of {', '.join(splits)} are others, have other names or come in another order"
+    return f"the examples of {', '.join(splits)} are others, have other names or come in another order"

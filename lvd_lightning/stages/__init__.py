@@ -3,6 +3,7 @@
 from lvd_lightning.lazy import lazy_names
 
 _HOMES = {
+    "EncoderTeacher": "encoder_teacher",
     "MAETeacher": "mae_teacher",
     "VQVAETeacher": "vqvae_teacher",
     "Latents": "latents",
@@ -21,6 +22,7 @@ _HOMES = {
 __all__ = [
     "CircuitBaseline",
     "ConditionalStudent",
+    "EncoderTeacher",
     "FinetuneStudent",
     "HMMBaseline",
     "HMMStudent",

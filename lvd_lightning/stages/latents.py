@@ -1,4 +1,4 @@
-"""The stage that finds a latent variable for every patch of every image."""
+"""The stage that finds a latent variable for every patch of every image, or every word of a text."""
 
 from functools import partial
 from typing import ClassVar
@@ -17,12 +17,13 @@ __all__ = ["Latents"]
 
 
 class Latents(LatentsSettings, PlainStage):
-    """Clusters the features of patches by K-means, or takes the codes that the teacher itself gives them.
+    """Clusters the features of patches, or words, by K-means, or takes the codes that the teacher itself gives them.
 
     Features are a teacher's, or the pixels if no earlier stage leaves any. What an interrupted run left complete is
     used again if it was computed from the same teacher, data and settings. All ranks share the encoding and
     the clustering. Figures for the report: the number of clusters, the perplexity of their use, the smallest one's
-    share of the training patches, and the mean squared distance of training patches from their centroids.
+    share of the training patches, and the mean squared distance of training patches from their centroids; of texts also
+    the words encoded in a second, and the seconds that encoding and clustering took.
 
     Args: see `LatentsSettings`.
 
@@ -36,7 +37,7 @@ class Latents(LatentsSettings, PlainStage):
     """
 
     leaves: ClassVar[tuple[str, ...]] = ("latents",)
-    harmless: ClassVar[tuple[str, ...]] = ("batch_size", "keep_features")
+    harmless: ClassVar[tuple[str, ...]] = ("batch_size", "keep_features", "cache_gb")
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -15,7 +15,7 @@ _CHECKPOINT = ("state_dict", "growing", "optimizer_states", "lr_schedulers", "ep
 def without_times(value: Any) -> Any:
     """Plain values to compare, without what a clock said."""
     if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if "seconds" not in str(key)}
+        return {key: without_times(item) for key, item in value.items() if "second" not in str(key)}
     if isinstance(value, (list, tuple)):
         return [without_times(item) for item in value]
     return value.tolist() if isinstance(value, torch.Tensor) else value

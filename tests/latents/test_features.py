@@ -14,7 +14,8 @@ from helpers.pictures import Pictures
 from torch import Tensor
 
 from lvd_lightning.color import patchify
-from lvd_lightning.latents.features import FeatureStore, PartValues, write_features
+from lvd_lightning.latents import features as writing
+from lvd_lightning.latents.features import ComputedFeatures, FeatureStore, PartValues, write_features
 
 SHAPE = (11, 4, 3)
 
@@ -60,6 +61,65 @@ def test_an_interrupted_extraction_is_not_complete(tmp_path: Path) -> None:
     (tmp_path / "features.json").unlink()
     assert not FeatureStore.is_complete(path, "k")
     assert torch.equal(_write(path).read(0, 11), _truth())
+
+
+def test_an_interrupted_extraction_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "_SECONDS_BETWEEN_MARKS", 0.0)
+    path = tmp_path / "features.npy"
+    asked: list[int] = []
+
+    def dies(start: int, stop: int) -> Tensor:
+        if start >= 8 and len(asked) < 3:
+            raise KeyboardInterrupt
+        asked.append(start)
+        return _compute(start, stop)
+
+    with pytest.raises(KeyboardInterrupt):
+        write_features(path, SHAPE, dies, key="k", chunk_size=4)
+    asked.append(-1)
+    store = write_features(path, SHAPE, dies, key="k", chunk_size=4)
+    assert asked == [0, 4, -1, 8]
+    assert torch.equal(store.read(0, 11), _truth())
+    assert sorted(os.listdir(tmp_path)) == ["features.json", "features.npy"]
+
+
+def test_what_was_written_of_something_else_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "_SECONDS_BETWEEN_MARKS", 0.0)
+    path = tmp_path / "features.npy"
+
+    def dies(start: int, stop: int) -> Tensor:
+        if start >= 8:
+            raise KeyboardInterrupt
+        return -_compute(start, stop)
+
+    with pytest.raises(KeyboardInterrupt):
+        write_features(path, SHAPE, dies, key="other", chunk_size=4)
+    assert torch.equal(_write(path).read(0, 11), _truth())
+    with pytest.raises(KeyboardInterrupt):
+        write_features(path, (11, 3, 4), lambda a, b: dies(a, b).view(-1, 3, 4), key="k", chunk_size=4)
+    assert torch.equal(_write(path).read(0, 11), _truth())
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_features_without_room_on_disk_are_computed(alone: bool) -> None:
+    asked: list[int] = []
+
+    def compute(images: Tensor) -> Tensor:
+        asked.append(len(images))
+        return _truth()[images]
+
+    def compute_at(images: Tensor, positions: Tensor) -> Tensor:
+        return _truth()[images, positions]
+
+    vectors = ComputedFeatures(SHAPE, compute, compute_at if alone else None, chunk_size=4)
+    assert torch.equal(vectors.read(1, 99), _truth()[1:])
+    assert asked == [4, 4, 2]
+    assert vectors.read(11, 99).shape == (0, 4, 3)
+    images, positions = torch.tensor([10, 0, 10, 3, 4]), torch.tensor([3, 1, 3, 0, 2])
+    assert torch.equal(vectors.gather(images, positions), _truth()[images, positions])
+    assert len(asked) == (3 if alone else 5)
+    with pytest.raises(ValueError, match="examples 0 to 4 hold NaN or values beyond float16"):
+        ComputedFeatures(SHAPE, lambda images: _truth()[images] * 1e6, chunk_size=4).read(0, 11)
 
 
 def test_an_interrupted_replacement_leaves_nothing_that_passes_for_new_or_old(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_the_same_data_go_on(run_dir: Path) -> None:
 @pytest.mark.parametrize("only", [None, "second"])
 def test_other_data_are_refused(run_dir: Path, values: dict[str, str], splits: str, only: str | None) -> None:
     message = (
-        rf"was begun with other data \(first: the images of {splits} are others, .*order\): give this one another "
+        rf"was begun with other data \(first: the examples of {splits} are others, .*order\): give this one another "
         "--name, or say --changed restart to do stage 'first' .* or --changed continue"
     )
     with pytest.raises(ValueError, match=message):
@@ -112,5 +112,5 @@ def test_data_or_runs_that_say_nothing_are_taken_as_they_are(run_dir: Path) -> N
 def test_evaluation_on_other_data_is_refused(run_dir: Path) -> None:
     experiment = Experiment("toy", run_dir, 0, Named, ())
     check_same_data(experiment, "first", Named())
-    with pytest.raises(ValueError, match=r"was trained with other data \(first: the images of test are others"):
+    with pytest.raises(ValueError, match=r"was trained with other data \(first: the examples of test are others"):
         check_same_data(experiment, "first", Named(test="z"))
