@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from lvd_lightning.runs.experiment import Experiment
@@ -21,7 +21,15 @@ _COMMANDS = {
     "fit": "run every stage of an experiment that is not finished, then evaluate and write the report",
     "validate": "print what a finished run's model reaches on the validation examples",
     "test": "print what a finished run's model reaches on the test examples",
+    "infill": "fill in the words that are <mask> in a text, with the model of a finished run on texts",
 }
+
+
+class _Parser(argparse.ArgumentParser):
+    """One whose mistakes are errors and no exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {self.prog} --help tells what it takes")
 
 
 def find_config(name: str) -> Path:
@@ -45,6 +53,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, dict[str, Any], 
         ValueError: no such command, config, stage or shared value, or a name that was changed.
     """
     command, words = _split(sys.argv[1:] if arguments is None else arguments)
+    if command == "infill":
+        raise ValueError("infill: takes no configuration of an experiment; run it by `main`")
     files = _config_files(words)
     from lvd_lightning.runs.arguments import parse_arguments
 
@@ -55,7 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake is one line and exit code 2."""
     warnings.formatwarning = _one_line_warning
     try:
-        command, config, options = parse(arguments)
+        command, words = _split(sys.argv[1:] if arguments is None else arguments)
+        if command == "infill":
+            _infill(words)
+            return 0
+        command, config, options = parse([command, *words])
         from lvd_lightning.runs.configuration import experiment_from
 
         run(command, experiment_from(config), **options)
@@ -83,6 +97,20 @@ def run(command: str, experiment: "Experiment", stage: str | None = None, change
     else:
         pipeline.print_likelihood("val" if command == "validate" else "test")
     ranks.close()
+
+
+def _infill(words: Sequence[str]) -> None:
+    """Print completions of a text."""
+    parser = _Parser(prog="train.py infill", description=_COMMANDS["infill"], exit_on_error=False)
+    parser.add_argument("--run", required=True, help="the run's directory, such as runs/text")
+    parser.add_argument("--samples", type=int, default=5, help="completions that are drawn (default: 5)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    parser.add_argument("text", nargs="+", help='such as "the king said unto <mask> <mask> of the land"')
+    chosen = parser.parse_args(list(words))
+    from lvd_lightning.runs.infill import print_completions
+    from lvd_lightning.runs.run import Run
+
+    print_completions(Run.open(chosen.run), " ".join(chosen.text), chosen.samples, chosen.seed)
 
 
 def one_line(message: str) -> str:

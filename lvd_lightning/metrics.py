@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lvd_lightning.checks import check_counts
+from lvd_lightning.checks import check_choice, check_counts
 from lvd_lightning.units import BitsPerDimension, Unit
 
-__all__ = ["BitsPerDim", "LVDGap", "MeanLikelihood"]
+__all__ = ["BitsPerDim", "LVDGap", "MeanLikelihood", "TokenPerplexity"]
 
 
 class MeanLikelihood(Metric):
@@ -69,6 +69,50 @@ class BitsPerDim(MeanLikelihood):
 
     def __init__(self, num_dims: int, **kwargs: Any) -> None:
         super().__init__(BitsPerDimension(), num_dims, **kwargs)
+
+
+class TokenPerplexity(Metric):
+    """exp of the mean of -log p per token, over texts of any lengths on all ranks; of log-likelihoods, without logits.
+
+    Perplexities of two protocols are never to be mixed or compared: those of windows, whose first words have no
+    context, and those with the state carried from window to window. A metric is of one of them.
+
+    Args:
+        protocol: "window" or "carried".
+
+    Raises:
+        ValueError: another protocol.
+
+    Example:
+        >>> import math
+        >>> metric = TokenPerplexity("window")
+        >>> metric.update(torch.tensor([-2.0, -3.0]) * math.log(5.0), num_tokens=torch.tensor([2, 3]))
+        >>> round(float(metric.compute()), 4)
+        5.0
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    nats: Tensor
+    tokens: Tensor
+
+    def __init__(self, protocol: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        check_choice(("window", "carried"), protocol=protocol)
+        self.protocol = protocol
+        self.add_state("nats", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, log_prob: Tensor, num_tokens: Tensor | int) -> None:
+        """Add log-likelihoods in nats, shape (B,), of `num_tokens` tokens each (a number, or shape (B,))."""
+        tokens_B = torch.as_tensor(num_tokens, dtype=torch.float64, device=log_prob.device).expand(log_prob.shape)
+        self.nats += log_prob.detach().double().sum()
+        self.tokens += tokens_B.sum()
+
+    def compute(self) -> Tensor:
+        """The perplexity; NaN without tokens."""
+        return (-self.nats / self.tokens).exp()
 
 
 class LVDGap(Metric):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lvd_lightning.metrics import BitsPerDim, LVDGap
+from lvd_lightning.metrics import BitsPerDim, LVDGap, TokenPerplexity
 from lvd_lightning.units import BitsPerDimension
 
 
@@ -65,3 +65,14 @@ def test_lvd_gap_has_means_in_nats_and_bits() -> None:
     assert list(metric.compute()) == ["lvd_objective", "log_prob"]
     with pytest.raises(ValueError, match="num_dims"):
         LVDGap(BitsPerDimension(), 0)
+
+
+def test_perplexity_of_texts_of_any_lengths() -> None:
+    metric, other = TokenPerplexity("carried"), TokenPerplexity("carried")
+    metric.update(torch.tensor([-2.0, -9.0]), num_tokens=torch.tensor([2, 5]))
+    other.update(torch.tensor([-1.0], requires_grad=True), num_tokens=3)
+    metric.merge_state(other)  # as over ranks
+    assert float(metric.compute()) == pytest.approx(math.exp(12 / 10))
+    assert not metric.compute().requires_grad
+    with pytest.raises(ValueError, match="protocol: got 'sentence', expected one of window, carried"):
+        TokenPerplexity("sentence")

@@ -50,3 +50,16 @@ def test_structures_in_a_config(tmp_path: Path) -> None:
     stages = parse(["fit", "--config", "photos", "--config", str(tmp_path / "over.yaml")])[1]["stages"]
     assert stages["conditional"]["model"]["init_args"]["structure"] == "rat_spn"
     experiment_from(parse(["fit", "--config", "photos", "--config", str(tmp_path / "over.yaml")])[1])
+
+
+def test_words_of_the_page_on_queries() -> None:
+    """All of it runs; the words that have to occur do."""
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    for code in blocks("python", DOCS / "queries.md"):
+        exec(compile(code, str(DOCS / "queries.md"), "exec"), names)
+    assert names["states"].shape == (1, 3, 4)
+    assert names["drawn"].tokens_NL.shape == (100, 3)
+    said = " ".join(map(str, names["said"][0, 2:].tolist()))
+    assert "7" in said.split()
+    assert "11 12" in said
