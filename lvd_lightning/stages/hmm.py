@@ -19,14 +19,17 @@ from lvd_lightning.checks import check_at_least, check_choice, check_counts
 from lvd_lightning.context import Data, StageContext
 from lvd_lightning.latents.assignments import read_assignments
 from lvd_lightning.models.hmm_counts import HMMCounts
+from lvd_lightning.models.hmm_graph import HMMTables
 from lvd_lightning.models.language import HiddenMarkovModel
 from lvd_lightning.ranks import rank_and_size
 from lvd_lightning.stages.em_student import EMStudent
 from lvd_lightning.stages.hmm_settings import (
     HMMRule,
     check_hmm_settings,
+    check_memory,
     hmm_optimizer,
     random_hmm,
+    sparse_hmm,
     two_phases,
     words_of,
 )
@@ -61,6 +64,8 @@ class HMMStudent(EMStudent):
         lr, final_lr, momentum, pseudocount: see `EMStudent`.
         last_epochs, last_lr: a second phase of so many of the stage's epochs at this step size.
         val_windows: validation windows on which the model is evaluated after every epoch; null for all.
+        max_memory_gb: what training may take; it is told, and refused, before anything is allocated. null for what the
+            machine has.
 
     References:
         Liu, Zhang and Van den Broeck, Scaling Up Probabilistic Circuits by Latent Variable Distillation, 2023
@@ -78,6 +83,7 @@ class HMMStudent(EMStudent):
     model_title = "hmm"
     rules = ("anemone", "em", "full")
     val_setting = "val_windows"
+    harmless = ("max_memory_gb",)
 
     def __init__(
         self,
@@ -95,6 +101,7 @@ class HMMStudent(EMStudent):
         last_epochs: int = 0,
         last_lr: float = 0.02,
         val_windows: int | None = None,
+        max_memory_gb: float | None = None,
     ) -> None:
         super().__init__()
         check_choice(("counts", "random"), init=init)
@@ -121,7 +128,12 @@ class HMMStudent(EMStudent):
     @override
     def begin_stage(self, context: StageContext) -> None:
         super().begin_stage(context)
-        self.model = self._first_model(context).to(context.device)
+        rule = self.hparams["optimizer"]
+        num_states = self._num_states(context)
+        self.memory = check_memory(
+            context, num_states, self.hparams["homogeneous"], rule, self.hparams["max_memory_gb"]
+        )
+        self.model = sparse_hmm(context, self._first_tables(context), rule)
         self.train_likelihood, self.val_likelihood = self.likelihood(), self.likelihood()
 
     @override
@@ -130,7 +142,7 @@ class HMMStudent(EMStudent):
 
     @override
     def make_optimizer(self) -> Optimizer:
-        return hmm_optimizer(self.hparams["optimizer"], self.model, self.hparams)
+        return hmm_optimizer(self.model, self.hparams, self.hparams["pseudocount"])
 
     @override
     def factor(self, step: int, total: float) -> float:
@@ -145,11 +157,11 @@ class HMMStudent(EMStudent):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x_BT = batch[0]
         kept_BT = self.kept_tokens(x_BT, batch_idx)
-        log_B = self.model.log_prob(x_BT, kept_BT)
-        self.em_step(-log_B.sum())
+        log_B = self.model.add_flows(x_BT, kept_BT)
+        self.em_step()
         # Of dropped tokens nothing was asked: what is logged is told per token that was there.
         share_B = 1.0 if kept_BT is None else kept_BT.double().mean(1).clamp_min(1 / x_BT.shape[1])
-        self.train_likelihood.update(log_B.detach() / share_B)
+        self.train_likelihood.update(log_B / share_B)
         self.log(f"train/{self.unit.name}", self.train_likelihood, on_step=False, on_epoch=True, prog_bar=True)
 
     def kept_tokens(self, x_BT: Tensor, batch_idx: int) -> Tensor | None:
@@ -172,11 +184,11 @@ class HMMStudent(EMStudent):
     @torch.no_grad()
     def finish_stage(self, context: StageContext) -> dict[str, float]:
         """Keep the best epoch, or the closed form if no epoch is better on validation."""
-        unit, kept = self.unit.name, self.model
+        unit, kept = self.unit.name, self._finished(context, self.model.tables())
         at_best = self.validate(kept, context)
         figures = {f"val_{unit}": at_best}
         if self.hparams["init"] == "counts":
-            counted = self._first_model(context, alone=True).to(self.device)
+            counted = self._finished(context, self._first_tables(context, alone=True))
             at_start = self.validate(counted, context)
             figures[f"counts_{unit}"] = at_start
             if not (at_best < at_start if self.unit.lower_is_better else at_best > at_start):
@@ -187,18 +199,25 @@ class HMMStudent(EMStudent):
                 )
                 kept, figures[f"val_{unit}"] = counted, at_start
         kept.save(context.dir)
-        return {**figures, "num_states": kept.num_states, "num_parameters": kept.num_parameters}
+        planned = {"planned_memory_gb": self.memory.peak / 1e9}
+        return {**figures, "num_states": kept.num_states, "num_parameters": kept.num_parameters, **planned}
 
-    def _first_model(self, context: StageContext, alone: bool = False) -> HiddenMarkovModel:
-        """The model before EM: the same on every rank, each counting its share, unless this one does it `alone`."""
-        words, settings = words_of(context.data, context.stage), self.hparams
-        if settings["num_states"] is not None:
-            return random_hmm(context, settings["num_states"], settings["homogeneous"])
-        z_NT, num_states = read_assignments(context)
-        reserved = self._reserved(context)
-        num_states += reserved is not None
+    def _num_states(self, context: StageContext) -> int:
+        """K: clusters, and one state for a reserved token; or what the setting says."""
+        if self.hparams["num_states"] is not None:
+            return int(self.hparams["num_states"])
+        return read_assignments(context)[1] + (self._reserved(context) is not None)
+
+    def _finished(self, context: StageContext, tables: HMMTables) -> HiddenMarkovModel:
+        length = words_of(context.data, context.stage).num_parts
+        return HiddenMarkovModel.from_tables(tables, length, self._reserved(context)).to(self.device)
+
+    def _first_tables(self, context: StageContext, alone: bool = False) -> HMMTables:
+        """Parameters before EM: the same on every rank, each counting its share, unless this one does it `alone`."""
+        words, settings, num_states = words_of(context.data, context.stage), self.hparams, self._num_states(context)
         if settings["init"] == "random":
             return random_hmm(context, num_states, settings["homogeneous"])
+        z_NT, reserved = read_assignments(context)[0], self._reserved(context)
         counts = HMMCounts(words.num_parts, num_states, words.vocabulary, settings["homogeneous"])
         rank, size = (0, 1) if alone else rank_and_size()
         for index in torch.arange(rank, len(z_NT["train"]), size).split(COUNTED_AT_ONCE):
@@ -208,8 +227,7 @@ class HMMStudent(EMStudent):
             counts.add(states_NT, x_NT)
         if not alone:
             counts.all_reduce()
-        tables = counts.tables(settings["counts_pseudocount"], torch.get_default_dtype())
-        return HiddenMarkovModel.from_tables(tables, words.num_parts, reserved)
+        return counts.tables(settings["counts_pseudocount"], torch.get_default_dtype())
 
     def _reserved(self, context: StageContext) -> int | None:
         """The token that has a state for itself, or None."""

@@ -5,7 +5,6 @@ Shapes: B windows, T positions.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Mapping
@@ -21,8 +20,17 @@ from lvd_lightning.context import Data, StageContext
 from lvd_lightning.files import read_json, write_json
 from lvd_lightning.metrics import MeanLikelihood
 from lvd_lightning.models.language import HiddenMarkovModel
-from lvd_lightning.stages.em_student import Rule, check_step_sizes, make_optimizer
-from lvd_lightning.stages.hmm_settings import check_hmm_settings, random_hmm, two_phases, words_of
+from lvd_lightning.models.sparse_hmm import SparseHMM
+from lvd_lightning.stages.em_student import Rule, check_step_sizes
+from lvd_lightning.stages.hmm_settings import (
+    check_hmm_settings,
+    check_memory,
+    hmm_optimizer,
+    random_hmm,
+    sparse_hmm,
+    two_phases,
+    words_of,
+)
 from lvd_lightning.stages.stage import StageModule
 
 __all__ = ["HMMBaseline"]
@@ -41,7 +49,8 @@ class HMMBaseline(StageModule):
 
     Args:
         num_states, homogeneous: of the model; null for those of the model that an earlier stage left.
-        lr, final_lr, momentum, last_epochs, last_lr, token_dropout, val_windows: see `HMMStudent`, for both rules.
+        lr, final_lr, momentum, last_epochs, last_lr, token_dropout, val_windows, max_memory_gb: see `HMMStudent`; they
+            are of both rules.
         em_pseudocount, anemone_pseudocount: per row and step, in examples.
 
     Example:
@@ -51,6 +60,7 @@ class HMMBaseline(StageModule):
     """
 
     em: ClassVar[bool] = True
+    harmless = ("max_memory_gb",)
 
     def __init__(
         self,
@@ -65,6 +75,7 @@ class HMMBaseline(StageModule):
         last_lr: float = 0.02,
         token_dropout: float = 0.0,
         val_windows: int | None = None,
+        max_memory_gb: float | None = None,
     ) -> None:
         super().__init__()
         check_counts(num_states=num_states, val_windows=val_windows)
@@ -91,18 +102,19 @@ class HMMBaseline(StageModule):
         if num_states is None:
             model = HiddenMarkovModel.load(context.required("model"))
             num_states, homogeneous = model.num_states, model.homogeneous
-        first = random_hmm(context, num_states, homogeneous)
-        self.models = nn.ModuleDict({rule: copy.deepcopy(first) for rule in RULES}).to(context.device)
+        check_memory(context, num_states, bool(homogeneous), "anemone", self.hparams["max_memory_gb"], models=2)
+        first = random_hmm(context, num_states, bool(homogeneous))
+        self.models = nn.ModuleDict({rule: sparse_hmm(context, first, rule) for rule in RULES})
         self.seconds = dict.fromkeys(RULES, 0.0)
         self.best = dict.fromkeys(RULES, math.nan)
         self.follow(context.data.unit)
         names = [f"{split}_{rule}" for split in ("train", "val") for rule in RULES]
         self.metrics = nn.ModuleDict({name: self._likelihood() for name in names})
 
-    def model(self, rule: Rule) -> HiddenMarkovModel:
+    def model(self, rule: Rule) -> SparseHMM:
         """The model that this rule trains."""
         found = self.models[rule]
-        assert isinstance(found, HiddenMarkovModel)
+        assert isinstance(found, SparseHMM)
         return found
 
     @override
@@ -113,13 +125,7 @@ class HMMBaseline(StageModule):
                 f"stage {self._context.stage}: set max_epochs of its trainer, so that the step size can fall"
             )
         self.num_steps = total
-        settings = self.hparams
-        return [
-            make_optimizer(
-                rule, self.model(rule), settings["lr"], settings["momentum"], settings[f"{rule}_pseudocount"]
-            )
-            for rule in RULES
-        ]
+        return [hmm_optimizer(self.model(rule), self.hparams, self.hparams[f"{rule}_pseudocount"]) for rule in RULES]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         optimizers = self.optimizers()
@@ -132,8 +138,7 @@ class HMMBaseline(StageModule):
             start = self._now()
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            log_B = self.model(rule).log_prob(batch[0], kept_BT)
-            self.manual_backward(-log_B.sum())
+            log_B = self.model(rule).add_flows(batch[0], kept_BT)
             optimizer.step()
             optimizer.zero_grad()
             self.seconds[rule] += self._now() - start
@@ -161,7 +166,7 @@ class HMMBaseline(StageModule):
             if math.isnan(self.best[rule]) or self._best({rule: score, "": self.best[rule]}) != self.best[rule]:
                 self.best[rule] = score
                 if self.trainer.is_global_zero:
-                    self.model(rule).save(self._context.dir / rule)
+                    self.model(rule).finished().save(self._context.dir / rule)
 
     @override
     def on_train_epoch_end(self) -> None:

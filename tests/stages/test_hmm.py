@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lvd_lightning.models.hmm_counts import HMMCounts
 from lvd_lightning.models.hmm_graph import hmm_from_tables
 from lvd_lightning.models.kneser_ney import KneserNey
 from lvd_lightning.models.language import HiddenMarkovModel
+from lvd_lightning.parts import Tokens
 from lvd_lightning.stages import HMMBaseline, HMMStudent, NGramReference
 from lvd_lightning.stages.hmm_settings import two_phases
 
@@ -228,6 +230,19 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
 def test_half_a_size_of_a_baseline_is_refused() -> None:
     with pytest.raises(ValueError, match="num_states, homogeneous: got 3 and None, expected both"):
         HMMBaseline(num_states=3)
+
+
+def test_memory_is_planned_before_anything_is_allocated(tmp_path: Path) -> None:
+    """A vocabulary of ten million words would not fit: the error comes at once, and has the figure."""
+    data = Texts()
+    data.parts = Tokens(LENGTH, 10_000_000)  # type: ignore[misc]
+    for stage in (
+        lambda: HMMStudent(init="random", num_states=1000, max_memory_gb=5.0),
+        lambda: HMMBaseline(num_states=1000, homogeneous=False, max_memory_gb=5.0),
+    ):
+        with pytest.raises(ValueError, match=r"training 5.*,\d{3} parameters needs .* GB .* but 5 GB are there: take"):
+            run_stages(tmp_path, {"hmm": stage}, data, epochs=1)
+        shutil.rmtree(tmp_path / "text")
 
 
 def test_images_are_refused() -> None:
