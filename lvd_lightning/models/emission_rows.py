@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lvd_lightning.checks import check_choice
 
 __all__ = ["EmissionRows"]
 
-#: When a factor that all words share has fallen to this, it is multiplied out: the only pass over all of the table.
-LEAST_FACTOR = {torch.float32: 1e-5, torch.float64: 1e-9}
+#: When a factor that all words share has fallen to this, it is multiplied out: only then are words touched that did not occur.
+#: What is stored grows as factors fall, and floating point numbers keep their relative precision at any size.
+LEAST_FACTOR = 1e-18
+#: The share of a position's states above which all are done at once.
+MANY = 0.1
 #: Moving averages up to this become 0, as they do in `Anemone`.
 FORGOTTEN = 1e-30
 
@@ -95,8 +99,7 @@ class EmissionRows(nn.Module):
         rate_SK = lr * visited_SK / (flow_SK + pseudocount).clamp_min_(torch.finfo(flow_SK.dtype).tiny)
         keep_SK = 1 - lr * visited_SK
         self._shrink(keep_SK, rate_SK * (pseudocount / self.num_tokens))
-        if float(self.factor_SK.amin()) < LEAST_FACTOR[self.factor_SK.dtype]:
-            self.multiply_out()
+        self._restore_small()
         place_n = keys_n // self.num_tokens
         added_nK = flow_nK * (rate_SK / self.factor_SK)[place_n]
         self.stored_SVK.view(-1, added_nK.shape[1]).index_add_(0, keys_n, added_nK)
@@ -126,7 +129,7 @@ class EmissionRows(nn.Module):
         self.root.mul_(momentum).add_((1 - momentum) * num_examples)
         self.total_SK.mul_(momentum).add_(self._sums(keys_n, flow_nK), alpha=1 - momentum)
         self.decay.mul_(momentum)
-        if float(self.decay) < LEAST_FACTOR[self.factor_SK.dtype]:
+        if float(self.decay) < LEAST_FACTOR:
             self.multiply_out(forget=False)
         # A larger average of a word would raise its probability by b at once: P makes up for it.
         grown_nK = flow_nK * ((1 - momentum) / float(self.decay))
@@ -146,30 +149,58 @@ class EmissionRows(nn.Module):
         rate_SK = visited_SK / weight_SK
         self._shrink(keep_SK, rate_SK * (pseudocount / self.num_tokens))
         self.share_SK.mul_(keep_SK).add_(rate_SK, alpha=lr / correction * float(self.decay))
-        if float(self.factor_SK.amin()) < LEAST_FACTOR[self.factor_SK.dtype]:
-            self.multiply_out()
+        self._restore_small()
 
     def multiply_out(self, forget: bool = True) -> None:
         """Make the stored table that of probabilities (and of averages): the factors are 1 again."""
-        anemone = self.rule == "anemone"
-        for place in range(len(self.stored_SVK)):  # a position at a time, in the cache by blocks of words
-            for words in torch.arange(self.num_tokens).split(max(1, (1 << 17) // self.stored_SVK.shape[2])):
-                at = slice(int(words[0]), int(words[-1]) + 1)
-                stored_VK = self.stored_SVK[place, at]
-                stored_VK.mul_(self.factor_SK[place])
-                if anemone:
-                    average_VK = self.average_SVK[place, at]
-                    stored_VK.addcmul_(average_VK, self.share_SK[place])
-                    average_VK.mul_(float(self.decay))
-                    if forget:
-                        average_VK.masked_fill_(average_VK <= FORGOTTEN, 0.0)
-                stored_VK.add_(self.added_SK[place]).clamp_min_(0.0)
+        for place in range(len(self.stored_SVK)):
+            self._multiply_out_position(place)
         self.factor_SK.fill_(1.0)
         self.added_SK.zero_()
-        if anemone:
+        if self.rule == "anemone":
+            self.average_SVK.mul_(float(self.decay))
+            if forget:
+                functional.threshold(self.average_SVK, FORGOTTEN, 0.0, inplace=True)
             self.share_SK.zero_()
             self.decay.fill_(1.0)
             self.total_SK.masked_fill_(self.total_SK <= FORGOTTEN, 0.0)
+
+    def _multiply_out_position(self, place: int) -> None:
+        """The probabilities of one position as they are, in blocks of words that fit the cache."""
+        step = max(1, (1 << 17) // self.stored_SVK.shape[2])
+        for low in range(0, self.num_tokens, step):
+            stored_VK = self.stored_SVK[place, low : low + step]
+            stored_VK.mul_(self.factor_SK[place])
+            if self.rule == "anemone":
+                stored_VK.addcmul_(self.average_SVK[place, low : low + step], self.share_SK[place])
+            stored_VK.add_(self.added_SK[place]).clamp_min_(0.0)
+
+    def _restore_small(self) -> None:
+        """Multiply out the factors of states for which they have become small; averages and their decay stay.
+
+        States that are hardly ever visited lose nearly all of what they had in a single step: they are done alone, a
+        stride for every word. Where a position's others are on their way, all are done, in the order of memory.
+        """
+        if float(self.factor_SK.amin()) >= LEAST_FACTOR:
+            return
+        is_small_SK = self.factor_SK < LEAST_FACTOR
+        on_their_way_S1 = (self.factor_SK < LEAST_FACTOR**0.5).double().mean(1, keepdim=True) > MANY
+        is_small_SK |= is_small_SK.any(1, keepdim=True) & on_their_way_S1
+        for place in is_small_SK.any(1).nonzero()[:, 0].tolist():
+            state_n = is_small_SK[place].nonzero()[:, 0]
+            if len(state_n) == is_small_SK.shape[1]:
+                self._multiply_out_position(place)
+                continue
+            for part_n in state_n.split(max(1, (1 << 22) // self.num_tokens)):  # in bounded memory
+                found_Vn = self.stored_SVK[place][:, part_n].mul_(self.factor_SK[place, part_n])
+                if self.rule == "anemone":
+                    found_Vn.addcmul_(self.average_SVK[place][:, part_n], self.share_SK[place, part_n])
+                found_Vn.add_(self.added_SK[place, part_n]).clamp_min_(0.0)
+                self.stored_SVK[place][:, part_n] = found_Vn
+        self.factor_SK.masked_fill_(is_small_SK, 1.0)
+        self.added_SK.masked_fill_(is_small_SK, 0.0)
+        if self.rule == "anemone":
+            self.share_SK.masked_fill_(is_small_SK, 0.0)
 
     def _shrink(self, keep_SK: Tensor, added_SK: Tensor) -> None:
         """theta <- keep theta + added."""
