@@ -1,0 +1,101 @@
+"""A run over a text that is killed in each of its stages; run as a script, it is that run."""
+
+import json
+import os
+import signal
+import sys
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers.encoders import write_bert
+from helpers.processes import as_script, exit_codes
+from helpers.run_content import content
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+PLACES = ("teacher", "features", "clusters", "hmm", "evaluate", "baseline")
+# Nothing in these but times, or, in pictures, times drawn.
+TIMES = ("spent.json", "summary.md", "summary.json", "training.png", "config.yaml")
+ARGUMENTS = [
+    *("fit", "--config=text", "--shared.num_clusters=3", "--shared.length=6", "--trainer.accelerator=cpu"),
+    *("--trainer.devices=1", "--data.max_examples=64", "--data.batch_size=16"),
+    *("--stages.latents.model.batch_size=20", "--stages.hmm.model.optimizer=anemone"),
+    *("--stages.hmm.trainer.max_epochs=3", "--stages.baseline.trainer.max_epochs=3"),
+]
+
+
+def kill_once(run_dir: Path, place: str) -> None:
+    """Kill this process, unless that was done in this place before."""
+    marker = run_dir.parent / f"killed-{run_dir.name}-{place}"
+    if run_dir.name == "killed" and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillInSecondEpoch(Callback):
+    """Kills the process within the second epoch of a stage."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+        if trainer.current_epoch == 1 and rest[-1] == 1:
+            stage = Path(trainer.default_root_dir)
+            kill_once(stage.parent, stage.name)
+
+
+def around(module: Any, name: str, place: str, run_dir: Path, after: bool = False) -> None:
+    """Have a function of a module kill the process before, or after, what it does."""
+    function = getattr(module, name)
+
+    def killing(*arguments: Any, **keywords: Any) -> Any:
+        if not after:
+            kill_once(run_dir, place)
+        found = function(*arguments, **keywords)
+        if after:
+            kill_once(run_dir, place)
+        return found
+
+    setattr(module, name, killing)
+
+
+def fit(run_dir: Path) -> int:
+    from lvd_lightning import teachers
+    from lvd_lightning.cli import main
+    from lvd_lightning.latents import features
+    from lvd_lightning.runs import pipeline
+    from lvd_lightning.stages import latents
+
+    torch.set_num_threads(1)
+    features._SECONDS_BETWEEN_MARKS = 0.0
+    around(teachers, "save_teacher", "teacher", run_dir)
+    around(features._Mark, "move", "features", run_dir, after=True)
+    around(latents, "write_clusters", "clusters", run_dir)
+    around(pipeline, "evaluate_run", "evaluate", run_dir)
+    folder = run_dir.parent
+    paths = [f"--data.cache={folder / 'tokens'}", f"--stages.teacher.model.encoder={folder / 'bert'}"]
+    callback = "--trainer.callbacks=[{class_path: __main__.KillInSecondEpoch}]"
+    return main([*ARGUMENTS, *paths, callback, f"--name={run_dir.name}", f"--run_dir={folder}"])
+
+
+def test_run_over_a_text_that_is_killed_everywhere_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    write_bert(tmp_path / "bert", ["the", "king", "and", "of", "said", *"abcdefghijklmnopqrstuvwxyz,.:;"])
+    result = as_script(__file__, str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    codes = json.loads(result.stdout.splitlines()[-1])
+    assert codes == {"killed": [-signal.SIGKILL] * len(PLACES) + [0], "whole": [0]}, result.stderr
+    assert {path.name for path in tmp_path.glob("killed-*")} == {f"killed-killed-{place}" for place in PLACES}
+    whole, killed = (
+        {path.relative_to(tmp_path / name): path for path in sorted((tmp_path / name).rglob("*.*")) if path.is_file()}
+        for name in ("whole", "killed")
+    )
+    assert list(whole) == list(killed)
+    for name, path in whole.items():
+        if name.name not in TIMES:
+            assert content(path) == content(killed[name]), name
+
+
+if __name__ == "__main__":
+    # This process imports everything and computes nothing, so that the forked ones can.
+    import_module("lvd_lightning.runs.pipeline")
+    runs = {name: exit_codes(partial(fit, Path(sys.argv[1]) / name), most=12) for name in ("whole", "killed")}
+    print(json.dumps(runs))
