@@ -57,8 +57,8 @@ class LatentsSettings:
         of 87 from counts, and not 101).
     keep_features: leave the features on disk, for clustering them again.
     cache_gb: gigabytes that features may take on disk; if they would take more, none are kept, and they are computed
-        whenever they are read: three times or more, for each position once more unless `pooled` (of suffixes of a text,
-        only what is asked for is computed). None: as many as they take.
+        whenever they are read: up to four times if `pooled`, else once for every position and twice more (of suffixes
+        of a text three times, since only what is asked for is encoded). None: as many as they take.
     """
 
     num_clusters: int | None = None

@@ -63,3 +63,15 @@ def test_words_of_the_page_on_queries() -> None:
     said = " ".join(map(str, names["said"][0, 2:].tolist()))
     assert "7" in said.split()
     assert "11 12" in said
+
+
+def test_the_page_on_texts() -> None:
+    """Its code runs, and its commands are understood."""
+    names: dict[str, Any] = {}
+    (code,) = blocks("python", DOCS / "language.md")
+    exec(compile(code, str(DOCS / "language.md"), "exec"), names)
+    assert (len(names["words"]), names["numbers"]) == (16, names["data"].vocabulary.encode(["the", "king", "said"]))
+    for command in commands(DOCS / "language.md"):
+        _, _, *arguments = shlex.split(command)
+        if arguments[0] == "fit":
+            assert experiment_from(parse(arguments)[1]).stages
