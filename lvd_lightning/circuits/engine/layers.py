@@ -336,6 +336,7 @@ class Layer(_Folded):
             if bound.gather is not None:
                 bound.gather.run()
             torch.amax(bound.inner, 1, keepdim=True, out=bound.scale)
+            bound.scale.masked_fill_(bound.scale < TINY[bound.scale.dtype], 1.0)  # nothing to scale: see linear.py
             bound.inner.div_(bound.scale)
             torch.bmm(self.weights_of(stacked, bound.low, bound.high), bound.inner, out=bound.sums)
 

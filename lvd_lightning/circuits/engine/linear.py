@@ -1,4 +1,7 @@
-"""The forward pass with linear values, for trees over tables: faster than the general one, where numbers allow it.
+"""The forward pass with linear values, for trees over probabilities: faster than the general one, where numbers allow.
+
+Where the largest inner unit of a node is too small to be divided by, it stays as it is: an example that no unit of a
+node explains then has sums of 0, and the bound of the error says how little it can be (see `error_bound`).
 
 Shapes: G circuits, H heads, B batch, N sum nodes, L input nodes, F folded nodes, C categories.
 """

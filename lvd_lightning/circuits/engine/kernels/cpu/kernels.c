@@ -18,6 +18,7 @@ typedef BITS Bits; /* an unsigned integer of equal size */
 enum { GRAIN = 32768, WIDTH = 64, BLOCKS_AT_ONCE = 4 };
 enum { FRACTION = sizeof(real) == 4 ? 23 : 52, BIAS = sizeof(real) == 4 ? 127 : 1023 }; /* of IEEE numbers */
 static const real SMALLEST = (real)1e-30; /* of distributions.py */
+static const real TINY = (real)(sizeof(real) == 4 ? 1e-30 : 1e-280); /* of layers.py */
 
 /* ---- threads: the pool of the OpenMP runtime that PyTorch has loaded ---- */
 
@@ -250,7 +251,7 @@ static void transpose(const real *restrict in, int64_t rows, real *restrict out,
 /* ---- forward and backward pass ---- */
 
 typedef struct { /* input nodes: a table of probabilities or, with `values`, discretised logistic distributions */
-    int64_t start, units, size; /* first value row, K, S */
+    int64_t start, units, size, folds; /* first value row, K, S, F */
     const int32_t *fold, *table_row; /* of every unit, (F * K): its fold; its row of the table as (P * K, S) */
     const real *table; /* (P, K, S); of logistics (mean, 1 / scale, 1 - e^(-1 / scale), (1 / scale) / (e^(1 / scale) - 1)) */
     const int64_t *x; /* (F, B) */
@@ -258,6 +259,8 @@ typedef struct { /* input nodes: a table of probabilities or, with `values`, dis
     const uint8_t *observed; /* (F, B), or null: all */
     real *table_grad; /* (P, K, S); null: not wanted, or nodes are tied */
     real *rows_grad; /* (F * K, B), for tied nodes */
+    const int64_t *circuit; /* (F) */
+    int32_t *shift; /* (F, B): 2 to this power times p(x | unit) is what units of logistics have */
     double *sums; /* (F * K, SUMS), of logistics; or null */
     double last; /* value of logistics */
 } Leaf;
@@ -295,6 +298,7 @@ typedef struct {
 typedef struct {
     const Space *space;
     const Layer *layer;
+    const Leaf *leaf;
 } Pass;
 
 static const Leaf *leaf_of(const Space *space, int64_t row) {
@@ -310,7 +314,7 @@ static int64_t columns_of(const Space *space, int64_t block) {
 
 /* ---- discretised logistic distributions: see logistic.py ---- */
 
-enum { SUMS = 4, DEGREE = sizeof(real) == 4 ? 7 : 13 };
+enum { FEW = 30, SUMS = 4, DEGREE = sizeof(real) == 4 ? 7 : 13 };
 
 /* e^y for y <= 0; 0 where that is below the normal numbers. */
 static inline __attribute__((always_inline)) real exp_negative(real y) {
@@ -337,15 +341,23 @@ static void read_values(const Leaf *leaf, int64_t place, int64_t n, real *restri
     for (int64_t c = n; c < WIDTH; c++) x[c] = 0;
 }
 
-/* s(b) s(-a) (1 - e^(a - b)), with the edges a and b of the value's bin and the sigmoid s. */
-static void logistic(const real *restrict params, real last, const real *restrict x, real *restrict out) {
+/* Powers of 2 of a block of examples as exponents of e, filled up with 0. */
+static void read_shifts(const Leaf *leaf, int64_t place, int64_t n, real *restrict nats) {
+    for (int64_t c = 0; c < n; c++) nats[c] = (real)leaf->shift[place + c] * (real)0.6931471805599453;
+    for (int64_t c = n; c < WIDTH; c++) nats[c] = 0;
+}
+
+/* s(b) s(-a) (1 - e^(a - b)), with the edges a and b of the value's bin and the sigmoid s, times e^nats. That is 1 but
+   for values in the tails of all units, where one of both sigmoids is the exponential. */
+static void logistic(const real *restrict params, real last, const real *restrict x, const real *restrict nats,
+                     real *restrict out) {
     const real mean = params[0], inverse = params[1], between = params[2];
     for (int c = 0; c < WIDTH; c++) {
         const real centre = x[c] - mean, a = (centre - (real)0.5) * inverse, b = (centre + (real)0.5) * inverse;
-        const real ea = exp_negative(a < 0 ? a : -a), eb = exp_negative(b < 0 ? b : -b);
-        const int has_low = x[c] > 0, has_high = x[c] < last;
+        const real ea = exp_negative(a > 0 ? nats[c] - a : a), eb = exp_negative(b < 0 ? nats[c] + b : -b);
+        const int has_low = x[c] > 0, has_high = x[c] < last, is_tail = nats[c] > 0;
         const real left = has_low ? (a > 0 ? ea : 1) : 1, right = has_high ? (b < 0 ? eb : 1) : 1;
-        const real below = has_low ? 1 + ea : 1, above = has_high ? 1 + eb : 1;
+        const real below = has_low ? 1 + (is_tail ? 0 : ea) : 1, above = has_high ? 1 + (is_tail ? 0 : eb) : 1;
         out[c] = left * right * (has_low & has_high ? between : 1) / (below * above);
     }
 }
@@ -379,9 +391,10 @@ static void look_up(const Space *space, int64_t row, int64_t block, real *restri
     const real *restrict table = leaf->table + leaf->table_row[row - leaf->start] * leaf->size;
     const int64_t n = columns_of(space, block), place = leaf->fold[row - leaf->start] * space->batch + block * WIDTH;
     if (leaf->values) {
-        real x[WIDTH];
+        real x[WIDTH], nats[WIDTH];
         read_values(leaf, place, n, x);
-        logistic(table, (real)leaf->last, x, out);
+        read_shifts(leaf, place, n, nats);
+        logistic(table, (real)leaf->last, x, nats, out);
     } else {
         const int64_t *restrict x = leaf->x + place;
         for (int64_t c = 0; c < n; c++) {
@@ -443,6 +456,7 @@ static void forward_item(const void *job, int64_t item, real *scratch) {
         multiply_factors(space, layer, fold * units + k, block, out, lowest);
         for (int c = 0; c < WIDTH; c++) peak[c] = out[c] > peak[c] ? out[c] : peak[c];
     }
+    for (int c = 0; c < WIDTH; c++) peak[c] = peak[c] < TINY ? 1 : peak[c]; /* nothing to scale: see linear.py */
     for (int c = 0; c < WIDTH; c++) inverse[c] = 1 / peak[c];
     for (int64_t k = 0; k < units; k++)
         for (int c = 0; c < WIDTH; c++) inner[k * WIDTH + c] *= inverse[c];
@@ -454,9 +468,43 @@ static void forward_item(const void *job, int64_t item, real *scratch) {
         multiply(layer->outer, WIDTH, units, weight, units, 1, inner, WIDTH, out, WIDTH, 0);
 }
 
+/* One fold of logistics: where a value lies far out in the tails of all units, how far it does from the nearest one. */
+static void shift_item(const void *job, int64_t fold, real *scratch) {
+    const Pass *pass = job;
+    const Leaf *leaf = pass->leaf;
+    const int64_t batch = pass->space->batch;
+    const real last = (real)leaf->last;
+    (void)scratch;
+    for (int64_t low = 0; low < batch; low += WIDTH) {
+        const int64_t n = batch - low < WIDTH ? batch - low : WIDTH, place = fold * batch + low;
+        real x[WIDTH], nearest[WIDTH];
+        read_values(leaf, place, n, x);
+        for (int c = 0; c < WIDTH; c++) nearest[c] = (real)__builtin_inff();
+        for (int64_t unit = fold * leaf->units; unit < (fold + 1) * leaf->units; unit++) {
+            const real *restrict params = leaf->table + leaf->table_row[unit] * leaf->size;
+            const real mean = params[0], inverse = params[1];
+            for (int c = 0; c < WIDTH; c++) {
+                const real centre = x[c] - mean, out = ((centre < 0 ? -centre : centre) - (real)0.5) * inverse;
+                const int is_open = centre > 0 ? x[c] <= 0 : x[c] >= last; /* no tail: all beyond counts as well */
+                nearest[c] = is_open ? 0 : out < nearest[c] ? out : nearest[c];
+            }
+        }
+        for (int64_t c = 0; c < n; c++) {
+            const real power = nearest[c] * (real)1.4426950408889634;
+            const int is_far = power > FEW && power < (real)1e9;
+            leaf->shift[place + c] = is_far && (!leaf->observed || leaf->observed[place + c]) ? (int32_t)power : 0;
+        }
+    }
+}
+
 void forward(const Space *space, int threads) {
+    for (const Leaf *leaf = space->leaves; leaf < space->leaves + space->num_leaves; leaf++) {
+        const Pass pass = {space, 0, leaf};
+        if (leaf->values)
+            run_items(shift_item, &pass, leaf->folds, leaf->folds * leaf->units * space->batch, threads, 0, 0);
+    }
     for (const Layer *layer = space->layers; layer < space->layers + space->num_layers; layer++) {
-        const Pass pass = {space, layer};
+        const Pass pass = {space, layer, 0};
         run_items(forward_item, &pass, layer->folds * space->blocks, layer->folds * layer->units * space->batch,
                   threads, space->scratch, space->scratch_size);
     }
@@ -505,12 +553,15 @@ double finish(const Space *space, real *fraction, int32_t *exponent, real *heads
             sum = least(out, n, sum);
         }
     }
+    for (const Leaf *leaf = space->leaves; leaf < space->leaves + space->num_leaves; leaf++)
+        for (int64_t fold = 0; leaf->values && fold < leaf->folds; fold++)
+            for (int64_t i = 0; i < space->batch; i++) exponent[leaf->circuit[fold] * size + i] -= leaf->shift[fold * space->batch + i];
     peak = least(space->peaks, space->blocks * space->num_nodes * WIDTH, peak);
     sum = least(lowest, space->blocks * space->num_nodes * WIDTH, sum);
     return (double)peak * (double)sum;
 }
 
-/* The largest p(x | unit) among the units of each fold of logistics, (F, B). */
+/* The largest value among the units of each fold of logistics, (F, B). */
 typedef struct {
     const Leaf *leaf;
     int64_t batch;
@@ -523,10 +574,11 @@ static void largest_item(const void *job, int64_t fold, real *scratch) {
     (void)scratch;
     for (int64_t low = 0; low < largest->batch; low += WIDTH) {
         const int64_t n = largest->batch - low < WIDTH ? largest->batch - low : WIDTH;
-        real x[WIDTH], found[WIDTH], best[WIDTH] = {0};
+        real x[WIDTH], nats[WIDTH], found[WIDTH], best[WIDTH] = {0};
         read_values(leaf, fold * largest->batch + low, n, x);
+        read_shifts(leaf, fold * largest->batch + low, n, nats);
         for (int64_t unit = fold * leaf->units; unit < (fold + 1) * leaf->units; unit++) {
-            logistic(leaf->table + leaf->table_row[unit] * leaf->size, (real)leaf->last, x, found);
+            logistic(leaf->table + leaf->table_row[unit] * leaf->size, (real)leaf->last, x, nats, found);
             for (int c = 0; c < WIDTH; c++) best[c] = found[c] > best[c] ? found[c] : best[c];
         }
         memcpy(largest->out + fold * largest->batch + low, best, n * sizeof(real));
@@ -672,7 +724,7 @@ void backward(const Space *space, const real *grad, int threads) {
         }
     }
     for (const Layer *layer = space->layers + space->num_layers - 1; layer >= space->layers; layer--) {
-        const Pass pass = {space, layer};
+        const Pass pass = {space, layer, 0};
         run_items(backward_item, &pass, layer->folds, layer->folds * layer->units * space->batch, threads,
                   space->scratch, space->scratch_size);
     }

@@ -50,9 +50,9 @@ def applies(engine: Engine, tables: Sequence[Tensor]) -> bool:
 
 class _Leaf(ctypes.Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("start", "units", "size")),
+        *((name, c_int64) for name in ("start", "units", "size", "folds")),
         *((name, c_void_p) for name in ("fold", "table_row", "table", "x", "values", "observed")),
-        *((name, c_void_p) for name in ("table_grad", "rows_grad", "sums")),
+        *((name, c_void_p) for name in ("table_grad", "rows_grad", "circuit", "shift", "sums")),
         ("last", c_double),
     )
 
@@ -148,6 +148,10 @@ class FusedWorkspace:
             else like.new_zeros(leaf.num_folds, leaf.num_units, NUM_SUMS, dtype=torch.float64)
             for leaf, is_table in zip(self.leaves, is_table, strict=True)
         ]
+        self.shift_FB = [
+            None if is_table else torch.zeros(leaf.num_folds, size, dtype=torch.int32)
+            for leaf, is_table in zip(self.leaves, is_table, strict=True)
+        ]
         self.prepared: list[Tensor | None] = [None] * len(self.leaves)  # parameters as the kernels want them
         self.values: list[Tensor | None] = [None] * len(self.leaves)
         self.parameter_rows = [layer.parameter_rows for layer in self.layers]
@@ -162,10 +166,12 @@ class FusedWorkspace:
 
     def _bind(self) -> None:
         """Fill in what stays the same."""
-        parts = zip(self.leaf_structs, self.leaves, self.leaf_rows, self.rows_grad, strict=True)
-        for leaf_struct, leaf, (fold, table_row), rows in parts:
+        parts = zip(self.leaf_structs, self.leaves, self.leaf_rows, self.rows_grad, self.shift_FB, strict=True)
+        for leaf_struct, leaf, (fold, table_row), rows, shift in parts:
+            leaf_struct.circuit = leaf.circuits.data_ptr()
+            leaf_struct.shift = None if shift is None else shift.data_ptr()
             leaf_struct.start, leaf_struct.units = leaf.start, leaf.num_units
-            leaf_struct.size = leaf.distribution.size
+            leaf_struct.size, leaf_struct.folds = leaf.distribution.size, leaf.num_folds
             if isinstance(leaf.distribution, DiscretizedLogistic):
                 leaf_struct.size, leaf_struct.last = NUM_SUMS, leaf.distribution.num_values - 1
             leaf_struct.fold, leaf_struct.table_row = fold.data_ptr(), table_row.data_ptr()
