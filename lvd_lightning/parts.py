@@ -94,10 +94,15 @@ class ImagePatches:
         self.num_categories = tuple(numbers)
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        _, height, width = self.example_shape
+        return height // self.patch_size, width // self.patch_size
+
+    @property
     def num_parts(self) -> int:
         """Patches of an image."""
-        _, height, width = self.example_shape
-        return height // self.patch_size * (width // self.patch_size)
+        return math.prod(self.grid)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -17,13 +17,14 @@ from lvd_lightning import circuits as pc
 from lvd_lightning.files import write_json
 from lvd_lightning.models.head_index import HeadIndex
 from lvd_lightning.models.routing import route_in_passes
+from lvd_lightning.models.tree_lookup import TreeLookup
 from lvd_lightning.parts import ImagePatches, Parts, describe_parts, parts_from, variable_type
 
-__all__ = ["AssembledCircuit"]
+__all__ = ["MARGIN", "AssembledCircuit"]
 
 #: Nats below the best latent value of a part at which evidence stops to matter: it may come out lower than it is.
-#: A likelihood is never overstated by that, and understated by a share of e^-120 as long as the prior allows the best.
-MARGIN = 120.0
+#: A likelihood is never overstated by that, and understated by a share of e^-60 as long as the prior allows the best.
+MARGIN = 60.0
 #: Posteriors of latent values that `expected` leaves out.
 RARE = 1e-5
 
@@ -55,6 +56,7 @@ class AssembledCircuit(nn.Module):
         self.num_positions = prior.num_variables
         self.num_states = evidence.num_states
         self._check_parts()
+        self._lookup: tuple[pc.Circuit, TreeLookup | None] | None = None
         self.head_index = HeadIndex.of(conditional, self.num_states, self.num_positions)
 
     @property
@@ -97,8 +99,18 @@ class AssembledCircuit(nn.Module):
 
     def prior_log_prob(self, z: Tensor) -> Tensor:
         """log p(z) in nats, shape (B,); z: int64 (B, P)."""
+        lookup = None if torch.is_grad_enabled() else self.lookup()  # EM wants the circuit's own backward pass
+        if lookup is not None:
+            return lookup.log_prob(self.prior.probabilities(), z)
         certain = torch.full((*z.shape, self.num_states), -torch.inf, dtype=self.prior.dtype, device=z.device)
         return self.prior.log_prob(certain.scatter_(2, z[..., None], 0.0))[:, 0]
+
+    def lookup(self) -> TreeLookup | None:
+        """The tables of the prior, if it is a tree over z; looked for once for every prior."""
+        found = self._lookup
+        if found is None or found[0] is not self.prior:
+            self._lookup = found = (self.prior, TreeLookup.of(self.prior))
+        return found[1]
 
     def split(self, x: Tensor) -> Tensor:
         """Examples (B, ...) to (B, P, D), the variables of the conditional circuits.

@@ -13,8 +13,8 @@ from lvd_lightning.checks import check_choice
 
 __all__ = ["EmissionRows"]
 
-#: When a factor that all words share has fallen to this, it is multiplied out: only then are words touched that did not
-#: occur. What is stored grows as factors fall, and floating point numbers keep their relative precision at any size.
+#: When a factor that all words share has fallen to this, it is multiplied out: only then are words touched that did not occur.
+#: What is stored grows as factors fall, and floating point numbers keep their relative precision at any size.
 LEAST_FACTOR = 1e-18
 #: The share of a position's states above which all are done at once.
 MANY = 0.1

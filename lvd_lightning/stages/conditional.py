@@ -22,11 +22,11 @@ from lvd_lightning.growing.features import PatchFeatures
 from lvd_lightning.growing.likelihood import best_heads
 from lvd_lightning.latents import load_latents_info
 from lvd_lightning.latents.assignments import read_clusters, write_assignments
-from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.models.assembled import MARGIN, AssembledCircuit
 from lvd_lightning.models.first_circuits import first_circuits
 from lvd_lightning.models.head_index import HeadIndex
 from lvd_lightning.models.leaves import LeafChoice
-from lvd_lightning.models.priors import chow_liu_prior, latent_tree
+from lvd_lightning.models.priors import chow_liu_prior, edge_kinds, latent_tree
 from lvd_lightning.models.routing import route
 from lvd_lightning.models.structures import PartStructure, StructureName
 from lvd_lightning.ranks import check_agreement, from_first
@@ -285,7 +285,8 @@ class ConditionalStudent(EMStudent):
 
     def _prior(self) -> pc.Circuit:
         z_NP = self._latent_values(self.clusters_NP["train"], self.heads_NP)
-        return chow_liu_prior(z_NP, self._head_index.num_values, self._tree).requires_grad_(False)
+        kinds_P = edge_kinds(self._tree, self._context.data.parts)
+        return chow_liu_prior(z_NP, self._head_index.num_values, self._tree, kinds=kinds_P).requires_grad_(False)
 
     def _latent_values(self, clusters: Tensor, heads: Tensor) -> Tensor:
         """z of patches (..., P) by cluster and head."""
@@ -293,11 +294,17 @@ class ConditionalStudent(EMStudent):
 
     @torch.no_grad()
     def _update_metrics(self, images: Tensor, index: Tensor) -> None:
-        evidence_BPK = self.assembled.evidence(images)
-        z_BP = self._likeliest(evidence_BPK, self.clusters_NP["val"][index.cpu()].to(images.device))
+        clusters_BP = self.clusters_NP["val"][index.cpu()].to(images.device)
+        evidence_BPK = self.assembled.evidence(images, margin=MARGIN)
+        z_BP = self._likeliest(evidence_BPK, clusters_BP)
+        given_BP = evidence_BPK.gather(2, z_BP[..., None])[..., 0]
+        again = (given_BP <= evidence_BPK.amax(2) - MARGIN).any(1).nonzero()[:, 0]
+        if len(again):  # a cluster so far from the best that its evidence is not exact
+            evidence_BPK[again] = self.assembled.evidence(images[again])
+            z_BP[again] = self._likeliest(evidence_BPK[again], clusters_BP[again])
+            given_BP = evidence_BPK.gather(2, z_BP[..., None])[..., 0]
         self.val_likelihood.update(self.assembled.prior.log_prob(evidence_BPK)[:, 0])
-        given_B = evidence_BPK.gather(2, z_BP[..., None]).sum((1, 2))
-        self.val_objective.update(given_B + self.assembled.prior_log_prob(z_BP))
+        self.val_objective.update(given_BP.sum(1) + self.assembled.prior_log_prob(z_BP))
 
     def _likeliest(self, evidence_BPK: Tensor, clusters_BP: Tensor) -> Tensor:
         """The likeliest head of each patch's cluster, as a latent value (B, P)."""

@@ -22,7 +22,7 @@ from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.models.evidence import Candidates, CircuitGroups, EvidenceCache, candidate_table
 from lvd_lightning.models.evidence_source import EvidenceSource, images_within, save_candidate_table
 from lvd_lightning.models.head_index import HeadIndex
-from lvd_lightning.models.priors import chow_liu_prior, clusters_tree, hidden_prior
+from lvd_lightning.models.priors import chow_liu_prior, clusters_tree, edge_kinds, hidden_prior
 from lvd_lightning.ranks import on_first, rank_and_size, wait
 from lvd_lightning.stages.em_student import EMStudent, Rule
 
@@ -48,6 +48,8 @@ class PriorStudent(EMStudent):
         max_cache_gb: disk space for the evidence of training images, in gigabytes; what does not fit is computed again
             in every epoch, here and in finetuning.
         counts_pseudocount: examples that smooth the counts of a parent's state.
+        shrinkage: so many examples draw the counts of a parent's state towards those of all pairs of patches that lie
+            alike (see `chow_liu_prior`); null: as many as explain a tenth of the training images best.
         prune_threshold: at the beginning of the last epoch, remove edges with at most this share of the training
             images' flow; null removes none. With K states a tree over P patches has P K^2 edges, most of them idle.
         optimizer, lr, final_lr, momentum, pseudocount, val_images: see `EMStudent`.
@@ -70,6 +72,7 @@ class PriorStudent(EMStudent):
         candidates: int | None = 16,
         max_cache_gb: float = 20.0,
         counts_pseudocount: float = 1.0,
+        shrinkage: float | None = None,
         prune_threshold: float | None = None,
         optimizer: Rule = "anemone",
         lr: float = 0.2,
@@ -82,6 +85,7 @@ class PriorStudent(EMStudent):
         check_counts(num_units=num_units, candidates=candidates)
         check_at_least(0, hard_epochs=hard_epochs, max_cache_gb=max_cache_gb)
         check_above(0, counts_pseudocount=counts_pseudocount)
+        check_at_least(0, shrinkage=shrinkage)
         check_share(prune_threshold=prune_threshold)
 
     @override
@@ -175,10 +179,16 @@ class PriorStudent(EMStudent):
     def _first_prior(self, context: StageContext, num_states: int, conditional: pc.Circuit) -> pc.Circuit:
         z_NP = self.z_NP["train"]
         tree = clusters_tree(z_NP, HeadIndex.of(conditional, num_states, z_NP.shape[1]))
+        counting = {
+            "pseudocount": self.hparams["counts_pseudocount"],
+            "kinds": edge_kinds(tree, context.data.parts),
+            "shrinkage": self.hparams["shrinkage"],
+        }
         if self.hparams["num_units"] is None:
-            return chow_liu_prior(z_NP, num_states, tree, self.hparams["counts_pseudocount"])
-        generator, pseudocount = context.generator("parameters"), self.hparams["counts_pseudocount"]
-        return hidden_prior(z_NP, num_states, self.hparams["num_units"], tree, generator, pseudocount)
+            return chow_liu_prior(z_NP, num_states, tree, **counting)
+        return hidden_prior(
+            z_NP, num_states, self.hparams["num_units"], tree, context.generator("parameters"), **counting
+        )
 
     def _train_evidence(self, context: StageContext) -> EvidenceSource:
         """The evidence of training images, of candidates; as much of it as fits is computed once. All ranks call."""

@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
-from lvd_lightning.models.priors import chow_liu_prior, hidden_prior, latent_tree
+from lvd_lightning.models.priors import chow_liu_prior, edge_kinds, hidden_prior, latent_tree
+from lvd_lightning.parts import ImagePatches, Tokens
 
 STATES = 3
 WORLDS = torch.tensor(list(product(range(STATES), repeat=4)))
 
 
-def log_prob(prior: torch.nn.Module, z: Tensor) -> Tensor:
-    certain = torch.full((*z.shape, STATES), -torch.inf).scatter_(2, z[..., None], 0.0)
+def log_prob(prior: pc.Circuit, z: Tensor) -> Tensor:
+    states = prior.plan.inputs[0].distribution.num_states
+    certain = torch.full((*z.shape, states), -torch.inf).scatter_(2, z[..., None], 0.0)
     return prior.log_prob(certain)[:, 0].detach()
 
 
@@ -102,3 +104,57 @@ def test_without_smoothing_is_refused(z: Tensor) -> None:
         chow_liu_prior(z, STATES, torch.tensor([-1, 0, 1, 2]), 0)
     with pytest.raises(ValueError, match="pseudocount: got 0, expected more than 0"):
         hidden_prior(z, STATES, 2, torch.tensor([-1, 0, 1, 2]), torch.Generator(), 0)
+
+
+def test_edges_that_lie_alike() -> None:
+    """In a grid of two rows of three; by number where parts have no grid."""
+    parents = torch.tensor([1, -1, 1, 0, 3, 2])
+    kinds = edge_kinds(parents, ImagePatches((1, 4, 6), 2))
+    assert kinds[1] == -1
+    left, right, below = kinds[0], kinds[2], kinds[3]
+    assert len({int(left), int(right), int(below)}) == 3
+    assert kinds[4] == right
+    assert kinds[5] == below
+    of_words = edge_kinds(torch.tensor([-1, 0, 1]), Tokens(3, 5))
+    assert of_words[1] == of_words[2] >= 0 > of_words[0]
+
+
+def walks(number: int, length: int, states: int, seed: int) -> torch.Tensor:
+    """A step up or down from one position to the next, the same everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randint(-1, 2, (number, length), generator=generator)
+    return (torch.randint(states, (number, 1), generator=generator) + steps.cumsum(1)) % states
+
+
+def test_shrinkage_is_that_of_its_formula() -> None:
+    z, parents, kinds = walks(40, 3, 5, 0), torch.tensor([-1, 0, 1]), torch.tensor([-1, 0, 0])
+    prior = chow_liu_prior(z, 5, parents, pseudocount=2.0, kinds=kinds, shrinkage=7.0)
+    overall = torch.bincount(z.flatten(), minlength=5) + 1e-3
+    overall = overall / overall.sum()
+    counts = [torch.zeros(5, 5), torch.zeros(5, 5)]
+    for row in z.tolist():
+        for edge in range(2):
+            counts[edge][row[edge], row[edge + 1]] += 1
+    together = counts[0] + counts[1] + 20 * overall
+    together = together / together.sum(1, keepdim=True)
+    root = torch.bincount(z[:, 0], minlength=5) + 2 * overall
+    tables = [root / root.sum()]
+    for edge in range(2):
+        table = counts[edge] + 2 * overall + 7 * together
+        tables.append(table / table.sum(1, keepdim=True))
+    one = torch.tensor([[2, 3, 3]])
+    expected = tables[0][2] * tables[1][2, 3] * tables[2][3, 3]
+    assert float(log_prob(prior, one).exp()) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_shrinkage_chosen_helps_where_edges_are_alike_and_keeps_out_where_not() -> None:
+    parents, kinds = torch.arange(-1, 7), torch.tensor([-1] + [0] * 7)
+    few, many = walks(60, 8, 12, 1), walks(2000, 8, 12, 2)
+    alone = log_prob(chow_liu_prior(few, 12, parents), many).mean()
+    shrunk = log_prob(chow_liu_prior(few, 12, parents, kinds=kinds), many).mean()
+    assert shrunk > alone + 1  # nats
+    shift = torch.tensor([0, 3, 1, 7, 2, 9, 4, 8])  # the step means something else at every position
+    few, many = (walks(3000, 8, 12, 1) + shift) % 12, (walks(2000, 8, 12, 2) + shift) % 12
+    alone = log_prob(chow_liu_prior(few, 12, parents), many).mean()
+    shrunk = log_prob(chow_liu_prior(few, 12, parents, kinds=kinds), many).mean()
+    assert shrunk > alone - 0.01
