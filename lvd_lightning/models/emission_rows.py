@@ -13,7 +13,7 @@ from lvd_lightning.checks import check_choice
 
 __all__ = ["EmissionRows"]
 
-#: When a factor that all words share has fallen to this, it is multiplied out: only then are words touched that did not occur.
+#: When a factor that all words share has fallen to this, it is multiplied out: only then does a step touch all words.
 #: What is stored grows as factors fall, and floating point numbers keep their relative precision at any size.
 LEAST_FACTOR = 1e-18
 #: The share of a position's states above which all are done at once.
@@ -90,6 +90,14 @@ class EmissionRows(nn.Module):
         """All probabilities, as a table of its own; rows sum to one."""
         self.multiply_out()
         found_SKV = self.stored_SVK.transpose(1, 2).contiguous()
+        return found_SKV.div_(found_SKV.sum(-1, keepdim=True))
+
+    def taken_SKV(self) -> Tensor:
+        """All probabilities, in the memory of what they were stored in: nothing is left for further steps."""
+        self.multiply_out()
+        if self.rule == "anemone":
+            self.average_SVK = self.average_SVK.new_zeros(0)
+        found_SKV, self.stored_SVK = self.stored_SVK.transpose(1, 2).contiguous(), self.stored_SVK.new_zeros(0)
         return found_SKV.div_(found_SKV.sum(-1, keepdim=True))
 
     def em_step(self, keys_n: Tensor, flow_nK: Tensor, *, lr: float, pseudocount: float) -> None:

@@ -89,13 +89,21 @@ class HMMMemory:
 
     @property
     def writing(self) -> int:
-        """Bytes when it ends: a graph, a circuit and what is written are copies of the parameters."""
-        return (self.models + 3) * self.tables + self.models * self.averages
+        """Bytes when it ends: the circuit, its graph and what is written are copies of the parameters.
+
+        One model alone is taken apart for that; several go on training.
+        """
+        return 3 * self.tables + (self.models * (self.tables + self.averages) if self.models > 1 else 0)
+
+    @property
+    def resuming(self) -> int:
+        """Bytes when training goes on after an interruption: a checkpoint is read beside what it is for."""
+        return 2 * self.models * (self.tables + self.averages)
 
     @property
     def peak(self) -> int:
         """The most at any time."""
-        return max(self.beginning, self.training, self.writing)
+        return max(self.beginning, self.training, self.writing, self.resuming)
 
     def check(self, limit_gb: float | None = None, device: torch.device | str = "cpu") -> None:
         """Raise a ValueError that names the figures unless they are within a limit.
@@ -109,8 +117,8 @@ class HMMMemory:
         raise ValueError(
             f"training {self.num_parameters:,} parameters needs {self.peak / GB:.3g} GB (parameters "
             f"{self.tables / GB:.3g}, averages of flows {self.averages / GB:.3g}, a step {self.step / GB:.3g}"
-            f"{f', times {self.models} models' if self.models > 1 else ''}, copies when the model is written), but "
-            f"{limit / GB:.3g} GB are there: take fewer states or words, share tables over positions (homogeneous: "
+            f"{f', times {self.models} models' if self.models > 1 else ''}; copies in beginning, resuming, writing), "
+            f"but {limit / GB:.3g} GB are there: take fewer states or words, share tables over positions (homogeneous: "
             "true), or raise max_memory_gb"
         )
 

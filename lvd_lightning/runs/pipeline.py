@@ -308,7 +308,7 @@ def load_best(module: StageModule, checkpoint: EpochCheckpoint) -> None:
             )
         return
     try:
-        content = torch.load(checkpoint.best_path, map_location="cpu", weights_only=True)
+        content = torch.load(str(checkpoint.best_path), map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise unreadable(checkpoint.best_path, error) from error
     module.on_load_checkpoint(content)

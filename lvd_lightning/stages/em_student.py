@@ -18,6 +18,7 @@ from lvd_lightning.context import StageContext
 from lvd_lightning.metrics import MeanLikelihood
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.models.language import HiddenMarkovModel
+from lvd_lightning.models.sparse_hmm import SparseHMM
 from lvd_lightning.stages.stage import StageModule
 
 __all__ = [
@@ -163,7 +164,7 @@ class EMStudent(StageModule, ABC):
         return epochs * math.ceil(num_batches / epochs / self.batches_per_step)
 
     @torch.no_grad()
-    def validate(self, assembled: AssembledCircuit | HiddenMarkovModel, context: StageContext) -> float:
+    def validate(self, assembled: AssembledCircuit | HiddenMarkovModel | SparseHMM, context: StageContext) -> float:
         """What a circuit reaches on the first `val_images` validation examples; computed by this rank alone."""
         metric = self.likelihood(sync_on_compute=False).to(self.device)
         count = context.data.num_examples("val")

@@ -6,6 +6,7 @@ Shapes: B windows, T positions.
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -48,7 +49,8 @@ class HMMStudent(EMStudent):
     sees the clusters again. The best epoch on validation is kept, or the closed form if no epoch betters it.
 
     Logs, in the data's unit, `train/<unit>` and `val/<unit>` (on the first `val_windows` validation windows). Of the
-    closed form the report has `counts_<unit>`.
+    closed form the report has `counts_<unit>` and `counts_seconds`, of EM `em_tokens_per_second` (flows and steps,
+    without validation).
 
     Args:
         homogeneous: one table of transitions and one of emissions for all positions. Clusters should be pooled over
@@ -133,7 +135,10 @@ class HMMStudent(EMStudent):
         self.memory = check_memory(
             context, num_states, self.hparams["homogeneous"], rule, self.hparams["max_memory_gb"]
         )
-        self.model = sparse_hmm(context, self._first_tables(context), rule)
+        start = time.monotonic()
+        tables = self._first_tables(context)
+        self.spent = {"first_parameters": time.monotonic() - start, "steps": 0.0, "tokens": 0.0}
+        self.model = sparse_hmm(context, tables, rule)
         self.train_likelihood, self.val_likelihood = self.likelihood(), self.likelihood()
 
     @override
@@ -155,14 +160,24 @@ class HMMStudent(EMStudent):
         return super().configure_optimizers()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        x_BT = batch[0]
+        x_BT, start = batch[0], self._now()
         kept_BT = self.kept_tokens(x_BT, batch_idx)
         log_B = self.model.add_flows(x_BT, kept_BT)
         self.em_step()
+        self.spent["steps"] += self._now() - start
+        self.spent["tokens"] += x_BT.numel()
         # Of dropped tokens nothing was asked: what is logged is told per token that was there.
         share_B = 1.0 if kept_BT is None else kept_BT.double().mean(1).clamp_min(1 / x_BT.shape[1])
         self.train_likelihood.update(log_B / share_B)
         self.log(f"train/{self.unit.name}", self.train_likelihood, on_step=False, on_epoch=True, prog_bar=True)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["hmm"] = {"spent": dict(self.spent)}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.spent.update({name: checkpoint["hmm"]["spent"][name] for name in ("steps", "tokens")})
 
     def kept_tokens(self, x_BT: Tensor, batch_idx: int) -> Tensor | None:
         """Which tokens of a step's windows are not dropped, bool (B, T); None for all."""
@@ -184,11 +199,14 @@ class HMMStudent(EMStudent):
     @torch.no_grad()
     def finish_stage(self, context: StageContext) -> dict[str, float]:
         """Keep the best epoch, or the closed form if no epoch is better on validation."""
-        unit, kept = self.unit.name, self._finished(context, self.model.tables())
-        at_best = self.validate(kept, context)
+        unit, at_best = self.unit.name, self.validate(self.model, context)
         figures = {f"val_{unit}": at_best}
+        kept = self.model.taken(self._reserved(context)).to(self.device)
         if self.hparams["init"] == "counts":
-            counted = self._finished(context, self._first_tables(context, alone=True))
+            length = words_of(context.data, context.stage).num_parts
+            tables = self._first_tables(context, alone=True)
+            counted = HiddenMarkovModel.from_tables(tables, length, self._reserved(context)).to(self.device)
+            del tables
             at_start = self.validate(counted, context)
             figures[f"counts_{unit}"] = at_start
             if not (at_best < at_start if self.unit.lower_is_better else at_best > at_start):
@@ -198,19 +216,27 @@ class HMMStudent(EMStudent):
                     stacklevel=2,
                 )
                 kept, figures[f"val_{unit}"] = counted, at_start
+            del counted  # the one that is not kept makes room for what is written
         kept.save(context.dir)
-        planned = {"planned_memory_gb": self.memory.peak / 1e9}
-        return {**figures, "num_states": kept.num_states, "num_parameters": kept.num_parameters, **planned}
+        figures |= {"num_states": kept.num_states, "num_parameters": kept.num_parameters}
+        figures["planned_memory_gb"] = self.memory.peak / 1e9
+        if self.hparams["init"] == "counts":
+            figures["counts_seconds"] = self.spent["first_parameters"]
+        if self.spent["steps"] > 0:
+            figures["em_tokens_per_second"] = self.spent["tokens"] / self.spent["steps"]
+        return figures
+
+    def _now(self) -> float:
+        """Seconds on a clock, when the device is done with what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.monotonic()
 
     def _num_states(self, context: StageContext) -> int:
         """K: clusters, and one state for a reserved token; or what the setting says."""
         if self.hparams["num_states"] is not None:
             return int(self.hparams["num_states"])
         return read_assignments(context)[1] + (self._reserved(context) is not None)
-
-    def _finished(self, context: StageContext, tables: HMMTables) -> HiddenMarkovModel:
-        length = words_of(context.data, context.stage).num_parts
-        return HiddenMarkovModel.from_tables(tables, length, self._reserved(context)).to(self.device)
 
     def _first_tables(self, context: StageContext, alone: bool = False) -> HMMTables:
         """Parameters before EM: the same on every rank, each counting its share, unless this one does it `alone`."""

@@ -144,3 +144,15 @@ def test_parameters_are_counted_as_in_the_model() -> None:
     for homogeneous in (False, True):
         dense, _, sparse, _ = both(homogeneous, "em")
         assert sparse.num_parameters == dense.num_parameters == sparse.finished().num_parameters
+
+
+@pytest.mark.parametrize("rule", ["em", "anemone"])
+def test_a_model_taken_apart_is_the_finished_one(rule: str) -> None:
+    _, _, sparse, optimizer = both(False, rule)
+    for x in batches(3):
+        sparse_step(sparse, optimizer, (x, None))
+    x, finished = batches(1)[0], sparse.finished(reserved=4)
+    taken = sparse.taken(reserved=4)
+    assert torch.equal(taken.log_prob(x), finished.log_prob(x))
+    assert taken.reserved == 4
+    assert sum(found.numel() for found in sparse.emissions.buffers()) < T * K * V

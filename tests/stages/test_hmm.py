@@ -70,6 +70,8 @@ def test_a_run_from_counts_to_the_report(tmp_path: Path, homogeneous: bool) -> N
     start = perplexity(counted(data, homogeneous), data.splits["val"])
     assert summary["stages"]["hmm"]["counts_ppl"] == pytest.approx(start, rel=1e-5)
     assert summary["stages"]["hmm"]["val_ppl"] <= start + 1e-6
+    assert summary["stages"]["hmm"]["em_tokens_per_second"] > 100
+    assert 0 < summary["stages"]["hmm"]["counts_seconds"] < 10
     model: Any = run.model()
     assert isinstance(model, HiddenMarkovModel)
     assert model.homogeneous == homogeneous
