@@ -42,12 +42,13 @@ class EpochLines(Checkpoint):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        logged = trainer.callback_metrics  # on every rank: where nobody has asked for a metric yet, this sums over them
         if not trainer.is_global_zero:
             return
         # Where Lightning also keeps a "_step" and an "_epoch" form of a metric, its plain name says it all.
         metrics = {
             name: float(value)
-            for name, value in trainer.callback_metrics.items()
+            for name, value in logged.items()
             if value.numel() == 1 and not name.endswith(("_step", "_epoch"))
         }
         shown = [f"{name} {value:.4f}{self.noted.beside(name)}" for name, value in metrics.items()]

@@ -1,26 +1,30 @@
-"""A run over a text that is killed in each of its stages; run as a script, it is that run."""
+"""A run over a text that is killed in each of its stages, and one by two processes; run as a script, it is that run."""
 
 import json
 import os
 import signal
+import subprocess
 import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from helpers.encoders import write_bert
 from helpers.processes import as_script, exit_codes
 from helpers.run_content import content
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lvd_lightning.latents import load_assignments
+
 PLACES = ("teacher", "features", "clusters", "hmm", "evaluate", "baseline")
 # Nothing in these but times, or, in pictures, times drawn.
 TIMES = ("spent.json", "summary.md", "summary.json", "training.png", "config.yaml")
 ARGUMENTS = [
     *("fit", "--config=text", "--shared.num_clusters=3", "--shared.length=6", "--trainer.accelerator=cpu"),
-    *("--trainer.devices=1", "--data.max_examples=64", "--data.batch_size=16"),
+    *("--data.max_examples=64", "--data.batch_size=16"),
     *("--stages.latents.model.batch_size=20", "--stages.hmm.model.optimizer=anemone"),
     *("--stages.hmm.trainer.max_epochs=3", "--stages.baseline.trainer.max_epochs=3"),
 ]
@@ -71,14 +75,22 @@ def fit(run_dir: Path) -> int:
     around(features._Mark, "move", "features", run_dir, after=True)
     around(latents, "write_clusters", "clusters", run_dir)
     around(pipeline, "evaluate_run", "evaluate", run_dir)
+    callback = "--trainer.callbacks=[{class_path: __main__.KillInSecondEpoch}]"
+    return main([*arguments(run_dir, 1), callback])
+
+
+def arguments(run_dir: Path, devices: int) -> list[str]:
     folder = run_dir.parent
     paths = [f"--data.cache={folder / 'tokens'}", f"--stages.teacher.model.encoder={folder / 'bert'}"]
-    callback = "--trainer.callbacks=[{class_path: __main__.KillInSecondEpoch}]"
-    return main([*ARGUMENTS, *paths, callback, f"--name={run_dir.name}", f"--run_dir={folder}"])
+    return [*ARGUMENTS, *paths, f"--trainer.devices={devices}", f"--name={run_dir.name}", f"--run_dir={folder}"]
+
+
+def write_encoder(folder: Path) -> None:
+    write_bert(folder / "bert", ["the", "king", "and", "of", "said", *"abcdefghijklmnopqrstuvwxyz,.:;"])
 
 
 def test_run_over_a_text_that_is_killed_everywhere_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
-    write_bert(tmp_path / "bert", ["the", "king", "and", "of", "said", *"abcdefghijklmnopqrstuvwxyz,.:;"])
+    write_encoder(tmp_path)
     result = as_script(__file__, str(tmp_path))
     assert result.returncode == 0, result.stderr
     codes = json.loads(result.stdout.splitlines()[-1])
@@ -92,6 +104,22 @@ def test_run_over_a_text_that_is_killed_everywhere_ends_as_an_uninterrupted_one(
     for name, path in whole.items():
         if name.name not in TIMES:
             assert content(path) == content(killed[name]), name
+
+
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+    """And end: whatever one of them asks of a metric, the other one is asked too."""
+    write_encoder(tmp_path)
+    root = Path(__file__).parents[2]
+    for name, devices in (("one", 1), ("two", 2)):
+        words = [sys.executable, str(root / "train.py"), *arguments(tmp_path / name, devices)]
+        subprocess.run(words, cwd=root, check=True, timeout=200, env={**os.environ, "PYTHONPATH": str(root)})
+    for split in ("train", "val", "test"):
+        one, two = (load_assignments(tmp_path / name / "latents", split) for name in ("one", "two"))
+        assert torch.equal(one, two)
+    figures = [json.loads((tmp_path / name / "report" / "summary.json").read_text()) for name in ("one", "two")]
+    first, second = ({**found["test"], **found["baseline"]["random_em"]} for found in figures)
+    for name in ("ppl", "ppl_carried", "num_parameters"):
+        assert first[name] == pytest.approx(second[name], rel=1e-4), name
 
 
 if __name__ == "__main__":
