@@ -32,6 +32,7 @@ from lvd_lightning.circuits.engine.plan import Plan, compile_plan
 from lvd_lightning.circuits.engine.reference import is_vmapped, log_values, take_inputs
 from lvd_lightning.circuits.engine.sparse import LAYOUTS, Layout
 from lvd_lightning.circuits.graph import CircuitGraph, Node, with_sum_root
+from lvd_lightning.circuits.rsample import rsample
 
 __all__ = ["Circuit"]
 
@@ -333,6 +334,92 @@ class Circuit(nn.Module):
             tensor([7, 2])
         """
         return queries.sample(self, n, head=head, x=x, observed=observed, generator=generator)
+
+    def rsample(
+        self,
+        n: int | None = None,
+        *,
+        head: int | Tensor = 0,
+        x: Tensor | None = None,
+        observed: Tensor | None = None,
+        estimator: Literal["gumbel", "straight_through", "simple"] = "simple",
+        temperature: float = 1.0,
+        hard: bool = False,
+        onehot: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Samples through which gradients flow into parameters and into what is known.
+
+        Continuous variables have the gradient of mean + deviation * noise. Choices (of sums, and of the values of
+        discrete variables) have none, and the estimators differ in what they take for it:
+
+        - "simple": exact samples; gradients are those of the choices' probabilities. Without bias where what is made of
+          a sample is linear in it.
+        - "straight_through": exact samples; gradients are those of a Gumbel-softmax in place of each choice.
+        - "gumbel": choices are Gumbel-softmaxes, so a sum mixes samples of all its children. Nearly a sample at a low
+          temperature. With `hard` the exact sample of the same noise, with the soft one's gradient.
+
+        DiscretizedGaussian and DiscretizedLogistic variables are rounded in every sample; the rounding passes the
+        gradient on, but under "simple" and with `onehot`, where they are as any discrete variable.
+
+        It runs in plain PyTorch operations and can be differentiated twice. It keeps the values of all units, as the
+        reference pass does; the soft shares of an edge are computed again in backward.
+
+        Args:
+            n: how many samples, 0 or more, where there is no `x`.
+            head: an int, or a tensor (n,) or (B,), for a batch of circuits led by G: the head each is drawn from.
+            x: (B, D), the rows to complete; for a batch of circuits (G, B, D), or (B, D) given to all of them. Evidence
+                has one more dimension, the states. Gradients flow into evidence and into values of Gaussians.
+            observed: bool, the shape of x without states; False: the value is drawn. Needed with x, except for
+                evidence, of which all may be given.
+            estimator: see above.
+            temperature: above 0, of "gumbel" and "straight_through"; "simple" has none. The lower, the smaller the bias
+                and the larger the variance.
+            hard: of "gumbel"; the others are hard whatever it is.
+            onehot: samples as vectors over the values; all variables must be discrete.
+            generator: on the circuit's device; the default one if not given.
+
+        Returns:
+            (n, D) or (B, D), floating point, the values of the leaves; soft ones are means of values. With `onehot`
+            (n, D, C) or (B, D, C), C being the most values that a variable has, rows that sum to one. For a batch of
+            circuits led by G. Observed variables keep their values. Of evidence, the states.
+
+        Raises:
+            ValueError: as `sample`; an estimator that is none of the three, a temperature that is not above 0, or
+                `onehot` with a continuous variable.
+
+        References:
+            Lang, Mundt, Ventola, Peharz, Kersting, Elevating Perceptual Sample Quality in PCs through Differentiable
+            Sampling, PMLR 181, 2022; Ahmed, Zeng, Niepert, Van den Broeck, SIMPLE: A Gradient Estimator for k-Subset
+            Sampling, ICLR 2023.
+
+        Example:
+            >>> import torch
+            >>> import lvd_lightning.circuits as pc
+            >>> graph = pc.hclt([-1, 0, 0], num_latents=4, leaf=pc.Categorical(8))
+            >>> circuit = pc.Circuit(graph, parameterization="logits")
+            >>> sample = circuit.rsample(5, generator=torch.Generator().manual_seed(0))
+            >>> sample.shape, bool((sample == sample.round()).all())
+            (torch.Size([5, 3]), True)
+            >>> (sample.mean() - 2).square().backward()  # move the mean of all values towards 2
+            >>> all(bool(table.grad.abs().sum() > 0) for table in circuit.parameters())
+            True
+            >>> soft = circuit.rsample(5, estimator="gumbel", temperature=0.5, onehot=True)
+            >>> soft.shape, torch.allclose(soft.sum(-1), torch.ones(5, 3))
+            (torch.Size([5, 3, 8]), True)
+        """
+        return rsample(
+            self,
+            n,
+            head=head,
+            x=x,
+            observed=observed,
+            estimator=estimator,
+            temperature=temperature,
+            hard=hard,
+            onehot=onehot,
+            generator=generator,
+        )
 
     def mpe(self, x: Tensor, observed: Tensor | None = None, head: int | Tensor = 0) -> tuple[Tensor, Tensor]:
         """Max-product decoding: the joint maximum over unobserved variables and all latents.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lvd_lightning.circuits.engine.batch import Batch
     from lvd_lightning.circuits.engine.log_prob import Lease
 
-__all__ = ["mpe", "nothing_observed", "posterior", "sample", "unit_posteriors"]
+__all__ = ["check_possible", "mpe", "nothing_observed", "posterior", "sample", "unit_posteriors"]
 
 #: Numbers that a chunk of folds may hold while units are chosen.
 CHUNK_SIZE = 1 << 22
@@ -59,7 +59,7 @@ def sample(
     tables = circuit.probabilities()
     lease = circuit.engine.lease(batch.size, keep=False)
     circuit.engine.run_forward(batch, tables, lease.space)
-    _check_possible(circuit, lease.space.values, index_GB)
+    check_possible(circuit, _log_of_heads(circuit, lease.space.values, index_GB), index_GB)
     active = _descend(circuit, lease.space.values, tables, index_GB, generator, stochastic=True)
     for number, layer in enumerate(circuit.engine.leaf_layers()):
         for a, b in _fold_chunks(layer.num_folds, batch.size * max(layer.distribution.size, layer.num_units)):
@@ -90,8 +90,8 @@ def mpe(
             layer.forward_modes(values, tables[layer.group] if layer.group >= 0 else None, batch.observed[number])
     for inner in circuit.engine.inner_layers():
         _maximise(inner, values, tables)
-    _check_possible(circuit, values, index_GB)
-    log_GB = values[circuit.engine.roots].gather(1, index_GB[:, None])[:, 0] / BITS_PER_NAT
+    log_GB = _log_of_heads(circuit, values, index_GB) / BITS_PER_NAT
+    check_possible(circuit, log_GB, index_GB)
     active = _descend(circuit, values, tables, index_GB, None, stochastic=False)
     for number, layer in enumerate(circuit.engine.leaf_layers()):
         reached_FB, unit_FB = _chosen(layer.gradient_of(active, 0, layer.num_folds))
@@ -129,7 +129,7 @@ def _reach(circuit: Circuit, batch: Batch, index_GB: Tensor) -> tuple[Lease[Work
     tables = circuit.probabilities()
     lease = circuit.engine.lease(batch.size, keep=True)
     circuit.engine.run_forward(batch, tables, lease.space)
-    _check_possible(circuit, lease.space.values, index_GB)
+    check_possible(circuit, _log_of_heads(circuit, lease.space.values, index_GB), index_GB)
     space = circuit.engine.gradient_space(batch.size)
     circuit.engine.head_rows(space.inner).zero_().scatter_(1, index_GB[:, None], 1.0)
     circuit.engine.run_backward(lease.space, tables, space, [None] * len(tables))
@@ -206,8 +206,13 @@ def _write(
         out[column, variable] = value
 
 
-def _check_possible(circuit: Circuit, values: Tensor, index_GB: Tensor) -> None:
-    log_GB = values[circuit.engine.roots].gather(1, index_GB[:, None])
+def _log_of_heads(circuit: Circuit, values: Tensor, index_GB: Tensor) -> Tensor:
+    """The values of the heads that are asked for, (G, B), in bits as they are in V."""
+    return values[circuit.engine.roots].gather(1, index_GB[:, None])[:, 0]
+
+
+def check_possible(circuit: Circuit, log_GB: Tensor, index_GB: Tensor) -> None:
+    """Raise a ValueError if a row is impossible under its head, or the head is not there."""
     if not bool((log_GB > -torch.inf).all()):
         lacking_GB = circuit.engine.roots.gather(1, index_GB) == LOG_ZERO
         if bool(lacking_GB.any()):

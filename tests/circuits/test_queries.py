@@ -7,27 +7,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.cases import few_structures
+from helpers.frequencies import assert_frequencies
 from scipy import stats
-from torch import Tensor
 
 import lvd_lightning.circuits as pc
 
 EXACT = {"rtol": 1e-8, "atol": 1e-12}
-
-
-def assert_frequencies(sample: Tensor, worlds: Tensor, probabilities: np.ndarray) -> None:
-    """A chi-square test; the seed is fixed, so it never fails by chance once it has passed."""
-    matches = (sample[:, None] == worlds[None]).all(2)
-    assert matches.any(1).all(), "a sample lies outside the support"
-    counts = matches.sum(0).numpy()
-    assert not counts[probabilities == 0].any(), "an impossible world was drawn"
-    expected = probabilities * len(sample)
-    rare = expected < 5  # the approximation wants five expected samples per cell
-    counts = np.append(counts[~rare], counts[rare].sum())
-    expected = np.append(expected[~rare], expected[rare].sum())
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    if len(counts) > 1:
-        assert stats.chisquare(counts, expected).pvalue > 1e-3
 
 
 def test_samples(discrete: Any) -> None:

@@ -58,6 +58,9 @@ def test_words_of_the_page_on_queries() -> None:
     names: dict[str, Any] = {}
     for code in blocks("python", DOCS / "queries.md"):
         exec(compile(code, str(DOCS / "queries.md"), "exec"), names)
+    assert names["loss"] < 6  # 12 at random
+    assert names["given"][0, 0] == 3
+    assert names["given"][1, 1:].tolist() == [5, 1]
     assert names["states"].shape == (1, 3, 4)
     assert names["drawn"].tokens_NL.shape == (100, 3)
     said = " ".join(map(str, names["said"][0, 2:].tolist()))

@@ -22,7 +22,7 @@ from lvd_lightning.circuits.engine.layers import FLOOR, TINY
 from lvd_lightning.circuits.engine.plan import Gather, Index, LayerPlan, NodeKey, ParameterGroup, Plan
 from lvd_lightning.circuits.engine.sparse import EdgeIndex
 
-__all__ = ["LogValues", "is_vmapped", "log_values", "take_inputs"]
+__all__ = ["LogValues", "Parts", "index_of", "is_vmapped", "log_values", "take_inputs", "weights_of"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def take_inputs(plan: Plan, x: Tensor, is_shared: bool) -> list[Tensor]:
     """
     columns = x.transpose(0, 1) if is_shared else x.transpose(1, 2).flatten(0, 1)
     num_variables = 0 if is_shared else x.shape[2]
-    return [columns[_index(layer.circuits * num_variables + layer.variables, x.device)] for layer in plan.inputs]
+    return [columns[index_of(layer.circuits * num_variables + layer.variables, x.device)] for layer in plan.inputs]
 
 
 def is_vmapped(tensor: Tensor) -> bool:
@@ -106,14 +106,14 @@ def _run(
         log_FKB = layer.distribution.log_prob(params, x)
         inputs.append(log_FKB if seen is None else torch.where(seen[:, None], log_FKB, torch.zeros_like(log_FKB)))
     constants = like.new_tensor([0.0, -torch.inf])[:, None].expand(2, inputs[0].shape[2])
-    parts = _Parts([0, *(layer.start for layer in plan.inputs), *(layer.outer_start for layer in plan.layers)])
+    parts = Parts([0, *(layer.start for layer in plan.inputs), *(layer.outer_start for layer in plan.layers)])
     parts.found = [constants, *(log_FKB.flatten(0, 1) for log_FKB in inputs)]
     inner, outer = [], []
     for plan_of_layer in plan.layers:
         inner_FKB = _inner(plan_of_layer, parts)
         outer_FHB = inner_FKB
         if plan_of_layer.group >= 0:
-            weight_FHK = _weights(plan.groups[plan_of_layer.group], tables[plan_of_layer.group], plan_of_layer)
+            weight_FHK = weights_of(plan.groups[plan_of_layer.group], tables[plan_of_layer.group], plan_of_layer)
             outer_FHB = _mix(weight_FHK, inner_FKB)
         inner.append(inner_FKB)
         outer.append(outer_FHB)
@@ -122,8 +122,11 @@ def _run(
     return LogValues(plan, inputs, inner, outer, heads)
 
 
-class _Parts:
-    """The rows of V, layer by layer: a chain of a thousand layers copies none of them a thousand times."""
+class Parts:
+    """The rows of V or E, layer by layer: a chain of a thousand layers copies none of them a thousand times.
+
+    starts: the first row of every part, ascending. `found` has the parts, (rows, B), those that are there by now.
+    """
 
     def __init__(self, starts: list[int]) -> None:
         self.starts = np.array(starts)
@@ -135,22 +138,22 @@ class _Parts:
         first = part_of_row[0]
         if (part_of_row == first).all():
             found = self.found[first]
-            return found[_index(rows - self.starts[first], found.device)]
+            return found[index_of(rows - self.starts[first], found.device)]
         used, place = np.unique(part_of_row, return_inverse=True)
         sizes = [len(self.found[part]) for part in used]
         moved = np.concatenate([[0], np.cumsum(sizes)[:-1]]) - self.starts[used]  # from V to the used parts in a row
         joined = torch.cat([self.found[part] for part in used])
-        return joined[_index(rows + moved[place.reshape(rows.shape)], joined.device)]
+        return joined[index_of(rows + moved[place.reshape(rows.shape)], joined.device)]
 
     def gather(self, gather: Gather) -> Tensor:
         """Sums of rows, (N, B)."""
         out = self.take(gather.first)
         for slot in gather.more:
-            out = out.index_add(0, _index(slot.dst, out.device), self.take(slot.src))
+            out = out.index_add(0, index_of(slot.dst, out.device), self.take(slot.src))
         return out
 
 
-def _inner(plan: LayerPlan, parts: _Parts) -> Tensor:
+def _inner(plan: LayerPlan, parts: Parts) -> Tensor:
     """Log-values of the inner units of a layer, (F, K, B)."""
     rows = parts.gather(plan.inputs)
     if plan.grid is None:
@@ -160,12 +163,12 @@ def _inner(plan: LayerPlan, parts: _Parts) -> Tensor:
     return (first_FPIB[:, :, :, None] + second_FPJB[:, :, None]).flatten(1, 3)
 
 
-def _weights(group: ParameterGroup, table: Tensor, plan: LayerPlan) -> Tensor:
+def weights_of(group: ParameterGroup, table: Tensor, plan: LayerPlan) -> Tensor:
     """Weights of the nodes of a sum layer, (F, H, K); 0 where there is no edge."""
     if group.edges is None:
         return _rows(table, plan.parameter_rows)
     size = len(plan.nodes) * plan.outer_units * plan.inner_units
-    flat = table.new_zeros(size).scatter(0, _index(_places(group.edges), table.device), table)
+    flat = table.new_zeros(size).scatter(0, index_of(_places(group.edges), table.device), table)
     return flat.view(len(plan.nodes), plan.outer_units, plan.inner_units)
 
 
@@ -204,8 +207,9 @@ def _mix_in_log_space(weight_FHK: Tensor, log_FKB: Tensor) -> Tensor:
 
 
 def _rows(table: Tensor, rows: Index) -> Tensor:
-    return table[_index(rows, table.device)]
+    return table[index_of(rows, table.device)]
 
 
-def _index(rows: Index, device: torch.device) -> Tensor:
+def index_of(rows: Index, device: torch.device) -> Tensor:
+    """Rows of a plan as an index on the device."""
     return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int64)).to(device)
