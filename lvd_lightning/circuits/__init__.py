@@ -17,6 +17,7 @@ from lvd_lightning.circuits.distributions import (
 )
 from lvd_lightning.circuits.em import Anemone, CircuitEM
 from lvd_lightning.circuits.expectation import expectation
+from lvd_lightning.circuits.expected import expected
 from lvd_lightning.circuits.flows import Flows
 from lvd_lightning.circuits.graph import CircuitGraph, Node
 from lvd_lightning.circuits.grow import grow
@@ -56,6 +57,7 @@ __all__ = [
     "chow_liu_tree",
     "entropy",
     "expectation",
+    "expected",
     "from_pyjuice",
     "grow",
     "hclt",

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.cases import few_discrete_structures, few_structures, few_structures_and_a_batch
+from helpers.estimates import assert_no_bias, differences, gradients, rows_of, seeded, with_logits
 from helpers.frequencies import assert_frequencies
 from torch import Tensor
 
@@ -20,53 +21,6 @@ HARD = {
     "gumbel": {"estimator": "gumbel", "hard": True},
     "cold": {"estimator": "gumbel", "temperature": 1e-9},
 }
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def with_logits(case: Any) -> pc.Circuit:
-    """Parameters without constraints: every direction is one in which distributions stay normalised."""
-    return pc.Circuit(case.graph, parameterization="logits")
-
-
-def gradients(circuit: pc.Circuit, loss: Tensor, *others: Tensor) -> list[Tensor]:
-    """For all tables and other tensors; zeros where the loss does not depend on one."""
-    targets = [*circuit.tables, *others]
-    found = torch.autograd.grad(loss, targets, allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for t, g in zip(targets, found, strict=True)]
-
-
-@torch.no_grad()
-def differences(loss: Callable[[], Tensor], targets: list[Tensor], step: float = 1e-5) -> list[Tensor]:
-    """The gradient of a loss by central differences; targets are changed in place and restored."""
-    out = []
-    for target in targets:
-        flat, slope = target.view(-1), torch.zeros(target.numel())
-        for i in range(len(flat)):
-            at = flat[i].item()
-            flat[i] = at + step
-            high = loss()
-            flat[i] = at - step
-            low = loss()
-            flat[i] = at
-            slope[i] = (high - low) / (2 * step)
-        out.append(slope.view(target.shape))
-    return out
-
-
-def rows_of(case: Any, number: int) -> tuple[Tensor, Tensor]:
-    """Some possible rows of a case with their masks; the first knows nothing."""
-    pick = torch.linspace(0, len(case.x) - 1, number).long()
-    return case.x[pick], case.observed[pick]
-
-
-def assert_no_bias(batches: list[list[Tensor]], exact: list[Tensor]) -> None:
-    """Means of gradients of independent batches agree with the exact ones within 5 standard errors."""
-    for found, expected in zip(map(torch.stack, zip(*batches, strict=True)), exact, strict=True):
-        error = found.std(0) / len(found) ** 0.5
-        assert ((found.mean(0) - expected).abs() <= 5 * error + 1e-8).all()
 
 
 # Samples.
