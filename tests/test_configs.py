@@ -24,14 +24,14 @@ OVERLAYS = {
     **{"baseline": "folder", "pixels": "folder", "small": "folder_pg", "wandb": "photos"},
     **{"per_position": "lvd_imagenet32", "untied": "lvd_imagenet32"},
     **{"poon_domingos": "folder", "rat_spn": "folder_pg"},  # the latter also grows
-    **dict.fromkeys(("mod256", "no_flips", "tables"), "folder_pg"),
+    **dict.fromkeys(("mod256", "no_flips", "smoothed", "tables"), "folder_pg"),
     **dict.fromkeys(("codes", "convolutional", "mae", "paper_protocol"), "imagenet32"),
     **dict.fromkeys(("no_growing", "patch2", "patch8"), "cifar10"),
     **dict.fromkeys(("emnist", "fashion_mnist"), "mnist"),
 }
 # An overlay runs on the smallest experiment of its kind, with images of 8 x 8 or, where that were one patch, 16 x 16.
 SMALLEST = {"per_position": "folder", "untied": "folder"}
-SMALLEST |= dict.fromkeys(("mod256", "no_flips", "tables"), "photos_pg")
+SMALLEST |= dict.fromkeys(("mod256", "no_flips", "smoothed", "tables"), "photos_pg")
 SMALLEST |= dict.fromkeys(
     ("codes", "convolutional", "mae", "no_growing", "paper_protocol", "patch2", "patch8"), "photos_pg"
 )
