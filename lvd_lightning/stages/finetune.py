@@ -46,6 +46,8 @@ class FinetuneStudent(EMStudent):
         margin: in nats; null computes the evidence of all latent values in every step.
         posterior_floor: posteriors below it count as zero.
         slots: slots per conditional circuit and step, as a multiple of the mean number of its patches.
+        train_prior: whether the prior learns, too. With many latent values and few images it overfits, since an edge
+            between two latents has a table of all pairs of values.
 
     Example:
         >>> from lvd_lightning.stages import FinetuneStudent
@@ -69,6 +71,7 @@ class FinetuneStudent(EMStudent):
         posterior_floor: float = 1e-3,
         slots: float = 2.0,
         val_images: int = 256,
+        train_prior: bool = True,
     ) -> None:
         super().__init__()
         expect(margin is None or margin > 0, "margin", margin, "more than 0 nats, or null for no limit")
@@ -79,6 +82,7 @@ class FinetuneStudent(EMStudent):
     def begin_stage(self, context: StageContext) -> None:
         super().begin_stage(context)
         self.assembled = AssembledCircuit.load(context.required("model"))
+        self.assembled.prior.requires_grad_(self.hparams["train_prior"])
         self.source: EvidenceSource | None = None
         if self.hparams["margin"] is not None:
             self.source = self._source(context, context.required("prior") / "evidence")
@@ -86,7 +90,7 @@ class FinetuneStudent(EMStudent):
 
     @override
     def trained(self) -> nn.Module:
-        return self.assembled
+        return self.assembled if self.hparams["train_prior"] else self.assembled.conditional
 
     @override
     def on_fit_start(self) -> None:

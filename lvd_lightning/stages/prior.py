@@ -34,7 +34,9 @@ class PriorStudent(EMStudent):
 
     Trained for `hard_epochs` epochs on assignments (which a tree from counts does not need), then on soft evidence: the
     log-likelihoods of every patch under the frozen conditionals, computed once and kept in `evidence/`, so that the
-    prior is fitted to log p(x) (the latent distribution step of Liu et al., ICLR 2023, section 3).
+    prior is fitted to log p(x) (the latent distribution step of Liu et al., ICLR 2023, section 3). With many values and
+    few images that overfits: the prior that it began with is kept if no epoch is better on validation (unless edges
+    are to be pruned).
 
     Logs, in the data's unit, `train/<unit>`, `val/<unit>` (exact: all latent values, on the first `val_images`
     validation images).
@@ -163,18 +165,35 @@ class PriorStudent(EMStudent):
         self.log(f"val/{self.unit.name}", self.val_likelihood, on_step=False, on_epoch=True, prog_bar=True)
 
     @override
+    @torch.no_grad()
     def finish_stage(self, context: StageContext) -> dict[str, float]:
+        """Keep the best epoch, or the prior that training began with if no epoch is better on validation."""
+        found, improved = self._validate_prior(), True
+        if self.hparams["prune_threshold"] is None:  # else what is smaller is wanted, better or not
+            trained = self.assembled.prior
+            self.assembled.prior = self._first_prior(context, self.assembled.num_states, self.assembled.conditional)
+            self.assembled.prior.to(self.device)
+            at_start = self._validate_prior()
+            improved = found < at_start if self.unit.lower_is_better else found > at_start
+            if improved:
+                self.assembled.prior = trained
+            else:
+                found = at_start
         self.assembled.save(context.dir)
-        metric = self.likelihood(sync_on_compute=False).to(self.device)  # of this rank alone
-        count = len(self.val_cache)
-        for index in torch.arange(count).split(256):
-            evidence_BPK = self.val_cache.evidence(index, self.device)
-            metric.update(self.assembled.prior.log_prob(evidence_BPK)[:, 0])
         return {
-            f"val_{self.unit.name}": float(metric.compute()),
-            "val_images": count,
+            f"val_{self.unit.name}": found,
+            "improved": float(improved),
+            "val_images": len(self.val_cache),
             "num_parameters": self.assembled.num_parameters,
         }
+
+    def _validate_prior(self) -> float:
+        """What the circuit reaches on the validation images whose evidence is kept; of this rank alone."""
+        metric = self.likelihood(sync_on_compute=False).to(self.device)
+        for index in torch.arange(len(self.val_cache)).split(256):
+            evidence_BPK = self.val_cache.evidence(index, self.device)
+            metric.update(self.assembled.prior.log_prob(evidence_BPK)[:, 0])
+        return float(metric.compute())
 
     def _first_prior(self, context: StageContext, num_states: int, conditional: pc.Circuit) -> pc.Circuit:
         z_NP = self.z_NP["train"]

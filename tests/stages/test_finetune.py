@@ -179,6 +179,16 @@ def test_the_circuit_of_the_prior_is_kept_if_finetuning_spoils_it(prepared: Any)
     assert (results["improved"], results["val_bpd"]) == (0.0, pytest.approx(float(bpd.compute()), rel=1e-6))
 
 
+def test_the_prior_may_stay_as_it_is(prepared: Any) -> None:
+    module = FinetuneStudent(train_prior=False)
+    prepared.train("finetune", module)
+    before = AssembledCircuit.load(prepared.folder / "prior")
+    assert all(map(torch.equal, module.assembled.prior.tables, before.prior.tables))
+    assert not all(map(torch.equal, module.assembled.conditional.tables, before.conditional.tables))
+    images = prepared.data.splits["train"]
+    assert module.assembled.log_prob(images).mean() > before.log_prob(images).mean()
+
+
 def test_checkpoints_hold_plain_types(prepared: Any) -> None:
     trainer = prepared.train("finetune", FinetuneStudent())
     trainer.save_checkpoint(prepared.folder / "some.ckpt")

@@ -188,6 +188,17 @@ def test_the_whole_circuit_is_handed_on(conditional: Any) -> None:
     assert results["num_parameters"] == loaded.num_parameters
 
 
+def test_the_counted_prior_is_kept_if_training_spoils_it(conditional: Any) -> None:
+    module = conditional.begin("prior", PriorStudent())
+    counted = [table.detach().clone() for table in module.assembled.prior.tables]
+    expected = bpd(module, conditional, "val")
+    module.assembled.prior.tables[0].data.copy_(module.assembled.prior.tables[0].data.roll(1, 2))
+    results = module.finish_stage(conditional.context("prior"))
+    kept = AssembledCircuit.load(conditional.folder / "prior").prior
+    assert all(torch.equal(one, two) for one, two in zip(kept.tables, counted, strict=True))
+    assert (results["improved"], results["val_bpd"]) == (0.0, pytest.approx(expected, rel=1e-4))
+
+
 def test_checkpoints_hold_plain_types(conditional: Any) -> None:
     trainer = conditional.train("prior", PriorStudent(num_units=2, hard_epochs=1), 1)
     trainer.save_checkpoint(conditional.folder / "some.ckpt")
