@@ -363,7 +363,7 @@ class Circuit(nn.Module):
         gradient on, but under "simple" and with `onehot`, where they are as any discrete variable.
 
         It runs in plain PyTorch operations and can be differentiated twice. It keeps the values of all units, as the
-        reference pass does; the soft shares of an edge are computed again in backward.
+        reference pass does; the soft shares of edges are computed again in backward, some nodes at a time.
 
         Args:
             n: how many samples, 0 or more, where there is no `x`.

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["ESTIMATORS", "rsample"]
 
 ESTIMATORS = ("gumbel", "straight_through", "simple")
-#: Numbers that a chunk of folds may hold while hard choices are made.
-CHUNK_SIZE = 1 << 22
+#: Numbers that a chunk of folds may hold while choices are made.
+CHUNK_SIZE = 1 << 20
 
 
 def rsample(
@@ -189,9 +189,9 @@ class _Sampler:
         self, layer: LayerPlan, weight_FHK: Tensor, log_FKB: Tensor, noise_FKB: Tensor, reach_FHB: Tensor
     ) -> Tensor:
         """Every unit hands its weight on in the shares of a Gumbel-softmax, which backward computes again."""
-        args = (weight_FHK, log_FKB + noise_FKB, reach_FHB, self.temperature)
-        found: Tensor = checkpoint(_soft_shares, *args, use_reentrant=False)
-        return found
+        parts = (weight_FHK, log_FKB + noise_FKB, reach_FHB)
+        size = layer.outer_units * log_FKB.shape[1] * log_FKB.shape[2]
+        return _in_chunks(_soft_shares, parts, size, self.temperature)
 
     def hard_sum(
         self, layer: LayerPlan, weight_FHK: Tensor, log_FKB: Tensor, noise_FKB: Tensor, reach_FHB: Tensor
@@ -210,9 +210,9 @@ class _Sampler:
         """Values of all units, mixed; those of tables are a Gumbel-softmax over the values."""
         if not self._is_listed(leaf):
             return self._reparameterised(leaf, reach_FKB, noise)
-        args = (self._probabilities(leaf), noise, reach_FKB, self.temperature, self.onehot)
-        found: Tensor = checkpoint(_soft_values, *args, use_reentrant=False)
-        return found
+        p_FKC = self._probabilities(leaf)
+        size = p_FKC.shape[1] * p_FKC.shape[2] * reach_FKB.shape[2]
+        return _in_chunks(_soft_values, (p_FKC, noise, reach_FKB), size, self.temperature, self.onehot)
 
     def hard_leaf(self, leaf: InputPlan, reach_FKB: Tensor, noise: Tensor) -> Tensor:
         """The value of the unit that is reached; the gradient for the choice of a unit has the units' means."""
@@ -299,6 +299,16 @@ def _family_noise(family: Distribution, like_FB: Tensor, generator: torch.Genera
     return family.sample(one_FB2, generator)
 
 
+def _in_chunks(function: Callable[..., Tensor], parts: tuple[Tensor, ...], size: int, *settings: Any) -> Tensor:
+    """A function of some folds at a time, `size` numbers each, that backward computes again instead of keeping them."""
+    step = max(1, CHUNK_SIZE // max(1, size))
+    found = [
+        checkpoint(function, *(part[low : low + step] for part in parts), *settings, use_reentrant=False)
+        for low in range(0, len(parts[0]), step)
+    ]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
 def _soft_shares(weight_FHK: Tensor, score_FKB: Tensor, reach_FHB: Tensor, temperature: float) -> Tensor:
     """Weights of the inner units, (F, K, B)."""
     score_FHKB = (_log(weight_FHK)[..., None] + score_FKB[:, None]) / temperature
@@ -320,7 +330,7 @@ def _hard_choices(weight_FHK: Tensor, score_FKB: Tensor) -> Tensor:
     num_folds, num_outer, _ = weight_FHK.shape
     log_FHK = weight_FHK.log()
     out_FHB = score_FKB.new_empty(num_folds, num_outer, score_FKB.shape[2], dtype=torch.int64)
-    step = max(1, CHUNK_SIZE // max(1, num_outer * score_FKB[0].numel()))
+    step = max(1, CHUNK_SIZE // max(1, num_outer * score_FKB.shape[1] * score_FKB.shape[2]))
     for low in range(0, num_folds, step):
         chosen = slice(low, low + step)
         out_FHB[chosen] = (log_FHK[chosen, ..., None] + score_FKB[chosen, None]).argmax(2)

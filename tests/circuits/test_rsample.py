@@ -12,6 +12,8 @@ from helpers.frequencies import assert_frequencies
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
+from lvd_lightning.circuits import rsample
+from lvd_lightning.circuits.engine import grids
 
 ESTIMATORS = ("gumbel", "straight_through", "simple")
 #: How every estimator is asked for exact samples.
@@ -320,6 +322,73 @@ def test_pruned_edges_have_finite_gradients_and_their_logits_none(build_case: Ca
                 assert torch.isfinite(gradient).all()
                 assert circuit.parameterization != "logits" or not gradient[table == 0].any()
             assert any(gradient.any() for gradient in found)
+
+
+@pytest.mark.parametrize("num_leaves", [2, 3])
+def test_kronecker_products_that_are_not_stored(monkeypatch: pytest.MonkeyPatch, num_leaves: int) -> None:
+    """Sums then read the factors: samples come as often as they should, and `simple` has no bias."""
+    graph = pc.rat_spn(
+        5, depth=3, num_repetitions=2, num_sums=2, num_leaves=num_leaves, leaf=pc.Bernoulli(), product="kronecker"
+    )
+    monkeypatch.setattr(grids, "LEAST_UNITS", 1)
+    monkeypatch.setattr(grids, "LEAST_LINEAR", 1)
+    factors = pc.Circuit(graph, parameterization="logits")
+    assert any(layer.grid is not None for layer in factors.plan.layers)
+    x, observed = torch.randint(0, 2, (6, 5)), torch.rand(6, 5) < 0.4
+    f_D = torch.linspace(-1, 2, 5)
+    exact = gradients(factors, pc.expected(factors, lambda x: x @ f_D, estimator="exact", x=x, observed=observed).sum())
+    batches = []
+    for seed in range(30):
+        rows = torch.arange(6).repeat(100)
+        sample = factors.rsample(x=x[rows], observed=observed[rows], generator=seeded(seed))
+        batches.append(gradients(factors, (sample @ f_D).sum() / 100))
+    assert_no_bias(batches, exact)
+    worlds = torch.cartesian_prod(*[torch.arange(2)] * 5)
+    p = factors.log_prob(worlds, head=0).detach().exp().numpy()
+    for setting in HARD.values():
+        assert_frequencies(factors.rsample(4000, generator=seeded(1), **setting).detach().round(), worlds, p)
+    for estimator in ESTIMATORS:
+        sample = factors.rsample(4, estimator=estimator, onehot=True, generator=seeded(0))
+        torch.testing.assert_close(sample.sum(-1), torch.ones(4, 5))
+        for gradient in gradients(factors, (sample.sum(-1) * torch.arange(1.0, 6)).sum()):
+            torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-9)
+
+
+def test_chunks(build_case: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folds that go one after the other give what they give together."""
+    for structure, leaf in (("ragged", "binomial"), ("chain", "categorical"), ("homogeneous", "gaussian")):
+        circuit = with_logits(build_case(structure, leaf, 1))
+        for estimator in ESTIMATORS:
+            found = []
+            for size in (1, 1 << 22):
+                monkeypatch.setattr(rsample, "CHUNK_SIZE", size)
+                sample = circuit.rsample(5, estimator=estimator, generator=seeded(0))
+                found.append([sample, *gradients(circuit, sample.square().sum())])
+            torch.testing.assert_close(*found)
+
+
+def test_single_precision(build_case: Callable[..., Any]) -> None:
+    """Hard samples are whole numbers to the last digit, and gradients finite."""
+    graph = build_case("shared", "categorical", 2).graph
+    for node in graph.nodes:
+        for name in ("weight", "params"):
+            if getattr(node, name) is not None:
+                setattr(node, name, getattr(node, name).float())
+    circuit = pc.Circuit(graph, parameterization="logits")
+    for name, setting in HARD.items():
+        sample = circuit.rsample(500, generator=seeded(0), **setting)
+        assert sample.dtype == torch.float32
+        assert torch.equal(sample, sample.round()), name
+        assert all(torch.isfinite(g).all() for g in gradients(circuit, sample.square().mean()))
+
+
+def test_a_long_chain() -> None:
+    """Hundreds of levels: what soft samples compute again in backward is a level at a time."""
+    circuit = pc.Circuit(pc.hmm(400, 4, num_tokens=6, homogeneous=True), parameterization="logits")
+    for estimator in ESTIMATORS:
+        sample = circuit.rsample(3, estimator=estimator, generator=seeded(0))
+        assert sample.shape == (3, 400)
+        assert all(torch.isfinite(g).all() and g.any() for g in gradients(circuit, sample.square().mean()))
 
 
 # Errors.
