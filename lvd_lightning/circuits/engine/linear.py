@@ -59,7 +59,8 @@ def inexact(
     Values that are certainly below `threshold_GB` (linear, like those of the heads) may be as they are. A backward
     pass may follow all the same, with gradients of 0 for these pairs and for heads that are not wanted.
     """
-    if space.is_large(TINY[engine.dtype]):
+    dtype = space.peaks_JNC.dtype if isinstance(space, FusedWorkspace) else engine.dtype
+    if space.is_large(TINY[dtype]):
         return None
     matters_GHB = (engine.roots != LOG_ZERO)[..., None]
     if wanted_GHB is not None:
@@ -71,7 +72,7 @@ def inexact(
     if threshold_GB is not None:
         bad_GHB &= ~(heads_GHB + error_G1B < threshold_GB[:, None])
     bad_GB = bad_GHB.any(1)
-    if space.keep and not float(peaks_NB.amin()) >= TINY[engine.dtype]:
+    if space.keep and not float(peaks_NB.amin()) >= TINY[dtype]:
         space.make_finite()
     return bad_GB if bool(bad_GB.any()) else None
 

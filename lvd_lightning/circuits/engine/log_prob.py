@@ -20,7 +20,7 @@ from lvd_lightning.circuits.engine import layers
 from lvd_lightning.circuits.engine.bad_flows import note_bad_gradient
 from lvd_lightning.circuits.engine.kernels import triton as triton_kernels
 from lvd_lightning.circuits.engine.kernels.cpu import passes
-from lvd_lightning.circuits.engine.kernels.cpu.passes import FusedWorkspace
+from lvd_lightning.circuits.engine.kernels.cpu.passes import FusedWorkspace, WideWorkspace
 from lvd_lightning.circuits.engine.layers import InputLayer
 from lvd_lightning.circuits.engine.linear import inexact, run_linear
 from lvd_lightning.circuits.engine.workspace import LinearWorkspace, Workspace, few_sizes
@@ -51,8 +51,8 @@ class Lease(Generic[AnySpace]):
 
 def _new_space(engine: Engine, kind: type[AnySpace], size: int, keep: bool) -> AnySpace:
     make: Any = kind  # their constructors differ
-    if kind is FusedWorkspace:
-        space: Any = FusedWorkspace(engine, size, keep)
+    if issubclass(kind, FusedWorkspace):
+        space: Any = kind(engine, size, keep)
     else:
         rows, edges = engine.plan.num_value_rows, engine.plan.num_edge_rows
         space = make(engine.inner_layers(), rows, edges, size, keep, engine.like())
@@ -178,15 +178,25 @@ def evaluate(
 def _compute_again(
     engine: Engine, batch: Batch, tables: Sequence[Tensor], bad_GB: Tensor, log_GHB: Tensor, keep: bool
 ) -> Again:
-    """Compute log p of the heads for some pairs of a circuit and an example by the general pass, into `log_GHB`."""
+    """Compute log p of the heads for some pairs of a circuit and an example once more, into `log_GHB`.
+
+    In double precision, which holds numbers of any size that matters, for their circuits alone; or by the general pass.
+    """
     count_G = bad_GB.sum(1)
     size = min(few_sizes(int(count_G.max())), batch.size)
     index_GS = bad_GB.byte().argsort(dim=1, descending=True, stable=True)[:, :size]
     few = batch.take([index_GS[leaf.circuits] for leaf in engine.leaf_layers()])
+    is_bad_GS = torch.arange(size, device=bad_GB.device) < count_G[:, None]
+    g, place = is_bad_GS.nonzero(as_tuple=True)
+    column = index_GS[g, place]
+    if passes.applies(engine, tables) and engine.dtype == torch.float32:
+        lease: Lease[Any] = Lease(engine, WideWorkspace, size, keep)
+        log_GHS, _ = lease.space.forward(few, tables, count_G > 0)
+        if inexact(engine, few, lease.space.wide, lease.space, is_bad_GS[:, None].expand_as(log_GHS)) is None:
+            log_GHB.transpose(1, 2)[g, column] = log_GHS.transpose(1, 2)[g, place].to(log_GHB.dtype)
+            return Again(few, lease, g, column, place)
     lease = engine.lease(size, keep)
     engine.run_forward(few, tables, lease.space)
-    g, place = (torch.arange(size, device=bad_GB.device) < count_G[:, None]).nonzero(as_tuple=True)
-    column = index_GS[g, place]
     log_GSH = lease.space.values[engine.roots].transpose(1, 2)
     log_GHB.transpose(1, 2)[g, column] = log_GSH[g, place] / layers.BITS_PER_NAT
     return Again(few, lease, g, column, place)

@@ -78,12 +78,18 @@ def any_pass(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def general_passes(circuit: pc.Circuit, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of the batches that the general pass is given, as they come."""
+    """The sizes of the batches that the general pass is given, or the one in double precision, as they come."""
     sizes: list[int] = []
-    run_forward = circuit.engine.run_forward
+    run_forward, run_wide = circuit.engine.run_forward, passes.WideWorkspace.forward
+
+    def forward(space: passes.WideWorkspace, batch: Any, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes.append(batch.size)
+        return run_wide(space, batch, *rest)
+
     monkeypatch.setattr(
         circuit.engine, "run_forward", lambda batch, *rest: (sizes.append(batch.size), run_forward(batch, *rest))
     )
+    monkeypatch.setattr(passes.WideWorkspace, "forward", forward)
     return sizes
 
 
@@ -204,3 +210,24 @@ def test_only_trees_over_tables_are_linear() -> None:
     leaves = [mixture.add_input(0, pc.Categorical(3), 2) for _ in range(2)]
     mixture.add_sum(leaves, 1)
     assert not pc.Circuit(mixture).engine.is_linear
+
+
+@pytest.mark.usefixtures("any_pass")
+def test_circuits_without_such_examples_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of three circuits explain every example; the third one alone is computed again for one of them."""
+    graphs = contradictions()
+    circuit, exact = pc.Circuit(graphs), pc.Circuit(graphs).double()
+    few = torch.tensor([[0, 0, 1, 1, 1]] + [[0, 0, 0, 0, 0]] * 7)
+    sizes = general_passes(circuit, monkeypatch)
+    for _ in range(2):  # buffers that were used before
+        circuit.zero_grad()
+        exact.zero_grad()
+        found, expected = circuit.log_prob(few), exact.log_prob(few)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+        found.sum().backward()
+        expected.sum().backward()
+        for parameter, reference in zip(circuit.parameters(), exact.parameters(), strict=True):
+            flow, expected_flow = parameter * parameter.grad, reference * reference.grad
+            torch.testing.assert_close(flow.double(), expected_flow, rtol=1e-4, atol=1e-4)
+    assert sizes
+    assert max(sizes) < len(few)

@@ -287,6 +287,7 @@ typedef struct {
     const Leaf *leaves;
     const Layer *layers;
     const int64_t *circuit_of_node;
+    const uint8_t *active; /* (num_circuits): which circuits are computed; null: all */
     const int64_t *head_rows; /* (num_circuits * num_heads), value rows; below first_sum: the circuit has fewer heads */
     real *sums, *scaled; /* (blocks, num_sums, WIDTH): values; their gradients divided by the values */
     real *inner; /* (blocks, num_edges, WIDTH), products divided by the largest of each node; null: no backward pass */
@@ -306,6 +307,8 @@ static const Leaf *leaf_of(const Space *space, int64_t row) {
     while (row < leaf->start) leaf--;
     return leaf;
 }
+
+static int is_active(const Space *space, int64_t circuit) { return !space->active || space->active[circuit]; }
 
 static int64_t columns_of(const Space *space, int64_t block) {
     const int64_t left = space->batch - block * WIDTH;
@@ -448,19 +451,24 @@ static void forward_item(const void *job, int64_t item, real *scratch) {
     const int64_t node = block * space->num_nodes + layer->first_node + fold;
     real *restrict inner = space->inner ? space->inner + edge * WIDTH : scratch;
     real *restrict peak = space->peaks + node * WIDTH, *restrict lowest = space->lowest + node * WIDTH;
+    real *out = space->sums + (block * space->num_sums + layer->first_row + fold * layer->outer) * WIDTH;
     real inverse[WIDTH];
-    for (int c = 0; c < WIDTH; c++) peak[c] = 0;
     for (int c = 0; c < WIDTH; c++) lowest[c] = (real)__builtin_inff();
+    if (!is_active(space, space->circuit_of_node[layer->first_node + fold])) {
+        for (int c = 0; c < WIDTH; c++) peak[c] = 1;
+        for (int64_t i = 0; i < layer->outer * WIDTH; i++) out[i] = 1;
+        return;
+    }
+    for (int c = 0; c < WIDTH; c++) peak[c] = 0;
     for (int64_t k = 0; k < units; k++) {
-        real *restrict out = inner + k * WIDTH;
-        multiply_factors(space, layer, fold * units + k, block, out, lowest);
-        for (int c = 0; c < WIDTH; c++) peak[c] = out[c] > peak[c] ? out[c] : peak[c];
+        real *restrict product = inner + k * WIDTH;
+        multiply_factors(space, layer, fold * units + k, block, product, lowest);
+        for (int c = 0; c < WIDTH; c++) peak[c] = product[c] > peak[c] ? product[c] : peak[c];
     }
     for (int c = 0; c < WIDTH; c++) peak[c] = peak[c] < TINY ? 1 : peak[c]; /* nothing to scale: see linear.py */
     for (int c = 0; c < WIDTH; c++) inverse[c] = 1 / peak[c];
     for (int64_t k = 0; k < units; k++)
         for (int c = 0; c < WIDTH; c++) inner[k * WIDTH + c] *= inverse[c];
-    real *out = space->sums + (block * space->num_sums + layer->first_row + fold * layer->outer) * WIDTH;
     const real *weight = layer->weight + first_weight(layer, fold);
     if (layer->edge_start)
         multiply_edges(layer->outer, layer->edge_start + fold * layer->outer, layer->edge_column, 0, weight, inner, out);
@@ -475,6 +483,7 @@ static void shift_item(const void *job, int64_t fold, real *scratch) {
     const int64_t batch = pass->space->batch;
     const real last = (real)leaf->last;
     (void)scratch;
+    if (!is_active(pass->space, leaf->circuit[fold])) return;
     for (int64_t low = 0; low < batch; low += WIDTH) {
         const int64_t n = batch - low < WIDTH ? batch - low : WIDTH, place = fold * batch + low;
         real x[WIDTH], nearest[WIDTH];
@@ -695,6 +704,7 @@ static void backward_item(const void *job, int64_t fold, real *scratch) {
     const Layer *layer = ((const Pass *)job)->layer;
     const int64_t units = layer->units, outer = layer->outer, *start = layer->edge_start;
     real *raw = scratch, *transposed = scratch + BLOCKS_AT_ONCE * units * WIDTH, *weight_grad = 0;
+    if (!is_active(space, space->circuit_of_node[layer->first_node + fold])) return;
     if (layer->weight_grad && start) {
         weight_grad = layer->weight_grad + first_weight(layer, fold);
         memset(weight_grad, 0, (start[(fold + 1) * outer] - start[fold * outer]) * sizeof(real));

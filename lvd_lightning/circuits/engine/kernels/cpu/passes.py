@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lvd_lightning.circuits.engine.engine import Engine
     from lvd_lightning.circuits.engine.layers import InputLayer, Layer
 
-__all__ = ["FusedWorkspace", "LayerIndex", "applies"]
+__all__ = ["FusedWorkspace", "LayerIndex", "WideWorkspace", "applies"]
 
 Index = NDArray[Any]
 #: As in kernels.c: columns of a block, and of one step of a matrix product at most; blocks of a backward step.
@@ -71,7 +71,7 @@ class _Space(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("batch", "blocks", "first_sum", "num_sums", "num_edges", "num_nodes")),
         *((name, c_int64) for name in ("num_leaves", "num_layers", "scratch_size", "num_circuits", "num_heads")),
-        *((name, c_void_p) for name in ("leaves", "layers", "circuit_of_node", "head_rows")),
+        *((name, c_void_p) for name in ("leaves", "layers", "circuit_of_node", "active", "head_rows")),
         *((name, c_void_p) for name in ("sums", "scaled", "inner", "peaks", "lowest", "scratch")),
     )
 
@@ -113,14 +113,15 @@ class LayerIndex:
 class FusedWorkspace:
     """Buffers of one forward pass and, with `keep`, of a backward pass after it; see `Space` in kernels.c."""
 
-    def __init__(self, engine: Engine, size: int, keep: bool) -> None:
+    def __init__(self, engine: Engine, size: int, keep: bool, dtype: torch.dtype | None = None) -> None:
         self.layers, self.leaves = engine.inner_layers(), engine.leaf_layers()
         self.index = engine.layer_index()
         self.size, self.keep = size, keep
         self.least = 0.0  # of all peaks and sums, multiplied
+        self.active_G: Tensor | None = None
         self.blocks = -(-size // WIDTH)
         self.circuit_of_node = engine.circuit_of_node
-        like = engine.like()
+        like = engine.like() if dtype is None else engine.like().to(dtype)
         found = library(like.dtype)
         assert found is not None
         self.library = found
@@ -200,8 +201,13 @@ class FusedWorkspace:
         if self.scaled_JVC.numel():
             self.space.scaled, self.space.inner = self.scaled_JVC.data_ptr(), self.inner_JEC.data_ptr()
 
-    def forward(self, batch: Batch, tables: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """log p of all heads in nats, (G, H, B), and what their values were divided by, (G, B); see `run_linear`."""
+    def forward(self, batch: Batch, tables: Sequence[Tensor], active_G: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """log p of all heads in nats, (G, H, B), and what their values were divided by, (G, B); see `run_linear`.
+
+        active_G: bool; circuits of which it is False are left out, in a backward pass as well, and have any values.
+        """
+        self.active_G = None if active_G is None else active_G.to(torch.uint8).contiguous()
+        self.space.active = None if self.active_G is None else self.active_G.data_ptr()
         self._point(batch, tables, [None] * len(tables), [None] * len(self.layers))
         self.library.forward(ctypes.byref(self.space), self._threads())
         value_GHB = self.sums_JVC.new_empty(*self.head_rows_GH.shape, self.size)
@@ -233,6 +239,9 @@ class FusedWorkspace:
             grad = grads[leaf.group]
             if grad is not None and not is_read:
                 grad.zero_()
+        if self.active_G is not None:  # what is left out is not written
+            for buffer in (*self.rows_grad, *(sums for sums in self.sums_FK4 if sums is not None)):
+                buffer.zero_()
         grad_GHB = grad_GHB.contiguous()
         threads = self._threads()
         self.library.backward(ctypes.byref(self.space), grad_GHB.data_ptr(), threads)
@@ -344,6 +353,32 @@ class FusedWorkspace:
             leaf.add_rows(grad, family.gradient_from(params_FKS, sums_FK4).to(grad.dtype), 0)
             if found_PKT is not None:
                 found_PKT.index_add_(0, leaf.parameter_rows, -family.statistics_from(params_FKS, sums_FK4))
+
+
+class WideWorkspace(FusedWorkspace):
+    """The same in double precision, for a few examples that single precision cannot hold."""
+
+    def __init__(self, engine: Engine, size: int, keep: bool) -> None:
+        super().__init__(engine, size, keep, torch.float64)
+        self.wide: list[Tensor] = []
+
+    def forward(self, batch: Batch, tables: Sequence[Tensor], active_G: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.wide = [table.double() for table in tables]
+        return super().forward(batch, self.wide, active_G)
+
+    def backward(
+        self,
+        batch: Batch,
+        tables: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        grad_GHB: Tensor,
+        statistics: Sequence[Tensor | None],
+    ) -> None:
+        wide = [None if grad is None else torch.zeros_like(grad, dtype=torch.float64) for grad in grads]
+        super().backward(batch, self.wide, wide, grad_GHB.double(), statistics)
+        for grad, found in zip(grads, wide, strict=True):
+            if grad is not None and found is not None:
+                grad.copy_(found)
 
 
 def _leaf_rows(leaf: InputLayer) -> tuple[Tensor, Tensor]:
