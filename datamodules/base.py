@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from datamodules.identity import digest, identity_of_images
 from datamodules.images import ImageRows, IndexedImages, with_mirrors
-from datamodules.loaders import Batch, global_batches
+from datamodules.loaders import GlobalLoaders
 from datamodules.splits import SPLITS, Rows, Split, subset
 from lvd_lightning.checks import check_at_least, check_choice, check_counts
 from lvd_lightning.parts import ImagePatches
@@ -22,7 +20,7 @@ from lvd_lightning.units import BitsPerDimension, Unit
 __all__ = ["ImageDataModule"]
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(GlobalLoaders):
     """Images of whole numbers in the splits train, val and test.
 
     Loaders yield (x, index): images (b, C, H, W), of the smallest type that holds their values, and their int64 numbers
@@ -215,18 +213,5 @@ class ImageDataModule(LightningDataModule):
         return self.images(split)[indices.cpu()]
 
     @override
-    def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader("train", self.batch_size, shuffle=True)
-
-    @override
-    def val_dataloader(self) -> DataLoader[Batch]:
-        return self._loader("val", self.val_batch_size, shuffle=False)
-
-    @override
-    def test_dataloader(self) -> DataLoader[Batch]:
-        return self._loader("test", self.val_batch_size, shuffle=False)
-
-    def _loader(self, split: Split, batch_size: int, shuffle: bool) -> DataLoader[Batch]:
-        return global_batches(
-            IndexedImages(self.images(split)), batch_size, self.seed, shuffle, self.num_workers, self.trainer
-        )
+    def dataset(self, split: Split) -> IndexedImages:
+        return IndexedImages(self.images(split))

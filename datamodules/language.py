@@ -9,13 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from datamodules.identity import digest
-from datamodules.loaders import Batch, global_batches
+from datamodules.loaders import GlobalLoaders
 from datamodules.splits import SPLITS, Split, subset
 from datamodules.text_files import TextFile
 from datamodules.token_streams import Starts, Stream, Tokenized, TokenStreams, Windows, cache_folder, starts_of_windows
@@ -27,7 +25,7 @@ from lvd_lightning.units import Perplexity, Unit
 __all__ = ["LanguageDataModule"]
 
 
-class LanguageDataModule(LightningDataModule):
+class LanguageDataModule(GlobalLoaders):
     """Windows of T tokens of a text in the splits train, val and test.
 
     Loaders yield (x, index): windows int64 (b, T), and their int64 numbers (b,) in the split. Which windows a split
@@ -179,11 +177,11 @@ class LanguageDataModule(LightningDataModule):
 
     def stream(self, split: Split) -> Stream:
         """The tokens of a split, int32 (N,), mapped from disk."""
-        return self._of(split).stream
+        return self.dataset(split).stream
 
     def window_starts(self, split: Split) -> Starts:
         """Where in the stream the windows of a split begin, int64 (n,)."""
-        return self._of(split).starts
+        return self.dataset(split).starts
 
     @property
     def identity(self) -> dict[str, str]:
@@ -201,28 +199,14 @@ class LanguageDataModule(LightningDataModule):
 
     def num_examples(self, split: Split) -> int:
         """The number of windows in a split."""
-        return len(self._of(split))
+        return len(self.dataset(split))
 
     def batch(self, split: Split, indices: Tensor) -> Tensor:
         """Read windows by their int64 numbers (n,), as int64 (n, T) on the CPU."""
-        return self._of(split).read(indices.cpu())
+        return self.dataset(split).read(indices.cpu())
 
     @override
-    def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader("train", self.batch_size, shuffle=True)
-
-    @override
-    def val_dataloader(self) -> DataLoader[Batch]:
-        return self._loader("val", self.val_batch_size, shuffle=False)
-
-    @override
-    def test_dataloader(self) -> DataLoader[Batch]:
-        return self._loader("test", self.val_batch_size, shuffle=False)
-
-    def _loader(self, split: Split, batch_size: int, shuffle: bool) -> DataLoader[Batch]:
-        return global_batches(self._of(split), batch_size, self.seed, shuffle, self.num_workers, self.trainer)
-
-    def _of(self, split: Split) -> Windows:
+    def dataset(self, split: Split) -> Windows:
         check_choice(SPLITS, split=split)
         if not self._windows:
             raise RuntimeError(f"{type(self).__name__} holds no text yet: call setup() first")

@@ -1,18 +1,50 @@
 """Loaders of global batches, for every data module."""
 
+from abc import abstractmethod
 from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
 
 from datamodules.sampler import GlobalBatchSampler
+from datamodules.splits import Split
 from lvd_lightning.ranks import rank_and_size
 
-__all__ = ["Batch", "global_batches"]
+__all__ = ["Batch", "GlobalLoaders"]
 
 Batch = tuple[Tensor, Tensor]
 T = TypeVar("T")
+
+
+class GlobalLoaders(LightningDataModule):
+    """A data module whose loaders divide every batch over the ranks; a subclass says what their examples are."""
+
+    batch_size: int
+    val_batch_size: int
+    num_workers: int
+    seed: int
+
+    @abstractmethod
+    def dataset(self, split: Split) -> Dataset[Batch]:
+        """The examples of a split; see `global_batches`."""
+
+    @override
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return self._loader("train", self.batch_size, shuffle=True)
+
+    @override
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._loader("val", self.val_batch_size, shuffle=False)
+
+    @override
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._loader("test", self.val_batch_size, shuffle=False)
+
+    def _loader(self, split: Split, batch_size: int, shuffle: bool) -> DataLoader[Batch]:
+        return global_batches(self.dataset(split), batch_size, self.seed, shuffle, self.num_workers, self.trainer)
 
 
 def global_batches(

@@ -113,7 +113,9 @@ def hidden_prior(
     nothing to group: it is the tree over z.
 
     Args:
-        z, num_states, parents, pseudocount, kinds, shrinkage: as for `chow_liu_prior`.
+        z, num_states, parents, pseudocount: as for `chow_liu_prior`.
+        kinds, shrinkage: of the tree over z, if it is that. Groups are numbered anew at every position, so that edges
+            between them have nothing in common.
         generator: where K-means draws its starts, on the CPU.
 
     References:
@@ -126,7 +128,6 @@ def hidden_prior(
     group_VK = torch.stack([_groups(z, v, parents, num_states, num_latents, generator) for v in range(z.shape[1])])
     y_NP = group_VK.T.gather(0, z)
     overall_L = torch.bincount(y_NP.reshape(-1), minlength=num_latents).double() + 1e-3
-    # Groups are numbered anew at every position, so that edges have nothing in common.
     edges = _Edges(y_NP, parents, num_latents, pseudocount * overall_L / overall_L.sum(), None)
     _set_transitions(graph, edges, 0.0)
     for node in graph.nodes:

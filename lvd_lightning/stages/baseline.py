@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, ClassVar, get_args
+from typing import Any
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -28,18 +28,17 @@ from lvd_lightning.models.structures import PartStructure, StructureName, num_ou
 from lvd_lightning.parts import example_leaf
 from lvd_lightning.ranks import on_first, rank_and_size
 from lvd_lightning.stages.em_student import Rule, check_step_sizes, make_optimizer
-from lvd_lightning.stages.stage import StageModule
+from lvd_lightning.stages.rule_comparison import RULES, RuleComparison
 
 __all__ = ["CircuitBaseline"]
 
-RULES: tuple[Rule, ...] = get_args(Rule)[::-1]
 #: Step sizes fall to this share of the first.
 FINAL_SHARE = 0.1
 #: Steps that are timed. The fastest counts: others may have waited for something else that the machine did.
 TIMED_STEPS = 12
 
 
-class CircuitBaseline(StageModule):
+class CircuitBaseline(RuleComparison):
     """Trains the same circuit over all variables of an example twice: by mini-batch EM and by Anemone.
 
     It has as many latent states (units) as give it about the parameters of the distilled circuit, or more, and each
@@ -69,8 +68,6 @@ class CircuitBaseline(StageModule):
         >>> CircuitBaseline().needs, CircuitBaseline(num_units=8, seconds=60.0).needs  # the size of a model, or its own
         (('model',), ())
     """
-
-    em: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -184,20 +181,6 @@ class CircuitBaseline(StageModule):
                 self.best[rule] = math.inf if math.isnan(score) else score
                 if self.trainer.is_global_zero:
                     pc.save(self.circuit(rule), self._context.dir / rule)
-
-    @override
-    def on_train_epoch_end(self) -> None:
-        if self.trainer.is_global_zero:  # finish_stage holds the best epoch's state, which may be an earlier one
-            write_json(self._context.dir / "spent.json", self.seconds)
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["baseline"] = {"seconds": dict(self.seconds), "best": dict(self.best)}
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.seconds = dict(checkpoint["baseline"]["seconds"])
-        self.best = dict(checkpoint["baseline"]["best"])
 
     @override
     @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from typing import Any, ClassVar, get_args
+from typing import Any
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -31,14 +31,12 @@ from lvd_lightning.stages.hmm_settings import (
     two_phases,
     words_of,
 )
-from lvd_lightning.stages.stage import StageModule
+from lvd_lightning.stages.rule_comparison import RULES, RuleComparison
 
 __all__ = ["HMMBaseline"]
 
-RULES: tuple[Rule, ...] = get_args(Rule)[::-1]
 
-
-class HMMBaseline(StageModule):
+class HMMBaseline(RuleComparison):
     """Trains the hidden Markov model of the run from random parameters, by mini-batch EM and by Anemone.
 
     Both begin with the same parameters, see the same batches, and take the same steps as `HMMStudent` does with the
@@ -59,7 +57,6 @@ class HMMBaseline(StageModule):
         (('model',), ())
     """
 
-    em: ClassVar[bool] = True
     harmless = ("max_memory_gb",)
 
     def __init__(
@@ -167,20 +164,6 @@ class HMMBaseline(StageModule):
                 self.best[rule] = score
                 if self.trainer.is_global_zero:
                     self.model(rule).finished().save(self._context.dir / rule)
-
-    @override
-    def on_train_epoch_end(self) -> None:
-        if self.trainer.is_global_zero:  # finish_stage holds the best epoch's state, which may be an earlier one
-            write_json(self._context.dir / "spent.json", self.seconds)
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["baseline"] = {"seconds": dict(self.seconds), "best": dict(self.best)}
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.seconds = dict(checkpoint["baseline"]["seconds"])
-        self.best = dict(checkpoint["baseline"]["best"])
 
     @override
     @torch.no_grad()

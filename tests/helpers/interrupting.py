@@ -1,8 +1,13 @@
-"""A callback that stands for Ctrl-C."""
+"""Callbacks that stand for Ctrl-C, and for a machine that goes down."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-__all__ = ["Interrupt"]
+__all__ = ["Interrupt", "KillInSecondEpoch", "kill_once"]
 
 
 class Interrupt(Callback):
@@ -10,3 +15,20 @@ class Interrupt(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         raise KeyboardInterrupt
+
+
+def kill_once(run_dir: Path, place: str) -> None:
+    """Kill this process, unless that was done in this place before."""
+    marker = run_dir.parent / f"killed-{run_dir.name}-{place}"
+    if run_dir.name == "killed" and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillInSecondEpoch(Callback):
+    """Kills the process within the second epoch of a stage."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+        if trainer.current_epoch == 1 and rest[-1] == 1:
+            stage = Path(trainer.default_root_dir)
+            kill_once(stage.parent, stage.name)

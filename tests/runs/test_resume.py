@@ -1,7 +1,6 @@
 """A run of all real stages that is killed in each of them; run as a script, it is that run."""
 
 import json
-import os
 import signal
 import sys
 from functools import partial
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.interrupting import kill_once
 from helpers.processes import as_script, exit_codes
 from helpers.run_content import content
-from lightning.pytorch import Callback, LightningModule, Trainer
 
 STAGES = ("teacher", "latents", "conditional", "prior", "finetune", "baseline")
 # Nothing in these but times, or, in pictures, times drawn.
@@ -30,23 +29,6 @@ ARGUMENTS = [
 ]
 # The baseline measures how many steps fit into its time; here they are given.
 PLAN = {"parents": [-1, *range(191)], "num_units": 2, "seconds": 1.0, "steps": {"em": 9, "anemone": 9}}
-
-
-def kill_once(run_dir: Path, stage: str) -> None:
-    """Kill this process, unless that was done in this stage before."""
-    marker = run_dir.parent / f"killed-{run_dir.name}-{stage}"
-    if run_dir.name == "killed" and not marker.exists():
-        marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-class KillInSecondEpoch(Callback):
-    """Kills the process within the second epoch of a stage."""
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
-        if trainer.current_epoch == 1 and rest[-1] == 1:
-            stage = Path(trainer.default_root_dir)
-            kill_once(stage.parent, stage.name)
 
 
 def before(module: Any, name: str, stage: str, run_dir: Path) -> None:
@@ -71,7 +53,7 @@ def fit(run_dir: Path) -> int:
     before(report, "inpainting_picture", "report", run_dir)
     (run_dir / "baseline").mkdir(parents=True, exist_ok=True)
     (run_dir / "baseline" / "plan.json").write_text(json.dumps(PLAN))
-    callback = "--trainer.callbacks=[{class_path: __main__.KillInSecondEpoch}]"
+    callback = "--trainer.callbacks=[{class_path: helpers.interrupting.KillInSecondEpoch}]"
     return main([*ARGUMENTS, callback, f"--name={run_dir.name}", f"--run_dir={run_dir.parent}"])
 
 

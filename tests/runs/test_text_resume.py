@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from helpers.encoders import write_bert
+from helpers.interrupting import kill_once
 from helpers.processes import as_script, exit_codes
 from helpers.run_content import content
-from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lvd_lightning.latents import load_assignments
 
@@ -28,23 +28,6 @@ ARGUMENTS = [
     *("--stages.latents.model.batch_size=20", "--stages.hmm.model.optimizer=anemone"),
     *("--stages.hmm.trainer.max_epochs=3", "--stages.baseline.trainer.max_epochs=3"),
 ]
-
-
-def kill_once(run_dir: Path, place: str) -> None:
-    """Kill this process, unless that was done in this place before."""
-    marker = run_dir.parent / f"killed-{run_dir.name}-{place}"
-    if run_dir.name == "killed" and not marker.exists():
-        marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-class KillInSecondEpoch(Callback):
-    """Kills the process within the second epoch of a stage."""
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
-        if trainer.current_epoch == 1 and rest[-1] == 1:
-            stage = Path(trainer.default_root_dir)
-            kill_once(stage.parent, stage.name)
 
 
 def around(module: Any, name: str, place: str, run_dir: Path, after: bool = False) -> None:
@@ -75,7 +58,7 @@ def fit(run_dir: Path) -> int:
     around(features._Mark, "move", "features", run_dir, after=True)
     around(latents, "write_clusters", "clusters", run_dir)
     around(pipeline, "evaluate_run", "evaluate", run_dir)
-    callback = "--trainer.callbacks=[{class_path: __main__.KillInSecondEpoch}]"
+    callback = "--trainer.callbacks=[{class_path: helpers.interrupting.KillInSecondEpoch}]"
     return main([*arguments(run_dir, 1), callback])
 
 
