@@ -1,4 +1,4 @@
-"""Where images and texts come from: Lightning data modules, named in configs as `class_path: datamodules.Photos`."""
+"""Where data come from: Lightning data modules, named in configs as `class_path: datamodules.Photos`."""
 
 from lvd_lightning.lazy import lazy_names
 
@@ -12,11 +12,15 @@ _HOMES = {
     "FashionMNIST": "mnist",
     "Folder": "folder",
     "GlobalBatchSampler": "sampler",
+    "GreyPatches": "grey_patches",
     "ImageDataModule": "base",
     "LanguageDataModule": "language",
     "Photos": "photos",
     "RGBDataModule": "rgb",
+    "SklearnTable": "sklearn_tables",
+    "TableDataModule": "tables",
     "Text": "text",
+    "UCITable": "uci_tables",
     "WikiText": "wikitext",
 }
 
@@ -30,11 +34,15 @@ __all__ = [
     "FashionMNIST",
     "Folder",
     "GlobalBatchSampler",
+    "GreyPatches",
     "ImageDataModule",
     "LanguageDataModule",
     "Photos",
     "RGBDataModule",
+    "SklearnTable",
+    "TableDataModule",
     "Text",
+    "UCITable",
     "WikiText",
 ]
 

@@ -1,4 +1,4 @@
-"""How an example falls into the parts that have a latent variable each: patches of an image, tokens of a text.
+"""How an example falls into the parts that have a latent variable each: patches, tokens, columns of a table.
 
 Shapes: B examples, P parts, D variables of a part, C channels, H x W pixels, p patch side, T tokens, V words.
 """
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from lvd_lightning.checks import check_counts, expect
-from lvd_lightning.circuits.distributions import Categorical, Distribution
+from lvd_lightning.circuits.distributions import Categorical, Distribution, Gaussian
 from lvd_lightning.color import patchify, unpatchify
 
 __all__ = [
+    "Columns",
     "ImagePatches",
     "Parts",
     "Tokens",
@@ -211,7 +212,63 @@ class Tokens:
         return parts[..., 0]
 
 
-_KNOWN: dict[str, type] = {"ImagePatches": ImagePatches, "Tokens": Tokens}
+class Columns:
+    """The real-valued columns of a row of a table: each is a part of one variable.
+
+    Args:
+        num_columns: D.
+
+    Raises:
+        ValueError: no column.
+
+    Example:
+        >>> Columns(3).num_parts, Columns(3).split(torch.zeros(5, 3)).shape
+        (3, torch.Size([5, 3, 1]))
+    """
+
+    shape: tuple[int, ...] = (1,)
+
+    def __init__(self, num_columns: int) -> None:
+        check_counts(num_columns=num_columns)
+        self.num_parts = num_columns
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """(D,)."""
+        return (self.num_parts,)
+
+    @property
+    def leaf(self) -> Distribution:
+        """A normal distribution."""
+        return Gaussian()
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Plain values that make the same parts."""
+        return {"num_columns": self.num_parts}
+
+    def split(self, x: Tensor) -> Tensor:
+        """Rows (B, D), of any dtype, to columns (B, D, 1).
+
+        Raises:
+            ValueError: rows of another length.
+        """
+        if x.ndim != 2 or x.shape[1] != self.num_parts:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected rows (batch, {self.num_parts})")
+        return x[..., None]
+
+    def join(self, parts: Tensor) -> Tensor:
+        """Columns (B, D, 1) to rows (B, D).
+
+        Raises:
+            ValueError: columns of another shape.
+        """
+        if parts.ndim != 3 or tuple(parts.shape[1:]) != (self.num_parts, 1):
+            raise ValueError(f"parts: got shape {tuple(parts.shape)}, expected (batch, {self.num_parts}, 1)")
+        return parts[..., 0]
+
+
+_KNOWN: dict[str, type] = {"Columns": Columns, "ImagePatches": ImagePatches, "Tokens": Tokens}
 
 
 def register_parts(kind: type) -> type:
