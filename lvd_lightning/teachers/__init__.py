@@ -10,7 +10,9 @@ while patch i is encoded; a teacher may refuse it, and says what None means. Bes
 - `positional` says whether a feature tells the position of its patch too, not its content alone.
 
 A teacher that is a latent variable model has `codes(images)`, int64 [B, P], the nearest of the vectors
-`codebook.codes` [K, E] to its features, and `elbo(images)` [B], a lower bound of log p(image) in nats.
+`codebook.codes` [K, E] to its features, and `elbo(images)` [B], a lower bound of log p(image) in nats. Flows have
+`elbo` as well, `log_prob_bound(images, num_draws)`, and `sample`. The density of a flow of a table is exact, and its
+`elbo` no bound.
 """
 
 from importlib import import_module
@@ -20,12 +22,33 @@ from lvd_lightning.teachers.io import load_teacher, register_teacher, save_teach
 
 if TYPE_CHECKING:
     from lvd_lightning.teachers.encoder import Encoder
+    from lvd_lightning.teachers.image_flow import ImageFlow
     from lvd_lightning.teachers.mae import MAE, MAEOutput
+    from lvd_lightning.teachers.table_flow import TableFlow
     from lvd_lightning.teachers.vqvae import VQVAE, VQVAEOutput
 
-_HOMES = {"Encoder": "encoder", "MAE": "mae", "MAEOutput": "mae", "VQVAE": "vqvae", "VQVAEOutput": "vqvae"}
+_HOMES = {
+    "Encoder": "encoder",
+    "ImageFlow": "image_flow",
+    "MAE": "mae",
+    "MAEOutput": "mae",
+    "TableFlow": "table_flow",
+    "VQVAE": "vqvae",
+    "VQVAEOutput": "vqvae",
+}
 
-__all__ = ["MAE", "VQVAE", "Encoder", "MAEOutput", "VQVAEOutput", "load_teacher", "register_teacher", "save_teacher"]
+__all__ = [
+    "MAE",
+    "VQVAE",
+    "Encoder",
+    "ImageFlow",
+    "MAEOutput",
+    "TableFlow",
+    "VQVAEOutput",
+    "load_teacher",
+    "register_teacher",
+    "save_teacher",
+]
 
 
 def __getattr__(name: str) -> Any:

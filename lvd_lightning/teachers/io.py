@@ -23,7 +23,9 @@ Teacher = TypeVar("Teacher", bound=type[nn.Module])
 # The classes that may be named in a file, and the modules of those that are imported when they are needed.
 _TEACHERS: dict[str, type[nn.Module] | str] = {
     "Encoder": "lvd_lightning.teachers.encoder",
+    "ImageFlow": "lvd_lightning.teachers.image_flow",
     "MAE": "lvd_lightning.teachers.mae",
+    "TableFlow": "lvd_lightning.teachers.table_flow",
     "VQVAE": "lvd_lightning.teachers.vqvae",
 }
 
