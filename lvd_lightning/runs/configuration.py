@@ -94,8 +94,8 @@ def _planned(
     reaching = {key: value for key, value in experiment.trainer.items() if key not in not_for(kind)}
     trainer = merge(reaching, stage.trainer)
     check_trainer(name, trainer, experiment.trainer)
-    if kind.em:
-        check_precision(name, trainer.get("precision"))
+    if kind.em or kind.full_precision:
+        check_precision(name, trainer.get("precision"), "circuits" if kind.em else "flows")
     recorded["trainer"] = {key: value for key, value in trainer.items() if key not in HARMLESS}
     return PlannedStage(
         name,

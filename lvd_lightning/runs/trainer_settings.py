@@ -35,7 +35,7 @@ _OWNED = {
     "barebones": "it writes no checkpoints",
     "use_distributed_sampler": "datamodules divide batches over ranks themselves",
 }
-_CIRCUIT_PRECISIONS = ("32", "32-true", "64", "64-true")
+_FULL_PRECISIONS = ("32", "32-true", "64", "64-true")
 ACCUMULATE = "accumulate_grad_batches"
 _CLIPPING = ("gradient_clip_val", "gradient_clip_algorithm")
 DEVICES = ("accelerator", "devices", "num_nodes")
@@ -81,16 +81,23 @@ def check_trainer(stage: str, trainer: Mapping[str, Any], top: Mapping[str, Any]
         parsed(subclass_parser(Logger), {"object": logger}, f"stages.{stage}: trainer.logger: ")
 
 
-def check_precision(stage: str, precision: Any) -> None:
+def check_precision(stage: str, precision: Any, model: str = "circuits") -> None:
     """Raise a ValueError for a precision in which circuits cannot be trained: sums of flows need 24 bits or more.
+
+    Nor can normalizing flows, whose determinants are sums over all steps; model: which of them it is.
 
     Mixed precision is one of them: autocast rounds factors of sums to 8 or 11 bits, and the scale of its gradients,
     which an optimizer divides out, would change an EM step, whose gradients are flows.
     """
-    if precision is not None and str(precision) not in _CIRCUIT_PRECISIONS:
+    if precision is not None and str(precision) not in _FULL_PRECISIONS:
+        remedy = (
+            f"to train a teacher in {precision}, set it there alone: --stages.teacher.trainer.precision {precision}"
+        )
+        if model != "circuits":
+            remedy = f"set it for this stage alone: --stages.{stage}.trainer.precision 32-true"
         raise ValueError(
-            f"stages.{stage}.trainer.precision: got {precision}, but circuits are trained in 32-true or 64-true; to "
-            f"train a teacher in {precision}, set it there alone: --stages.teacher.trainer.precision {precision}"
+            f"stages.{stage}.trainer.precision: got {precision}, but {model} are trained in 32-true or 64-true; "
+            f"{remedy}"
         )
 
 

@@ -4,6 +4,7 @@ from lvd_lightning.lazy import lazy_names
 
 _HOMES = {
     "EncoderTeacher": "encoder_teacher",
+    "FlowTeacher": "flow_teacher",
     "MAETeacher": "mae_teacher",
     "VQVAETeacher": "vqvae_teacher",
     "Latents": "latents",
@@ -24,6 +25,7 @@ __all__ = [
     "ConditionalStudent",
     "EncoderTeacher",
     "FinetuneStudent",
+    "FlowTeacher",
     "HMMBaseline",
     "HMMStudent",
     "Latents",

@@ -91,7 +91,8 @@ class StageModule(Stage, LightningModule):
         likelihood in the data's unit, `val/<unit>`. See `follow`.
     em: whether the module is trained by EM, whose optimizers all-reduce sums themselves, so that the distributed
         strategy has to leave its gradients alone.
-    accumulates: for those, whether flows of several batches are added up for one step.
+    full_precision: whether it is trained in float32 or float64 alone, as all stages are that EM trains.
+    accumulates: for those that EM trains, whether flows of several batches are added up for one step.
     batches_per_step: so many; the Trainer's accumulate_grad_batches, which Lightning refuses where it does not step.
 
     Example:
@@ -112,6 +113,7 @@ class StageModule(Stage, LightningModule):
     monitor: str | None = None
     monitor_mode: str = "min"
     em: ClassVar[bool] = False
+    full_precision: ClassVar[bool] = False
     accumulates: ClassVar[bool] = False
     batches_per_step: int = 1
 

@@ -63,3 +63,14 @@ OTHER_TEACHER = [
 def test_teachers_take_the_type_of_their_parameters(words: list[str], precision: str, tmp_path: Path) -> None:
     assert main([*words, precision, "--name=run", f"--run_dir={tmp_path}"]) == 0
     assert json.loads((tmp_path / "run/report/summary.json").read_text())["test"]["bpd"] > 0
+
+
+def test_flows_refuse_less_than_float32_before_any_stage() -> None:
+    flow = [*OTHER_TEACHER[:1], "--config=photos", "--stages.teacher.model.class_path=lvd_lightning.stages.FlowTeacher"]
+    experiment_from(parse([*flow, "--stages.teacher.trainer.precision=64-true"])[1])
+    message = (
+        r"^stages\.teacher\.trainer\.precision: got bf16-true, but flows are trained in 32-true or 64-true; set it for "
+        r"this stage alone: --stages\.teacher\.trainer\.precision 32-true$"
+    )
+    with pytest.raises(ValueError, match=message):
+        experiment_from(parse([*flow, "--stages.teacher.trainer.precision=bf16-true"])[1])
