@@ -17,13 +17,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from typing_extensions import override
 
-from datamodules.archives import check_members, open_archive
 from datamodules.files import resolve
 from datamodules.identity import digest, identity_of_files
-from datamodules.image_names import EXTENSIONS, ImageNames, names_in_archive, names_in_folder
 from datamodules.images import Pixels
 from datamodules.rgb import RGBDataModule
 from datamodules.splits import SPLITS, Split, check_fractions, position_of_name, split_of_name
+from lvd_lightning.archives import check_members, open_archive
+from lvd_lightning.image_names import EXTENSIONS, ImageNames, names_in_archive, names_in_folder
 
 __all__ = ["Folder", "decode_image"]
 

@@ -7,10 +7,10 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from datamodules.archives import check_members, open_archive
 from datamodules.files import require
 from datamodules.identity import digest
-from datamodules.image_names import names_in_archive, names_in_folder
+from lvd_lightning.archives import check_members, open_archive
+from lvd_lightning.image_names import names_in_archive, names_in_folder
 
 __all__ = ["TEXT_EXTENSIONS", "TextFile", "decode_text", "read_texts"]
 

@@ -9,7 +9,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from lvd_lightning.use.commands import COMMANDS, CommandParser, run_command
 
 if TYPE_CHECKING:
     from lvd_lightning.runs.experiment import Experiment
@@ -22,14 +24,10 @@ _COMMANDS = {
     "validate": "print what a finished run's model reaches on the validation examples",
     "test": "print what a finished run's model reaches on the test examples",
     "infill": "fill in the words that are <mask> in a text, with the model of a finished run on texts",
+    **{name: command.text for name, command in COMMANDS.items()},
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    """One whose mistakes are errors and no exits."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; {self.prog} --help tells what it takes")
+# Commands that take no configuration of an experiment.
+_WITHOUT_CONFIG = ("infill", *COMMANDS)
 
 
 def find_config(name: str) -> Path:
@@ -53,8 +51,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, dict[str, Any], 
         ValueError: no such command, config, stage or shared value, or a name that was changed.
     """
     command, words = _split(sys.argv[1:] if arguments is None else arguments)
-    if command == "infill":
-        raise ValueError("infill: takes no configuration of an experiment; run it by `main`")
+    if command in _WITHOUT_CONFIG:
+        raise ValueError(f"{command}: takes no configuration of an experiment; run it by `main`")
     files = _config_files(words)
     from lvd_lightning.runs.arguments import parse_arguments
 
@@ -68,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command, words = _split(sys.argv[1:] if arguments is None else arguments)
         if command == "infill":
             _infill(words)
+            return 0
+        if command in COMMANDS:
+            run_command(command, words)
             return 0
         command, config, options = parse([command, *words])
         from lvd_lightning.runs.configuration import experiment_from
@@ -101,7 +102,7 @@ def run(command: str, experiment: "Experiment", stage: str | None = None, change
 
 def _infill(words: Sequence[str]) -> None:
     """Print completions of a text."""
-    parser = _Parser(prog="train.py infill", description=_COMMANDS["infill"], exit_on_error=False)
+    parser = CommandParser(prog="train.py infill", description=_COMMANDS["infill"], exit_on_error=False)
     parser.add_argument("--run", required=True, help="the run's directory, such as runs/text")
     parser.add_argument("--samples", type=int, default=5, help="completions that are drawn (default: 5)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")

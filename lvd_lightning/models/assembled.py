@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +164,14 @@ class AssembledCircuit(nn.Module):
         nothing = torch.zeros_like(x, dtype=torch.bool)
         return self._complete(x, nothing, self.prior.sample(x=self.evidence(x), generator=generator), generator)
 
-    def expected(self, x: Tensor, observed: Tensor) -> Tensor:
+    def expected(
+        self, x: Tensor, observed: Tensor, function: Callable[[Tensor], Tensor] = lambda values: values
+    ) -> Tensor:
         """E[x | what is `observed`] of every variable, (B, ...); exact but for latent values with posteriors below
         `RARE`.
 
         observed: bool, broadcast to x; what is observed stays as it is.
+        function: of values, any shape to the same shape: its mean is taken in place of that of the value.
         """
         evidence_BPK = self.evidence(x, observed).requires_grad_()
         with torch.enable_grad():
@@ -186,14 +190,14 @@ class AssembledCircuit(nn.Module):
             item_GS = item_N[index_GS]
             mean_GSD = pc.expectation(
                 self.conditional,
-                lambda values, variables: values,
+                lambda values, variables: function(values),
                 x=_as_values(x_ND[item_GS]),
                 observed=mask_ND[item_GS] & filled_GS[..., None],
                 head=torch.where(filled_GS, head_N[index_GS], 0),
             )
             share_GS1 = torch.where(filled_GS, weight_N[index_GS] / total_N[item_GS], 0.0)[..., None]
             out_ND.index_add_(0, item_GS.flatten(), (share_GS1 * mean_GSD).flatten(0, 1))
-        out_ND = torch.where(mask_ND, x_ND.to(out_ND.dtype), out_ND)
+        out_ND = torch.where(mask_ND, function(x_ND.to(out_ND.dtype)), out_ND)
         return self.parts.join(out_ND.view(len(x), self.num_positions, -1))
 
     def save(self, folder: Path) -> None:

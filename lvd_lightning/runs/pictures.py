@@ -29,6 +29,7 @@ __all__ = [
     "inpainting_picture",
     "patches_picture",
     "sample_picture",
+    "save_image",
 ]
 
 _WHITE, _GREY = 255, 128
@@ -49,7 +50,7 @@ def grid(images: Tensor, columns: int, gap: int = 1) -> Tensor:
 def sample_picture(path: Path, circuit: AssembledCircuit, data: VisibleData, generator: torch.Generator) -> None:
     """64 samples, eight in a row."""
     drawn = data.to_rgb(circuit.sample(64, generator=generator).cpu())
-    _save(path, grid(drawn, 8), data.image_shape[1])
+    save_image(path, grid(drawn, 8), data.image_shape[1])
 
 
 def inpainting_picture(path: Path, circuit: AssembledCircuit, data: VisibleData, generator: torch.Generator) -> None:
@@ -63,7 +64,7 @@ def inpainting_picture(path: Path, circuit: AssembledCircuit, data: VisibleData,
     original, completed = data.to_rgb(original), data.to_rgb(completed)
     mean = torch.where(observed, original, mean)
     masked = torch.where(observed, original, _GREY).to(torch.uint8)
-    _save(path, grid(torch.cat([original, masked, completed, mean]), count), data.image_shape[1])
+    save_image(path, grid(torch.cat([original, masked, completed, mean]), count), data.image_shape[1])
 
 
 def half_masks(count: int, height: int, width: int) -> Tensor:
@@ -108,7 +109,7 @@ def patches_picture(
         members = (z_NP.flatten() == cluster).nonzero()[:, 0]
         members = members[torch.randperm(len(members), generator=generator)[:examples]]
         rows.append(_patches(data, members, z_NP.shape[1], first, examples))
-    _save(path, grid(torch.cat(rows), examples), data.parts.shape[1])
+    save_image(path, grid(torch.cat(rows), examples), data.parts.shape[1])
 
 
 def growth_picture(path: Path, metrics: Path, data: Data) -> bool:
@@ -239,7 +240,8 @@ def _ignore_outliers(axes: Any, unit: Unit) -> None:
     axes.set_ylim(*sorted((sign * (best - 0.1), sign * limit)))
 
 
-def _save(path: Path, image: Tensor, side: int) -> None:
+def save_image(path: Path, image: Tensor, side: int) -> None:
+    """Write uint8 RGB (3, H, W) as PNG, enlarged so that what is `side` pixels wide in it can be looked at."""
     from matplotlib.image import imsave
 
     scale = max(1, math.ceil(_MIN_SIDE / side)) if side >= 16 else 8

@@ -1,0 +1,203 @@
+"""The commands that use a finished run: what they take and what they print. Each imports the libraries it needs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from lvd_lightning.use.trained import Trained
+
+__all__ = ["COMMANDS", "CommandParser", "run_command"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """text: one line for the overview. example: follows the options in --help."""
+
+    text: str
+    example: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    act: Callable[[argparse.Namespace], None]
+
+
+class CommandParser(argparse.ArgumentParser):
+    """One whose mistakes are errors and no exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {self.prog} --help tells what it takes")
+
+
+def run_command(name: str, words: Sequence[str]) -> None:
+    """Read the words after a command's name, and do what it does.
+
+    Raises:
+        ValueError: a mistake of the user, in one line.
+    """
+    command = COMMANDS[name]
+    parser = CommandParser(
+        prog=f"train.py {name}",
+        description=command.text,
+        epilog=f"example: python train.py {name} {command.example}",
+        exit_on_error=False,
+    )
+    parser.add_argument("--run", required=True, help="a finished run's directory, or a folder that `export` wrote")
+    command.add_options(parser)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    command.act(parser.parse_args(list(words)))
+
+
+def _open(chosen: argparse.Namespace) -> Trained:
+    import torch
+
+    from lvd_lightning.use.trained import open_trained
+
+    name = chosen.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device: got {name!r}, which is not there ({str(error).splitlines()[0]}): say cpu"
+        ) from error
+    return open_trained(chosen.run, device)
+
+
+def _folder(chosen: argparse.Namespace, name: str) -> Path:
+    return Path(chosen.out) if chosen.out else Path(chosen.run) / "use" / name
+
+
+def _out(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument("-o", "--out", metavar="FOLDER", help=f"where files go (default: use/{name} in the run)")
+
+
+def _seed(parser: argparse.ArgumentParser, of: str) -> None:
+    parser.add_argument("--seed", type=int, default=0, help=f"of {of} (default: 0)")
+
+
+def _fit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--fit", choices=("resize", "crop", "tile"), help="what to do with pictures of another size (default: refuse)"
+    )
+
+
+def _sources(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGES|FOLDER|ZIP", help=what)
+
+
+def _score_options(parser: argparse.ArgumentParser) -> None:
+    _sources(parser, "pictures; two folders or archives are two sets, the second the one that should stand out")
+    _out(parser, "score")
+    _fit(parser)
+    parser.add_argument("--shown", type=int, default=12, help="outliers whose surprise is drawn (default: 12)")
+    parser.add_argument("--max-images", type=int, help="at most so many of each set, chosen at random")
+    _seed(parser, "that choice")
+
+
+def _score(chosen: argparse.Namespace) -> None:
+    trained = _open(chosen)
+    from lvd_lightning.use.pictures import PictureSet
+    from lvd_lightning.use.score import score
+
+    many = [Path(found).is_dir() or Path(found).suffix.lower() == ".zip" for found in chosen.images]
+    groups = [[found] for found in chosen.images] if all(many) and len(many) == 2 else [chosen.images]
+    out = _folder(chosen, "score")
+    with ExitStack() as opened:
+        sets = [opened.enter_context(PictureSet(group)) for group in groups]
+        settings: dict[str, Any] = {"num_shown": chosen.shown, "max_images": chosen.max_images, "seed": chosen.seed}
+        scores = score(trained, sets, out, fit=chosen.fit, **settings)
+    for one in scores.pictures[:5]:
+        print(f"{one.bpd:.4f}  {one.name}" + (f"  (set {one.source + 1})" if len(groups) > 1 else ""))
+    if len(scores.pictures) > 5:
+        print(f"... and {len(scores.pictures) - 5} likelier ones")
+    for source in range(len(groups)):
+        bpd = scores.bpd(source)
+        print(f"set {source + 1}: {len(bpd)} pictures, {sum(bpd) / len(bpd):.4f} bits per dimension on average")
+    if scores.auroc is not None:
+        print(f"AUROC of bits per dimension, second set against first: {scores.auroc:.4f}")
+    print(f"score: {out}")
+
+
+def _sample_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-n", "--num-samples", type=int, default=64, help="how many are drawn (default: 64)")
+    parser.add_argument("--given", help="is refused: a circuit has no classes; `inpaint` conditions on pixels")
+    _out(parser, "sample")
+    _seed(parser, "what is drawn")
+
+
+def _sample(chosen: argparse.Namespace) -> None:
+    if chosen.given is not None:
+        raise ValueError(
+            f"--given: got {chosen.given!r}, but these circuits have no classes to condition on; `train.py inpaint` "
+            "draws what is missing of a picture given the rest"
+        )
+    trained = _open(chosen)
+    from lvd_lightning.use.sample import sample
+
+    out = _folder(chosen, "sample")
+    sample(trained, chosen.num_samples, out, seed=chosen.seed)
+    print(f"sample: {chosen.num_samples} pictures in {out}")
+
+
+def _inpaint_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", metavar="IMAGE", help="a picture")
+    missing = parser.add_mutually_exclusive_group(required=True)
+    missing.add_argument("--mask", metavar="FILE", help="a picture of the same size whose bright pixels are missing")
+    missing.add_argument("--box", metavar="x,y,w,h", help="what is missing: left, top, width and height in pixels")
+    missing.add_argument("--half", choices=("left", "right", "top", "bottom"), help="the half that is missing")
+    parser.add_argument("--samples", type=int, default=8, help="completions that are drawn (default: 8)")
+    parser.add_argument("--animation", choices=("gif", "webp"), default="gif", help="of the samples (default: gif)")
+    _out(parser, "inpaint")
+    _fit(parser)
+    _seed(parser, "the samples")
+
+
+def _inpaint(chosen: argparse.Namespace) -> None:
+    trained = _open(chosen)
+    from functools import partial
+
+    from lvd_lightning.use.inpaint import inpaint
+    from lvd_lightning.use.missing import missing_box, missing_half, missing_in
+    from lvd_lightning.use.pictures import PictureSet
+
+    with PictureSet([chosen.image]) as pictures:
+        if len(pictures) != 1:
+            raise ValueError(f"{chosen.image}: holds {len(pictures)} pictures, expected one")
+        picture = pictures[0]
+    if chosen.mask is not None:
+        missing = partial(missing_in, Path(chosen.mask))
+    else:
+        missing = partial(missing_box, chosen.box) if chosen.box is not None else partial(missing_half, chosen.half)
+    out = _folder(chosen, "inpaint")
+    settings: dict[str, Any] = {"num_samples": chosen.samples, "animation": chosen.animation, "seed": chosen.seed}
+    found = inpaint(trained, picture, missing, out, fit=chosen.fit, **settings)
+    uncertain = float(found.deviation[found.deviation > 0].mean()) if bool((found.deviation > 0).any()) else 0.0
+    print(f"inpaint: {out} (deviation of missing pixels {uncertain:.1f} levels on average)")
+
+
+COMMANDS = {
+    "score": Command(
+        "bits per dimension of pictures: outliers, where they surprise, AUROC of two folders",
+        "--run runs/photos holidays.zip --fit resize",
+        _score_options,
+        _score,
+    ),
+    "sample": Command(
+        "draw pictures from a finished run: a grid, PNG files, an NPZ archive",
+        "--run runs/photos -n 64",
+        _sample_options,
+        _sample,
+    ),
+    "inpaint": Command(
+        "complete a picture of which pixels are missing: samples, mean, most likely completion, deviation",
+        "--run runs/photos cat.png --fit resize --box 8,8,16,16",
+        _inpaint_options,
+        _inpaint,
+    ),
+}

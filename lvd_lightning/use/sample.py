@@ -1,0 +1,67 @@
+"""Exact samples of a circuit as pictures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lvd_lightning.checks import check_at_least, check_counts
+from lvd_lightning.files import write_atomically
+from lvd_lightning.runs.pictures import grid, save_image
+from lvd_lightning.seeds import generator_for
+from lvd_lightning.use.progress import tracked
+from lvd_lightning.use.trained import Trained
+
+__all__ = ["sample", "write_png"]
+
+#: Samples that are drawn together, each such batch by a generator of its own: the first ones do not depend on how many
+#: follow.
+_BATCH = 32
+
+
+def sample(trained: Trained, num_samples: int, out: Path, *, seed: int = 0) -> Tensor:
+    """Draw pictures, and write them into a folder: `grid.png`, each as PNG in `samples/`, all in `samples.npz`.
+
+    The archive holds `rgb`, uint8 (n, 3, H, W), and `codes`, the values that the circuit drew, (n, C, H, W).
+
+    Args:
+        trained: see `open_trained`.
+        num_samples: n.
+        out: the folder.
+        seed: equal seeds on one kind of device give equal pictures.
+
+    Returns:
+        The pictures, uint8 RGB (n, 3, H, W).
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    check_counts(num_samples=num_samples)
+    check_at_least(0, seed=seed)
+    starts = range(0, num_samples, _BATCH)
+    drawn = [
+        trained.circuit.sample(_BATCH, generator=generator_for(seed, "sample", start, device=trained.device)).cpu()
+        for start in tracked(starts, "samples", len(starts))
+    ]
+    codes = torch.cat(drawn)[:num_samples]
+    rgb = trained.codes.to_rgb(codes)
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    digits = len(str(num_samples - 1))
+    for number, picture in enumerate(rgb):
+        write_png(out / "samples" / f"{number:0{digits}}.png", picture)
+    arrays = {"rgb": rgb.numpy(), "codes": codes.numpy()}
+    write_atomically(out / "samples.npz", lambda target: np.savez_compressed(target, **arrays))  # type: ignore[arg-type]
+    save_image(out / "grid.png", grid(rgb, math.ceil(math.sqrt(num_samples))), rgb.shape[-1])
+    return rgb
+
+
+def write_png(path: Path, picture: Tensor, is_grey: bool = False) -> None:
+    """Write uint8 RGB (3, H, W) as PNG, pixel by pixel; `is_grey`: all channels are equal, and one is written."""
+    from PIL import Image
+
+    image = Image.fromarray((picture[0] if is_grey else picture.permute(1, 2, 0)).contiguous().numpy())
+    write_atomically(path, lambda target: image.save(target, format="PNG", optimize=True))

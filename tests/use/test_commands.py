@@ -1,0 +1,83 @@
+"""The commands as they are typed; a mistake is one line that says what to do."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers.trained_runs import picture_folder, random_pictures, trained_run
+
+from lvd_lightning.cli import main
+from lvd_lightning.use.commands import COMMANDS
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run `run`, an unfinished one `begun`, pictures in `in` and larger ones in `large`."""
+    folder = tmp_path_factory.mktemp("commands")
+    trained_run(folder / "run")
+    shutil.copytree(folder / "run", folder / "begun")
+    (folder / "begun" / "finetune" / "done.json").unlink()
+    picture_folder(folder / "in", random_pictures(4))
+    picture_folder(folder / "large", random_pictures(2, side=12))
+    return folder
+
+
+def test_score_of_two_folders(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(place / "in"), str(place / "large"), "--fit", "crop", "-o", str(tmp_path / "out")]
+    assert main(["score", "--run", str(place / "run"), *words, "--shown", "0", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "set 1: 4 pictures" in printed
+    assert "AUROC" in printed
+    assert (tmp_path / "out" / "roc.png").is_file()
+
+
+def test_sample_and_inpaint(place: Path, tmp_path: Path) -> None:
+    run = ["--run", str(place / "run")]
+    assert main(["sample", *run, "-n", "3", "--seed", "5"]) == 0
+    drawn = place / "run" / "use" / "sample" / "samples"
+    assert len(list(drawn.iterdir())) == 3
+    assert main(["inpaint", *run, str(drawn / "0.png"), "--half", "left", "--samples", "2", "-o", str(tmp_path)]) == 0
+    assert (tmp_path / "samples.gif").is_file()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    assert f"python train.py {name} --run" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("score --run RUN LARGE", "12 x 12 pixels, the circuit's pictures have 8 x 8: say --fit resize, --fit crop"),
+        ("score --run RUN nowhere", "nowhere: there is no such file or folder"),
+        ("score --run nowhere IN", "neither a run directory nor an exported folder"),
+        ("score --run BEGUN IN", "holds no trained model: run `fit`"),
+        ("score IN", "arguments are required: --run; train.py score --help"),
+        ("score --run RUN IN --device gpu", "--device: got 'gpu'"),
+        ("sample --run RUN --given 3", "no classes to condition on; `train.py inpaint` draws"),
+        ("sample --run RUN -n 0", "num_samples: got 0"),
+        ("inpaint --run RUN IN/00.png", "one of the arguments --mask --box --half is required"),
+        ("inpaint --run RUN IN/00.png --box 1,2,3", "expected x,y,w,h in pixels"),
+        ("inpaint --run RUN IN/00.png --mask LARGE/00.png", "has 12 x 12 pixels, expected 8 x 8"),
+        ("inpaint --run RUN IN --half top", "holds 4 pictures, expected one"),
+    ],
+)
+def test_mistakes_are_one_line(place: Path, capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
+    for name in ("run", "begun", "in", "large"):
+        words = words.replace(name.upper(), str(place / name))
+    assert main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert message in error
+
+
+def test_a_model_of_texts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained_run(tmp_path / "run")
+    path = tmp_path / "run" / "finetune" / "assembled.json"
+    parts = {"class": "Tokens", "arguments": {"length": 4, "vocabulary": 256}}
+    path.write_text(json.dumps({"parts": parts}))
+    assert main(["sample", "--run", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
