@@ -1,6 +1,7 @@
 """Every config that ships is parsed and instantiated, and runs one small step per stage on data in the real format."""
 
 import json
+import math
 import pickle
 import struct
 from functools import cache
@@ -18,6 +19,7 @@ from lvd_lightning.cli import CONFIG_FOLDER, main, parse
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.runs.configuration import experiment_from
 from lvd_lightning.stages import PlainStage
+from lvd_lightning.teachers import ImageFlow
 
 CONFIGS = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
 OVERLAYS = {
@@ -28,6 +30,7 @@ OVERLAYS = {
     **dict.fromkeys(("codes", "convolutional", "mae", "paper_protocol"), "imagenet32"),
     **dict.fromkeys(("no_growing", "patch2", "patch8"), "cifar10"),
     **dict.fromkeys(("emnist", "fashion_mnist"), "mnist"),
+    **dict.fromkeys(("grey_patches", "uci_table"), "flow_tabular"),
 }
 # An overlay runs on the smallest experiment of its kind, with images of 8 x 8 or, where that were one patch, 16 x 16.
 SMALLEST = {"per_position": "folder", "untied": "folder"}
@@ -37,10 +40,13 @@ SMALLEST |= dict.fromkeys(
 )
 LARGER = ("paper_protocol", "patch8", "per_position", "untied")
 OF_WORDS = ("text", "wikitext2")
+OF_TABLES = ("flow_tabular", "grey_patches", "uci_table")
+OF_FLOWS = (*OF_TABLES, "flow_celeba64", "flow_cifar10", "flow_imagenet32", "flow_photos")
 CIFAR10_FILES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 IMAGENET_FILES = [*(f"train_data_batch_{number}" for number in range(1, 11)), "val_data"]
 
-SMALL_TEACHERS = {
+SMALL_TEACHERS: dict[str, dict[str, Any]] = {
+    "FlowTeacher": {"num_steps": 2, "hidden_size": 4, "num_pictures": 0, "bound_examples": 1},
     "MAETeacher": {
         **{"hidden_size": 8, "num_layers": 1, "num_heads": 1, "intermediate_size": 8, "num_pictures": 0},
         **{"decoder_hidden_size": 8, "decoder_num_layers": 1, "decoder_num_heads": 1},
@@ -57,6 +63,14 @@ SMALL = [
     "--data.batch_size=8",
 ]
 SMALL_CONDITIONAL = ["--stages.conditional.model.num_units=2", "--stages.conditional.model.min_examples=2"]
+SMALL_STUDENT = [
+    *("--stages.student.model.num_steps=1", "--stages.student.model.hidden_size=4"),
+    *(
+        f"--stages.{name}.model.{key}=1"
+        for name in ("student", "baseline")
+        for key in ("num_pictures", "bound_examples")
+    ),
+]
 TEXT = "the king said unto people of land , go ye and they went .\n"
 
 
@@ -102,6 +116,14 @@ def data_arguments(data: dict[str, Any], folder: Path) -> list[str]:
             (folder / f"wiki.{name}.tokens").write_text(TEXT * 30)
         path = [f"--data.path={folder}"] if kind == "WikiText" else []
         return [*path, f"--data.cache={folder}", "--data.max_examples=40", "--shared.length=6"]
+    if kind == "SklearnTable":
+        return ["--data.max_examples=40"]
+    if kind == "GreyPatches":
+        return ["--data.max_images=8"]
+    if kind == "UCITable":
+        (folder / "power").mkdir(parents=True)
+        np.save(folder / "power" / "data.npy", np.random.default_rng(0).random((40, 8)))
+        return [f"--data.path={folder}"]
     if kind == "Digits":
         return ["--data.max_examples=40"]
     if kind in ("MNIST", "FashionMNIST", "EMNIST"):
@@ -129,12 +151,16 @@ def teacher_arguments(teacher: dict[str, Any] | None, folder: Path) -> list[str]
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four where a picture shows 64: large images are drawn as slowly as all stages together are trained."""
-    sample = AssembledCircuit.sample
+    sample, sample_flow = AssembledCircuit.sample, ImageFlow.sample
 
     def few(circuit: AssembledCircuit, num_samples: int, **settings: Any) -> Tensor:
         return sample(circuit, min(num_samples, 4), **settings)
 
+    def few_of_a_flow(flow: ImageFlow, num_samples: int, *arguments: Any, **settings: Any) -> Tensor:
+        return sample_flow(flow, min(num_samples, 4), *arguments, **settings)
+
     monkeypatch.setattr(AssembledCircuit, "sample", few)
+    monkeypatch.setattr(ImageFlow, "sample", few_of_a_flow)
 
 
 def config_arguments(config: str, base: str | None = None) -> list[str]:
@@ -179,7 +205,8 @@ def test_config_runs_one_small_step_per_stage(config: str, tmp_path: Path) -> No
     plain = parsed(*named)
     stages = {name: stage for name, stage in plain["stages"].items() if stage is not None}
     teacher = stages.get("teacher")
-    small = [*SMALL, *teacher_arguments(teacher, tmp_path / "bert"), *data_arguments(plain["data"], tmp_path / "data")]
+    small = [*SMALL[1:], *SMALL_STUDENT] if config in OF_FLOWS else SMALL
+    small = [*small, *teacher_arguments(teacher, tmp_path / "bert"), *data_arguments(plain["data"], tmp_path / "data")]
     small += SMALL_CONDITIONAL if "conditional" in stages else []
     small += ["--data.image_size=16"] if config in LARGER else []
     arguments = [*named, *small, f"--run_dir={tmp_path}"]
@@ -187,6 +214,13 @@ def test_config_runs_one_small_step_per_stage(config: str, tmp_path: Path) -> No
     summary = json.loads((tmp_path / base / "report" / "summary.json").read_text())
     assert list(summary["stages"]) == list(stages)
     assert ("baseline" in summary) == ("baseline" in stages)
+    if config in OF_FLOWS:
+        unit = "nats" if config in OF_TABLES else "bpd"
+        found = [summary["teacher"], summary["test"], summary["baseline"]["undistilled"]]
+        assert all(math.isfinite(figures[unit]) for figures in found)
+        assert found[0]["num_parameters"] > found[1]["num_parameters"] == found[2]["num_parameters"]
+        assert ("num_draws" in summary["test"]) == (unit == "bpd")
+        return
     if config in OF_WORDS:
         assert 1 < summary["test"]["ppl"] < 10 * summary["protocol"]["vocabulary"]
         return

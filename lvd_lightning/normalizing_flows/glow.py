@@ -118,6 +118,11 @@ class Glow(nn.Module):
             shapes.append((channels * halves * (2 if level == last else 1), height // halves, width // halves))
         return shapes
 
+    @property
+    def data_scale(self) -> float:
+        """By what differences of images are told: as they are."""
+        return 1.0
+
     def level_steps(self, level: int) -> list[GlowStep]:
         """The steps of a level, in order."""
         return list(self._level(level).steps)  # type: ignore[arg-type]

@@ -77,6 +77,11 @@ class TabularFlow(nn.Module):
         """The shapes of the parts of a latent, without B: one part with all columns."""
         return [(self.num_columns,)]
 
+    @property
+    def data_scale(self) -> Tensor:
+        """The standard deviations of the columns (D,), by which differences are told."""
+        return self.scale
+
     def encode(self, x: Tensor) -> FlowPass:
         """Rows (B, D) to a latent of one part."""
         x = (x - self.shift) / self.scale

@@ -33,6 +33,8 @@ def evaluate_run(run: Run, data: Data, ranks: Ranks) -> dict[str, Any]:
     have to call.
 
     Returns:
+        "teacher": what the flow that was distilled reaches on the splits, and its "num_parameters"; "num_draws" of the
+        noise behind bounds of flows;
         "circuits": {"train_<unit>", "val_<unit>", "test_<unit>"} of "teacher_elbo", "lvd_objective" and the model of
         every stage that left one, by its title ("distilled", "finetuned"), "gap": what `LVDGap` says of the test
         examples for these models, "num_train": the training examples that were counted, "num_parameters" and
@@ -63,13 +65,25 @@ def evaluate_run(run: Run, data: Data, ranks: Ranks) -> dict[str, Any]:
                 gaps[name] = found
         for split, value in _carried(circuit, data, ranks).items():
             circuits.setdefault(name, {})[f"{split}_{unit}_carried"] = value
-        described = {"num_parameters": circuit.num_parameters, "num_heads": circuit.num_states}
+        sizes = {"num_parameters": "num_parameters", "num_heads": "num_states", "num_draws": "num_draws"}
+        described = {name: getattr(circuit, of) for name, of in sizes.items() if hasattr(circuit, of)}
         if stage == models[-1] and isinstance(data, VisibleData):
             described |= sample_figures(circuit, data, ranks, run.experiment.seed)
     if not circuits:
         return {}
     gap = {"gap": gaps} if gaps else {}
-    return {"circuits": circuits, **gap, "num_train": len(_rows(data, "train")), **described}
+    teacher_figures = {"teacher": flow} if (flow := _flow_teacher(run, data, ranks)) else {}
+    return {"circuits": circuits, **teacher_figures, **gap, "num_train": len(_rows(data, "train")), **described}
+
+
+def _flow_teacher(run: Run, data: Data, ranks: Ranks) -> dict[str, float]:
+    """What the flow reaches that a smaller one was distilled from; nothing in other runs."""
+    folder = run.artefact("flow")
+    if folder is None or not any("flow" in stage.kind.needs for stage in run.stages):
+        return {}
+    flow: Any = load_teacher(folder).to(ranks.device)
+    found = {f"{split}_{data.unit.name}": mean_likelihood(flow, data, split, ranks) for split in SPLITS}
+    return {**found, "num_parameters": flow.num_parameters}
 
 
 def _carried(circuit: Any, data: Data, ranks: Ranks) -> dict[str, float]:

@@ -68,9 +68,12 @@ def summarize(run: Run, data: Data) -> dict[str, Any]:
         f"{unit}_carried": circuits.get(titles[-1], {}).get(f"test_{unit}_carried") if titles else None,
         "num_parameters": evaluation.get("num_parameters"),
         "num_heads": evaluation.get("num_heads"),
+        "num_draws": evaluation.get("num_draws"),
     }
+    teacher = evaluation.get("teacher", {})
     summary: dict[str, Any] = {
         "stages": run.stage_figures(),
+        "teacher": {unit: teacher[f"test_{unit}"], "num_parameters": teacher["num_parameters"]} if teacher else {},
         "test": {key: value for key, value in test.items() if value is not None},
         "baseline": {
             name: {key: figures[key] for key in (unit, "num_parameters", "seconds") if key in figures}
@@ -97,10 +100,21 @@ def table_rows(run: Run, unit: Unit) -> list[Row]:
     rows: list[Row] = []
     teachers, models = run.leaving("features")[-1:], run.leaving("model")
     seconds = {stage.name: stage.figures().get("seconds", 0.0) for stage in run.stages if stage.kind.leaves}
+    if "teacher" in evaluation:
+        flow = evaluation["teacher"]
+        rows.append(
+            {
+                "model": "teacher flow",
+                **{split: flow[f"{split}_{unit.name}"] for split in _SPLITS},
+                "is_bound": False,
+                "parameters": flow["num_parameters"],
+                "seconds": seconds[run.leaving("flow")[-1].name],
+            }
+        )
     for key, title, last in (
         *(("teacher_elbo", "teacher, ELBO", stage) for stage in teachers),
         *(("lvd_objective", "LVD objective, log p(x, z)", stage) for stage in models[:1]),
-        *((stage.title, f"{stage.title} circuit", stage) for stage in models),
+        *((stage.title, f"{stage.title} {stage.kind.model_noun}", stage) for stage in models),
     ):
         if key in circuits:
             figures = {split: circuits[key].get(f"{split}_{unit.name}") for split in _SPLITS}
@@ -207,6 +221,11 @@ def _markdown(run: Run, rows: Sequence[Row], summary: Row, data: Data) -> str:
             "",
             f"Train: over {evaluation['num_train']:,} training examples. Seconds: of all stages up to the model.",
         ]
+    if "num_draws" in evaluation:
+        lines += [
+            "",
+            f"Figures of flows are bounds, with draws of dequantisation noise: {evaluation['num_draws']} each.",
+        ]
     if "gap" in evaluation:
         lines += ["", *_gap_table(evaluation["gap"], data)]
     if "samples" in evaluation:
@@ -249,11 +268,16 @@ def _gap_table(gaps: Mapping[str, Row], data: Data) -> list[str]:
 
 def _sample_table(evaluation: Row) -> list[str]:
     """What `sample_figures` found, with what it means."""
-    samples, completions = evaluation["samples"], evaluation["completions"]
+    samples, completions = evaluation["samples"], evaluation.get("completions", {})
+    title = f"Of {evaluation['num_samples']:,} samples, beside the same of test images. "
+    if completions:
+        title = (
+            f"Of {evaluation['num_samples']:,} samples, and of {evaluation['num_completions']:,} test images of which "
+            "one half was drawn given the other (pixels that were drawn), beside the same of those test images. Drawn "
+            "anew: all pixels given the latent values of test images, so that the prior has no part in it. "
+        )
     lines = [
-        f"Of {evaluation['num_samples']:,} samples, and of {evaluation['num_completions']:,} test images of which one "
-        "half was drawn given the other (pixels that were drawn), beside the same of those test images. Drawn anew: "
-        "all pixels given the latent values of test images, so that the prior has no part in it. Isolated "
+        f"{title}Isolated "
         "pixels differ from each neighbour by more than 60 of 256 levels of a channel. Border step: how much more the "
         "luma changes from pixel to pixel across the borders of patches than inside of them, where it changes by the "
         "inside step, in levels.",
@@ -264,10 +288,12 @@ def _sample_table(evaluation: Row) -> list[str]:
     for title, figures, ending in (
         ("samples", samples, ""),
         ("test images", samples, "_test"),
-        ("test images, drawn anew", evaluation["redrawn"], ""),
+        ("test images, drawn anew", evaluation.get("redrawn", {}), ""),
         ("completions", completions, ""),
         ("test images, the same halves", completions, "_test"),
     ):
+        if not figures:
+            continue
         found = [
             f"{figures[name + ending] * scale:.2f}{sign}" if name + ending in figures else ""
             for name, scale, sign in (
@@ -300,4 +326,6 @@ def _draw(run: Run, data: Data, device: torch.device) -> None:
         if run.leaving("model") and not (folder / file).is_file():
             generator = generator_for(seed, REPORT, file, device=device)
             circuit: Any = run.model(device)
+            if file == "inpainting.png" and not hasattr(circuit, "inpaint"):
+                continue
             draw(folder / file, circuit, data, generator)

@@ -112,7 +112,8 @@ def sample_figures(
         "no_color": the share of pixels whose code is no colour}; "completions": the same of test images one half of
         which was drawn given the other, where only pixels that were drawn count, in the test images as well;
         "redrawn": those of test images drawn anew given their latent values, which the prior has no part in;
-        "num_samples" and "num_completions". What there is not is absent, such as a step where nothing changes.
+        "num_samples" and "num_completions". What there is not is absent, such as a step where nothing changes, and
+        completions of a model that has no `inpaint`.
     """
     num_test = min(max_images, data.num_examples("test"))
     row_N = torch.linspace(0, data.num_examples("test") - 1, num_test).long()
@@ -128,26 +129,31 @@ def sample_figures(
         images = circuit.sample(size, generator=generator).cpu()
         add(drawn, images)
         drawn.add_colors(data, images)
+    can_complete = hasattr(circuit, "inpaint")
     for number, size in _batches(num_test, ranks):
         chosen = slice(number * _BATCH, number * _BATCH + size)
         original, observed = data.batch("test", row_N[chosen]), observed_N1HW[chosen]
+        add(test, original)
+        if not can_complete:
+            continue
         generator = generator_for(seed, EVALUATE, "completions", number, device=ranks.device)
         images = circuit.inpaint(original.to(ranks.device), observed.to(ranks.device), generator=generator).cpu()
         generator = generator_for(seed, EVALUATE, "redrawn", number, device=ranks.device)
         again = circuit.redraw(original.to(ranks.device), generator=generator).cpu()
         add(redrawn, again)
         redrawn.add_colors(data, again)
-        add(test, original)
         add(test_halves, original, ~observed)
         add(completed, images, ~observed)
         completed.add_colors(data, images, ~observed)
     for totals in (drawn, completed, redrawn, test, test_halves):
         totals.sums = ranks.sum(totals.sums)
+    samples = {"samples": {**_figures(drawn), **_figures(test, "_test")}, "num_samples": max_images}
+    if not can_complete:
+        return samples
     return {
-        "samples": {**_figures(drawn), **_figures(test, "_test")},
+        **samples,
         "completions": {**_figures(completed), **_figures(test_halves, "_test")},
         "redrawn": _figures(redrawn),
-        "num_samples": max_images,
         "num_completions": num_test,
     }
 

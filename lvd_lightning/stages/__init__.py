@@ -4,6 +4,8 @@ from lvd_lightning.lazy import lazy_names
 
 _HOMES = {
     "EncoderTeacher": "encoder_teacher",
+    "FlowBaseline": "flow_baseline",
+    "FlowStudent": "flow_student",
     "FlowTeacher": "flow_teacher",
     "MAETeacher": "mae_teacher",
     "VQVAETeacher": "vqvae_teacher",
@@ -25,6 +27,8 @@ __all__ = [
     "ConditionalStudent",
     "EncoderTeacher",
     "FinetuneStudent",
+    "FlowBaseline",
+    "FlowStudent",
     "FlowTeacher",
     "HMMBaseline",
     "HMMStudent",

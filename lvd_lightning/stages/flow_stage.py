@@ -86,7 +86,7 @@ class FlowStage(StageModule):
     @override
     def begin_stage(self, context: StageContext) -> None:
         self._context = context
-        self.follow(context.data.unit)
+        self.follow(context.data.unit, self.prefix)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(context.seed, context.stage, "parameters"))
             self.model = self.make_flow(context, context.generator("rotations"))

@@ -31,6 +31,7 @@ class Stage:
     leaves: kinds that later stages, the evaluation and the report find in its folder.
     harmless: arguments that change how fast it runs or what it keeps on disk, but not its result.
     model_title: what reports call the model that it leaves; empty for the stage's own name.
+    model_noun: what kind of model that is, for tables.
 
     Example:
         >>> from lvd_lightning.stages import FinetuneStudent, Stage
@@ -42,6 +43,7 @@ class Stage:
     leaves: ClassVar[tuple[str, ...]] = ()
     harmless: ClassVar[tuple[str, ...]] = ()
     model_title: ClassVar[str] = ""
+    model_noun: ClassVar[str] = "circuit"
 
     def check_data(self, data: Data) -> None:
         """Raise a ValueError if the stage cannot work on data of this kind.

@@ -22,8 +22,8 @@ def test_links_and_pictures(page: Path) -> None:
     assert missing_links(page) == []
 
 
-@pytest.mark.parametrize("command", commands(DOCS / "results.md"))
-def test_commands_of_the_results(command: str) -> None:
+@pytest.mark.parametrize("command", [*commands(DOCS / "results.md"), *commands(DOCS / "flows.md")])
+def test_commands_of_the_results_and_of_flows(command: str) -> None:
     """With one of the values that a row has where the page says LEAF, EPOCHS and EVERY."""
     for name, value in (("LEAF", "Binomial"), ("EPOCHS", "6"), ("EVERY", "2")):
         command = re.sub(rf"\b{name}\b", value, command)
