@@ -2,12 +2,14 @@
 
 from lvd_lightning.lazy import lazy_names
 
-__all__ = ["from_pretrained", "inpaint", "open_trained", "sample", "score"]
+__all__ = ["compress", "decompress", "from_pretrained", "inpaint", "open_trained", "sample", "score"]
 
 # Imported when they are asked for: the command line answers `--help` without PyTorch.
 __getattr__, _ = lazy_names(
     __name__,
     {
+        "compress": "compress",
+        "decompress": "decompress",
         "from_pretrained": "trained",
         "inpaint": "inpaint",
         "open_trained": "trained",

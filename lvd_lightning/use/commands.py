@@ -181,6 +181,48 @@ def _inpaint(chosen: argparse.Namespace) -> None:
     print(f"inpaint: {out} (deviation of missing pixels {uncertain:.1f} levels on average)")
 
 
+def _compress_options(parser: argparse.ArgumentParser) -> None:
+    _sources(parser, "pictures of the circuit's size and colours, without transparency")
+    parser.add_argument("-o", "--out", metavar="FILE", required=True, help="the file to write, such as a.lvd")
+    parser.add_argument("--fit", choices=("tile",), help="tile: pictures of any size, piece by piece (default: refuse)")
+    _batch(parser)
+
+
+def _compress(chosen: argparse.Namespace) -> None:
+    trained = _open(chosen)
+    from lvd_lightning.use.compress import compress
+    from lvd_lightning.use.pictures import PictureSet
+
+    with PictureSet(chosen.images) as pictures:
+        found = compress(trained, pictures, Path(chosen.out), fit=chosen.fit, batch=chosen.batch)
+        before = pictures.num_bytes
+    print(
+        f"compress: {found.num_pictures} pictures, {before:,} -> {found.num_bytes:,} bytes "
+        f"({found.header_bytes:,} of them names and checksums), {found.num_pictures / found.seconds:.2f} a second"
+    )
+    print(f"{found.bpd:.4f} bits per dimension, of which the circuit promises {found.model_bpd:.4f}")
+
+
+def _decompress_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="what `compress` wrote")
+    parser.add_argument("-o", "--out", metavar="FOLDER", required=True, help="a new folder for the pictures")
+    _batch(parser)
+
+
+def _batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch", type=int, default=64, help="pictures computed together; changes memory and time alone (default: 64)"
+    )
+
+
+def _decompress(chosen: argparse.Namespace) -> None:
+    trained = _open(chosen)
+    from lvd_lightning.use.decompress import decompress
+
+    written = decompress(trained, Path(chosen.file), Path(chosen.out), batch=chosen.batch)
+    print(f"decompress: {len(written)} pictures in {chosen.out}")
+
+
 COMMANDS = {
     "score": Command(
         "bits per dimension of pictures: outliers, where they surprise, AUROC of two folders",
@@ -199,5 +241,17 @@ COMMANDS = {
         "--run runs/photos cat.png --fit resize --box 8,8,16,16",
         _inpaint_options,
         _inpaint,
+    ),
+    "compress": Command(
+        "compress pictures into one file without loss, by a finished run",
+        "--run runs/photos pictures.zip --fit tile -o a.lvd",
+        _compress_options,
+        _compress,
+    ),
+    "decompress": Command(
+        "write the pictures of such a file as they were",
+        "--run runs/photos a.lvd -o pictures",
+        _decompress_options,
+        _decompress,
     ),
 }

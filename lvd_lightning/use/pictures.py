@@ -156,7 +156,7 @@ def fitted(picture: Picture, size: tuple[int, int], fit: str | None = None) -> T
     if fit is None:
         raise ValueError(
             f"{picture.name}: has {found[1]} x {found[0]} pixels, the circuit's pictures have {width} x {height}: say "
-            "--fit resize, --fit crop (the centre) or --fit tile (piece by piece)"
+            "--fit tile (piece by piece), --fit resize or --fit crop (the centre)"
         )
     if fit == "crop":
         if found[0] < height or found[1] < width:

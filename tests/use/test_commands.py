@@ -41,6 +41,14 @@ def test_sample_and_inpaint(place: Path, tmp_path: Path) -> None:
     assert (tmp_path / "samples.gif").is_file()
 
 
+def test_compress_and_decompress(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, file = ["--run", str(place / "run")], str(tmp_path / "a.lvd")
+    assert main(["compress", *run, str(place / "in" / "00.png"), "-o", file]) == 0
+    assert "bits per dimension, of which the circuit promises" in capsys.readouterr().out
+    assert main(["decompress", *run, file, "-o", str(tmp_path / "back"), "--batch", "3"]) == 0
+    assert [path.name for path in (tmp_path / "back").iterdir()] == ["00.png"]
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
@@ -51,7 +59,10 @@ def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("score --run RUN LARGE", "12 x 12 pixels, the circuit's pictures have 8 x 8: say --fit resize, --fit crop"),
+        (
+            "score --run RUN LARGE",
+            "12 x 12 pixels, the circuit's pictures have 8 x 8: say --fit tile (piece by piece), --fit",
+        ),
         ("score --run RUN nowhere", "nowhere: there is no such file or folder"),
         ("score --run nowhere IN", "neither a run directory nor an exported folder"),
         ("score --run BEGUN IN", "holds no trained model: run `fit`"),
@@ -62,6 +73,10 @@ def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> N
         ("inpaint --run RUN IN/00.png", "one of the arguments --mask --box --half is required"),
         ("inpaint --run RUN IN/00.png --box 1,2,3", "expected x,y,w,h in pixels"),
         ("inpaint --run RUN IN/00.png --mask LARGE/00.png", "has 12 x 12 pixels, expected 8 x 8"),
+        ("compress --run RUN LARGE -o a.lvd", "the circuit's pictures have 8 x 8: say --fit"),
+        ("compress --run RUN IN", "arguments are required: -o/--out"),
+        ("decompress --run RUN IN/00.png -o new", "00.png: is no file of `train.py compress`"),
+        ("decompress --run RUN nowhere.lvd -o new", "nowhere.lvd: there is no such file"),
         ("inpaint --run RUN IN --half top", "holds 4 pictures, expected one"),
     ],
 )
