@@ -42,9 +42,9 @@ class PatchFeatures:
         plain = AffineMap(torch.zeros(1, values.shape[2]), None)
         if folder is None or not (folder / "map.safetensors").is_file():
             return cls(values, plain)
-        tensors = read_tensors(folder / "map.safetensors")
-        fitted = AffineMap(tensors["mean"], tensors.get("matrix"))
-        if load_latents_info(folder).get("source") != "teacher":
+        tensors, info = read_tensors(folder / "map.safetensors"), load_latents_info(folder)
+        fitted = AffineMap(tensors["mean"], tensors.get("matrix"), info.get("normalize", False))
+        if info.get("source") != "teacher":
             return cls(values, fitted)
         try:
             return cls(FeatureStore(folder / "features_train.npy"), fitted)

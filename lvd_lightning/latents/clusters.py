@@ -47,6 +47,8 @@ def write_clusters(context: LatentsContext, settings: LatentsSettings, encoding:
     facts = {name: value for name, value in asdict(settings).items() if name not in without}
     if not settings.normalize:  # as it was before there was that setting
         del facts["normalize"]
+    if not settings.value_share:
+        del facts["value_share"]
     facts |= {"center": center, "context": "none" if encoding.parents is None else "tree"}
     key = key_of(encoding.key, facts, context.generator("centroids").initial_seed())
     if on_first(lambda: stored_key(folder / "centroids.json")) != key:
@@ -54,7 +56,7 @@ def write_clusters(context: LatentsContext, settings: LatentsSettings, encoding:
         if settings.method == "codes":
             fitted, centroids_QKD = _used_codes(context, encoding)
         else:
-            fitted, centroids_QKD = _fit(context, settings, train, center == "position")
+            fitted, centroids_QKD = _fit(context, settings, encoding, center == "position")
         on_first(partial(_save, folder, fitted, centroids_QKD[0] if settings.pooled else centroids_QKD, key))
     fitted = _load_map(folder / "map.safetensors")._replace(normalize=settings.normalize)
     centroids = torch.from_numpy(read_array(folder / "centroids.npy"))
@@ -109,15 +111,17 @@ def _used_codes(context: LatentsContext, encoding: Encoding) -> tuple[AffineMap,
 
 
 def _fit(
-    context: LatentsContext, settings: LatentsSettings, vectors: PatchVectors, center: bool
+    context: LatentsContext, settings: LatentsSettings, encoding: Encoding, center: bool
 ) -> tuple[AffineMap, Tensor]:
     """The map before clustering, and centroids with shape (Q, K, D), Q = 1 if pooled, else P; the same on all ranks."""
     assert settings.num_clusters is not None
+    vectors = encoding.vectors["train"]
     num_images, num_patches, _ = vectors.shape
     device = float64_device(context.device)
     per_position = not settings.pooled
     fit = partial(fit_map, vectors, center=center, per_position=per_position, whiten=settings.whiten, device=device)
-    fitted = on_first(partial(fit, num_components=settings.pca))._replace(normalize=settings.normalize)
+    values = (encoding.num_values, settings.value_share) if encoding.num_values else None
+    fitted = on_first(partial(fit, num_components=settings.pca, values=values))._replace(normalize=settings.normalize)
     groups: list[int | None] = [None] if settings.pooled else list(range(num_patches))
     size = num_images * num_patches if settings.pooled else num_images
     max_points = min(size, settings.max_points or _POINTS_PER_CLUSTER * settings.num_clusters)

@@ -1,6 +1,7 @@
 """The features of all splits: each patch encoded together with its ancestors in a tree over the patches."""
 
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lvd_lightning.checks import expect
 from lvd_lightning.files import read_json, write_json
 from lvd_lightning.latents.context import ancestor_mask, context_tree, linear_cka
 from lvd_lightning.latents.features import ComputedFeatures, FeatureStore, PartValues, PatchVectors, write_features
@@ -31,6 +33,7 @@ class Encoding(NamedTuple):
     vectors: by split; key: says what they were computed from; source: "teacher", or "values" of the parts themselves;
     parents: of the tree over patches whose ancestors a patch was encoded with, -1 at the root, or None.
     positional: whether the vectors tell positions; codebook: of a teacher whose codes are wanted, with shape (K, E).
+    num_values: at the end of each vector that are the part's own and not a feature.
     clock: how long the teacher took, for its features of texts.
     """
 
@@ -40,6 +43,7 @@ class Encoding(NamedTuple):
     parents: list[int] | None
     positional: bool = False
     codebook: Tensor | None = None
+    num_values: int = 0
     clock: "Clock | None" = None
 
 
@@ -57,6 +61,7 @@ class Clock:
 def encode_splits(context: LatentsContext, settings: LatentsSettings) -> Encoding:
     """The features of the experiment's teacher, or the values of parts if it has none; all ranks have to call."""
     teacher_dir = context.artefact("features")
+    _check_value_share(context, settings, teacher_dir)
     data_keys = [data_key(context.data, split) for split in SPLITS]
     if teacher_dir is None:
         _codebook(None, settings)
@@ -68,7 +73,9 @@ def encode_splits(context: LatentsContext, settings: LatentsSettings) -> Encodin
 
     teacher: Any = load_teacher(teacher_dir).to(context.device)
     files = [(teacher_dir / name).read_bytes() for name in (ARGUMENTS_FILE, WEIGHTS_FILE)]
-    encoder = _Encoder(context, teacher, key_of(*(hashlib.sha256(f).hexdigest() for f in files)), settings)
+    teacher_key = key_of(*(hashlib.sha256(f).hexdigest() for f in files))
+    num_values = math.prod(context.data.parts.shape) if settings.value_share else 0
+    encoder = _Encoder(context, teacher, key_of(teacher_key, num_values) if num_values else teacher_key, settings)
     codebook = _codebook(teacher, settings)
     parents = encoder.context_parents() if _in_context(teacher, settings) else None
     visible = None if parents is None else ancestor_mask(torch.tensor(parents))
@@ -83,13 +90,26 @@ def encode_splits(context: LatentsContext, settings: LatentsSettings) -> Encodin
         vectors[split] = encoder.features(f"features_{split}.npy", split, images, visible, key)
     key = key_of(encoder.key, parents, *data_keys)
     clock = encoder.clock if isinstance(context.data.parts, Tokens) else None
-    return Encoding(vectors, key, "teacher", parents, teacher.positional, codebook, clock)
+    return Encoding(vectors, key, "teacher", parents, teacher.positional, codebook, num_values, clock)
 
 
 def remove_features(folder: Path) -> None:
     """Delete the features of all splits, which a later run would compute again."""
     for split in SPLITS:
         _remove(folder / f"features_{split}.npy")
+
+
+def _check_value_share(context: LatentsContext, settings: LatentsSettings, teacher_dir: Path | None) -> None:
+    if not settings.value_share:
+        return
+    expect(
+        teacher_dir is not None,
+        "value_share",
+        settings.value_share,
+        "0: without a teacher all that is clustered is values",
+    )
+    is_text = isinstance(context.data.parts, Tokens)
+    expect(not is_text, "value_share", settings.value_share, "0: the number of a word is not a quantity")
 
 
 def _in_context(teacher: Any, settings: LatentsSettings) -> bool:
@@ -164,11 +184,13 @@ class _Encoder:
         self.clock.add(num_parts, time.monotonic() - begun)
         return found
 
-    def _encode(self, split: str, images: Tensor, visible: Tensor | None) -> Tensor:
-        """Features (n, P, E) of images of a split."""
+    def _encode(self, split: str, images: Tensor, visible: Tensor | None, alone: bool = False) -> Tensor:
+        """Features (n, P, E) of images of a split, and the values of their parts if these are clustered too."""
         batch = self.context.data.batch(split, images).to(self.context.device)
         features: Tensor = self.teacher.features(batch, visible)
-        return features
+        if alone or not self.settings.value_share:
+            return features
+        return torch.cat([features, self.context.data.parts.split(batch).to(features)], dim=-1)
 
     def context_parents(self) -> list[int]:
         """First pass: some training images, each patch alone; parents of the tree over patches with like features."""
@@ -178,7 +200,7 @@ class _Encoder:
         drawn = sample_distinct(num_images, num_drawn, self.context.generator("context"))
         key = key_of(self.key, data_key(data, "train"), drawn.tolist())
         if stored_key(path) != key:
-            alone = self.features("features_alone.npy", "train", drawn, None, key)
+            alone = self.features("features_alone.npy", "train", drawn, None, key, alone=True)
 
             def learn() -> None:
                 parents = context_tree(linear_cka(alone, float64_device(self.context.device)))
@@ -189,8 +211,10 @@ class _Encoder:
         parents: list[int] = read_json(path)["parents"]
         return parents
 
-    def features(self, name: str, split: str, images: Tensor, visible: Tensor | None, key: str) -> FeatureStore:
-        """The features of some images of a split, from disk if they are there."""
+    def features(
+        self, name: str, split: str, images: Tensor, visible: Tensor | None, key: str, alone: bool = False
+    ) -> FeatureStore:
+        """The features of some images of a split, from disk if they are there; alone: without values of parts."""
         path = self.context.dir / name
         complete = FeatureStore.is_complete(path, key)
         wait()  # every rank looks before any writes, so that all decide alike
@@ -198,7 +222,7 @@ class _Encoder:
             return self._noted(FeatureStore(path))
 
         def compute(start: int, stop: int) -> Tensor:
-            return self._encode(split, images[start:stop], visible)
+            return self._encode(split, images[start:stop], visible, alone)
 
         _, num_patches, num_features = compute(0, 1).shape
         store = write_features(

@@ -55,6 +55,9 @@ class LatentsSettings:
     normalize: scale what is clustered to length 1, so that clusters are of directions; for features of texts, whose
         lengths say little about what follows (four books of the King James Bible, 64 clusters: a validation perplexity
         of 87 from counts, and not 101).
+    value_share: of the parts' own values, such as pixels, in the total variance of what is clustered, beside the
+        features of a teacher: each is scaled as a whole, before principal components are taken. Features of a VQ-VAE
+        say what a patch shows and little about its level, by which neighbours have to agree.
     keep_features: leave the features on disk, for clustering them again.
     cache_gb: gigabytes that features may take on disk; if they would take more, none are kept, and they are computed
         whenever they are read: up to four times if `pooled`, else once for every position and twice more (of suffixes
@@ -73,6 +76,7 @@ class LatentsSettings:
     pca: int | None = None
     whiten: bool = False
     normalize: bool = False
+    value_share: float = 0.0
     keep_features: bool = True
     cache_gb: float | None = None
 
@@ -83,6 +87,8 @@ class LatentsSettings:
         check_choice(("kmeans", "codes"), method=self.method)
         is_told = self.method != "kmeans" or self.num_clusters is not None
         expect(is_told, "num_clusters", self.num_clusters, "the number of values of a latent variable")
+        fits = 0 <= self.value_share < 1
+        expect(fits, "value_share", self.value_share, "from 0 to less than 1; values alone: leave the teacher away")
         check_choice(("tree", "none"), context=self.context)
         check_choice(("position", "none"), center=self.center)
         if self.method == "codes":
@@ -92,6 +98,7 @@ class LatentsSettings:
                 ("pca", self.pca, None),
                 ("whiten", self.whiten, False),
                 ("normalize", self.normalize, False),
+                ("value_share", self.value_share, 0),
             ):
                 expect(
                     value == only,

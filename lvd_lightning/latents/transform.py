@@ -1,4 +1,4 @@
-"""A map of features before they are clustered: centring, principal components, whitening, unit length.
+"""A map of features before they are clustered: centring, shares, principal components, whitening, unit length.
 
 Shapes: N images, P patches, E features, D features after the map, m rows; Q is P, or 1 if all patches share a map.
 """
@@ -14,6 +14,7 @@ from lvd_lightning.latents.features import PatchVectors
 __all__ = ["AffineMap", "fit_map"]
 
 _CHUNK_ENTRIES = 2**23  # features held at once: 64 MiB of float64
+_ROUNDING = 1e-10  # of variances, relative to mean squares
 _SMALLEST_EIGENVALUE = 1e-6  # relative to the largest; what varies less is noise of float16 and is not blown up
 
 
@@ -66,6 +67,7 @@ def fit_map(
     per_position: bool,
     num_components: int | None = None,
     whiten: bool = False,
+    values: tuple[int, float] | None = None,
     device: torch.device | str = "cpu",
 ) -> AffineMap:
     """Fit the map to all patches of all images, in one pass over them.
@@ -77,20 +79,22 @@ def fit_map(
         num_components: the number of principal components to keep; None keeps the features as they are, or if they are
             whitened, all components.
         whiten: whether to scale the components to unit variance.
+        values: so many numbers at the end of each vector, and their share of the variance: these, and the numbers
+            before them, are scaled as a whole, so that together they vary by 1. None: nothing is scaled.
 
     Raises:
-        ValueError: if there are fewer features than components.
+        ValueError: if all values or all features are constant; if there are fewer features than components.
     """
     num_features = vectors.shape[2]
     fits = num_components is None or 1 <= num_components <= num_features
     expect(fits, "pca", num_components, f"1 to the number of features, {num_features}")
     rotate = num_components is not None or whiten
-    if not center and not rotate:
+    if not center and not rotate and values is None:
         return AffineMap(torch.zeros(1, num_features), None)
-    mean_PE, moment_PEE = _moments(vectors, rotate, device)
+    mean_PE, moment_PEE = _moments(vectors, rotate or values is not None, device)
     shared = not (center or per_position)
     mean_QE = mean_PE.mean(0, keepdim=True) if shared else mean_PE
-    if not rotate:
+    if not rotate and values is None:
         return AffineMap(mean_QE.float(), None)
     if not per_position:
         # Within positions if these are centred, else around the common mean.
@@ -98,7 +102,30 @@ def fit_map(
         covariance_QEE = (moment_PEE.mean(0) - correction_EE)[None]
     else:
         covariance_QEE = moment_PEE - mean_QE[:, :, None] * mean_QE[:, None, :]
-    return AffineMap(mean_QE.float(), _components(covariance_QEE, num_components or num_features, whiten).float())
+    scale_E = (
+        torch.ones(num_features, dtype=torch.float64) if values is None else _scales(mean_QE, covariance_QEE, *values)
+    )
+    matrix_QED = scale_E.diag()[None]
+    if rotate:
+        covariance_QEE = scale_E[:, None] * covariance_QEE * scale_E
+        matrix_QED = scale_E[:, None] * _components(covariance_QEE, num_components or num_features, whiten)
+    return AffineMap(mean_QE.float(), matrix_QED.float())
+
+
+def _scales(mean_QE: Tensor, covariance_QEE: Tensor, num_values: int, share: float) -> Tensor:
+    """What features and, at the end, values are multiplied by, with shape (E,)."""
+    variance_E = covariance_QEE.diagonal(dim1=1, dim2=2).mean(0)
+    rounding_E = _ROUNDING * (mean_QE.square().mean(0) + variance_E)
+    variance_E = torch.where(variance_E > rounding_E, variance_E, 0.0)
+    num_features = len(variance_E) - num_values
+    scales = []
+    for variance, part, name in (
+        (variance_E[:num_features], 1 - share, "features"),
+        (variance_E[num_features:], share, "values"),
+    ):
+        expect(bool(variance.sum() > 0), "value_share", share, f"0, since all {name} are constant")
+        scales.append((part / variance.sum()).sqrt().expand(len(variance)))
+    return torch.cat(scales)
 
 
 def _moments(vectors: PatchVectors, second: bool, device: torch.device | str) -> tuple[Tensor, Tensor]:

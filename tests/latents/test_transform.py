@@ -92,3 +92,27 @@ def test_features_that_do_not_vary_are_not_blown_up(x: Tensor) -> None:
 def test_too_many_components_are_refused(x: Tensor) -> None:
     with pytest.raises(ValueError, match="pca: got 5"):
         fit_map(InMemory(x), center=True, per_position=False, num_components=5)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_values_and_features_vary_by_their_shares(x: Tensor, center: bool) -> None:
+    y = fit_map(InMemory(x), center=center, per_position=False, values=(3, 0.2)).of_images(x)
+    deviation = y - y.mean(0) if center else (y - y.flatten(0, 1).mean(0))
+    variance_E = deviation.square().mean((0, 1))
+    torch.testing.assert_close(variance_E[1:].sum().item(), 0.2)
+    torch.testing.assert_close(variance_E[:1].sum().item(), 0.8)
+    ratio = deviation[..., 1:] / (x - (x.mean(0) if center else x.flatten(0, 1).mean(0)))[..., 1:]
+    torch.testing.assert_close(ratio, ratio.flatten()[0].expand_as(ratio), atol=1e-3, rtol=1e-3)  # scaled as a whole
+
+
+def test_components_are_those_of_what_was_scaled(x: Tensor) -> None:
+    scaled = fit_map(InMemory(x), center=False, per_position=False, values=(2, 0.5)).of_images(x)
+    both = fit_map(InMemory(x), center=False, per_position=False, values=(2, 0.5), num_components=2).of_images(x)
+    alone = fit_map(InMemory(scaled), center=False, per_position=False, num_components=2).of_images(scaled)
+    torch.testing.assert_close(both, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_a_share_of_what_does_not_vary_is_refused(x: Tensor) -> None:
+    x[..., -1] = 1.0
+    with pytest.raises(ValueError, match="value_share: got 0.5, expected 0, since all values are constant"):
+        fit_map(InMemory(x), center=False, per_position=False, values=(1, 0.5))

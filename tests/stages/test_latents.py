@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lvd_lightning.color import patchify
 from lvd_lightning.context import DONE_MARKER, StageContext
+from lvd_lightning.growing.features import PatchFeatures
 from lvd_lightning.latents import load_assignments, load_latents_info
 from lvd_lightning.latents.context import ancestor_mask
 from lvd_lightning.latents.features import FeatureStore
@@ -156,7 +157,14 @@ def test_codes_need_a_codebook_of_that_size(tmp_path: Path) -> None:
     context = _vqvae_context(tmp_path / "vqvae")
     with pytest.raises(ValueError, match="num_clusters: got 5, but the teacher's codebook has 24 codes"):
         Latents(method="codes", num_clusters=5).run(context)
-    for settings in ({"pooled": False}, {"center": "position"}, {"pca": 3}, {"whiten": True}, {"normalize": True}):
+    for settings in (
+        {"pooled": False},
+        {"center": "position"},
+        {"pca": 3},
+        {"whiten": True},
+        {"normalize": True},
+        {"value_share": 0.1},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(settings))}: got .* with method codes"):
             Latents(method="codes", **settings).run(context)
 
@@ -170,6 +178,33 @@ def test_without_a_teacher_values_are_clustered(tmp_path: Path) -> None:
     patches = patchify(context.data.splits["val"], 2).float()
     assert torch.equal(load_assignments(context.dir, "val").flatten(), assign(patches.flatten(0, 1), centroids))
     assert not list(context.dir.glob("features_*"))
+
+
+def test_pixels_are_clustered_beside_features(tmp_path: Path) -> None:
+    context = _vqvae_context(tmp_path)
+    Latents(num_clusters=6, value_share=0.3).run(context)
+    info = load_latents_info(context.dir)
+    features = FeatureStore(context.dir / "features_train.npy").read(0, 99).double()
+    pixels = patchify(context.data.splits["train"], 2).double()
+    assert torch.equal(features[..., -pixels.shape[2] :], pixels)  # whole levels, in half precision too
+    deviation = features - features.flatten(0, 1).mean(0)
+    size = info["num_features"] - pixels.shape[2]
+    parts = [part / part.square().sum(2).mean().sqrt() for part in (deviation[..., :size], deviation[..., size:])]
+    points = torch.cat([0.7**0.5 * parts[0], 0.3**0.5 * parts[1]], 2)
+    centroids = torch.from_numpy(np.load(context.dir / "centroids.npy")).double()
+    distance = (points[:, :, None] - centroids).square().sum(3)
+    assert torch.equal(load_assignments(context.dir, "train"), distance.argmin(2))
+    assert info["value_share"] == 0.3
+    (context.dir / DONE_MARKER).write_text("{}")
+    grown_by = PatchFeatures.of(replace(context, earlier={context.dir.name: ("latents",)}))
+    torch.testing.assert_close(grown_by.gather(torch.arange(16)).double(), points[0], atol=1e-4, rtol=1e-4)
+
+
+def test_pixels_are_a_share_beside_features_only(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"value_share: got 0.3, expected 0: without a teacher"):
+        Latents(num_clusters=6, value_share=0.3).run(_context(tmp_path, teacher=False))
+    with pytest.raises(ValueError, match=r"value_share: got 1.0, expected from 0 to less than 1"):
+        Latents(num_clusters=6, value_share=1.0)
 
 
 @pytest.mark.parametrize("teacher", [False, True])
@@ -195,6 +230,9 @@ def test_clusters_of_directions(tmp_path: Path, pooled: bool) -> None:
     assert torch.equal(load_assignments(context.dir, "val"), distance.argmin(2))
     assert (centroids.norm(dim=-1) < 1.001).all()
     assert load_latents_info(context.dir)["normalize"]
+    (context.dir / DONE_MARKER).write_text("{}")
+    grown_by = PatchFeatures.of(replace(context, earlier={context.dir.name: ("latents",)}))
+    torch.testing.assert_close(grown_by.gather(torch.arange(16)).norm(dim=1), torch.ones(16))
 
 
 def test_the_seed_decides(tmp_path: Path) -> None:
