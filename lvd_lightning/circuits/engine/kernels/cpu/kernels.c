@@ -317,6 +317,11 @@ static int64_t columns_of(const Space *space, int64_t block) {
 
 /* ---- discretised logistic distributions: see logistic.py ---- */
 
+typedef Bits bits __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
+
+/* Of two vectors, `a` in the lanes of a comparison that holds and `b` in the others. */
+#define PICK_LANES(holds, a, b) ((vec)(((bits)(holds) & (bits)(a)) | (~(bits)(holds) & (bits)(b))))
+
 enum { FEW = 30, SUMS = 4, DEGREE = sizeof(real) == 4 ? 7 : 13 };
 
 /* e^y for y <= 0; 0 where that is below the normal numbers. */
@@ -486,16 +491,22 @@ static void shift_item(const void *job, int64_t fold, real *scratch) {
     if (!is_active(pass->space, leaf->circuit[fold])) return;
     for (int64_t low = 0; low < batch; low += WIDTH) {
         const int64_t n = batch - low < WIDTH ? batch - low : WIDTH, place = fold * batch + low;
-        real x[WIDTH], nearest[WIDTH];
+        real x[WIDTH], nearest[WIDTH], no_low[WIDTH], no_high[WIDTH]; /* 0: no tail, for all beyond counts as well */
         read_values(leaf, place, n, x);
-        for (int c = 0; c < WIDTH; c++) nearest[c] = (real)__builtin_inff();
+        for (int c = 0; c < WIDTH; c++) {
+            nearest[c] = (real)1e30;
+            no_low[c] = x[c] <= 0 ? 0 : 1;
+            no_high[c] = x[c] >= last ? 0 : 1;
+        }
         for (int64_t unit = fold * leaf->units; unit < (fold + 1) * leaf->units; unit++) {
             const real *restrict params = leaf->table + leaf->table_row[unit] * leaf->size;
             const real mean = params[0], inverse = params[1];
-            for (int c = 0; c < WIDTH; c++) {
-                const real centre = x[c] - mean, out = ((centre < 0 ? -centre : centre) - (real)0.5) * inverse;
-                const int is_open = centre > 0 ? x[c] <= 0 : x[c] >= last; /* no tail: all beyond counts as well */
-                nearest[c] = is_open ? 0 : out < nearest[c] ? out : nearest[c];
+            for (int c = 0; c < WIDTH; c += LANES) { /* by hand: as a loop over columns it had branches */
+                const vec centre = *(vec *)(x + c) - mean, least = *(vec *)(nearest + c);
+                const bits is_above = (bits)(centre > 0);
+                const vec distance = (PICK_LANES(is_above, centre, -centre) - (real)0.5) * inverse;
+                const vec out = distance * PICK_LANES(is_above, *(vec *)(no_low + c), *(vec *)(no_high + c));
+                *(vec *)(nearest + c) = PICK_LANES(out < least, out, least);
             }
         }
         for (int64_t c = 0; c < n; c++) {
