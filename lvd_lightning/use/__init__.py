@@ -2,7 +2,17 @@
 
 from lvd_lightning.lazy import lazy_names
 
-__all__ = ["compress", "decompress", "from_pretrained", "inpaint", "open_trained", "sample", "score"]
+__all__ = [
+    "compress",
+    "decompress",
+    "explain",
+    "export",
+    "from_pretrained",
+    "inpaint",
+    "open_trained",
+    "sample",
+    "score",
+]
 
 # Imported when they are asked for: the command line answers `--help` without PyTorch.
 __getattr__, _ = lazy_names(
@@ -10,6 +20,8 @@ __getattr__, _ = lazy_names(
     {
         "compress": "compress",
         "decompress": "decompress",
+        "explain": "explain",
+        "export": "export",
         "from_pretrained": "trained",
         "inpaint": "inpaint",
         "open_trained": "trained",

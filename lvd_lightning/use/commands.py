@@ -223,6 +223,39 @@ def _decompress(chosen: argparse.Namespace) -> None:
     print(f"decompress: {len(written)} pictures in {chosen.out}")
 
 
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--out", metavar="FOLDER", required=True, help="a new folder")
+    parser.add_argument("--license", default="apache-2.0", help="of the weights (default: apache-2.0)")
+    parser.add_argument("--pyjuice", action="store_true", help="write the conditional circuits for PyJuice as well")
+    _seed(parser, "the samples that it shows")
+
+
+def _export(chosen: argparse.Namespace) -> None:
+    trained = _open(chosen)
+    from lvd_lightning.use.export import export
+
+    export(trained, Path(chosen.out), license=chosen.license, pyjuice=chosen.pyjuice, seed=chosen.seed)
+    print(f"export: {chosen.out}; in Python lvd_lightning.use.from_pretrained({chosen.out!r})")
+
+
+def _explain_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--clusters", type=int, default=24, help="latent values that are shown (default: 24)")
+    _out(parser, "explain")
+    _seed(parser, "the patches that are drawn")
+
+
+def _explain(chosen: argparse.Namespace) -> None:
+    trained = _open(chosen)
+    from lvd_lightning.use.explain import explain
+
+    out = _folder(chosen, "explain")
+    found = explain(trained, out, num_clusters=chosen.clusters, seed=chosen.seed)
+    strongest = max(found.edges, key=lambda edge: edge[2], default=None)
+    if strongest is not None:
+        print(f"strongest edge of the prior: patches {strongest[1]} and {strongest[0]}, {strongest[2]:.2f} bits")
+    print(f"explain: {out / 'summary.md'}")
+
+
 COMMANDS = {
     "score": Command(
         "bits per dimension of pictures: outliers, where they surprise, AUROC of two folders",
@@ -253,5 +286,17 @@ COMMANDS = {
         "--run runs/photos a.lvd -o pictures",
         _decompress_options,
         _decompress,
+    ),
+    "export": Command(
+        "write a folder to give away: weights, model card, figures, samples",
+        "--run runs/photos -o photos_circuit",
+        _export_options,
+        _export,
+    ),
+    "explain": Command(
+        "show what a circuit has learnt: clusters, the prior's tree, leaves, growth",
+        "--run runs/photos",
+        _explain_options,
+        _explain,
     ),
 }

@@ -6,7 +6,6 @@ Shapes: B pictures of the circuit's size that were coded in turn, P parts (posit
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from lvd_lightning.coding.archive import Archive, unpack
 from lvd_lightning.coding.frequencies import FrequencyTables
 from lvd_lightning.coding.ranges import RangeReader, Words
 from lvd_lightning.use.compress import BATCH, circuit_fingerprint
+from lvd_lightning.use.folders import new_folder
 from lvd_lightning.use.pictures import joined
 from lvd_lightning.use.progress import tracked
 from lvd_lightning.use.sample import write_png
@@ -47,8 +47,6 @@ def decompress(trained: Trained, path: Path, out: Path, *, batch: int = BATCH) -
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; expected one that `train.py compress` wrote")
     archive = unpack(path.read_bytes(), path)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: is there and holds something; give a new folder")
     if archive.circuit != circuit_fingerprint(trained):
         raise ValueError(
             f"{path}: was compressed with another circuit than that of {trained.folder}: give the run (or exported "
@@ -60,19 +58,9 @@ def decompress(trained: Trained, path: Path, out: Path, *, batch: int = BATCH) -
             f"{path}: the circuit is the right one, but this version or machine computes other tables from it than "
             "the one that compressed: decompress there"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        written = _write(trained, tables, archive, partial, batch)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return [out / found.relative_to(partial) for found in written]
+    with new_folder(out) as folder:
+        written = _write(trained, tables, archive, folder, batch)
+    return [out / found.relative_to(folder) for found in written]
 
 
 def _write(trained: Trained, tables: FrequencyTables, archive: Archive, folder: Path, batch: int) -> list[Path]:
