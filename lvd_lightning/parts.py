@@ -21,6 +21,7 @@ __all__ = [
     "ImagePatches",
     "Parts",
     "Tokens",
+    "WholeExample",
     "describe_parts",
     "example_leaf",
     "parts_from",
@@ -268,7 +269,55 @@ class Columns:
         return parts[..., 0]
 
 
-_KNOWN: dict[str, type] = {"Columns": Columns, "ImagePatches": ImagePatches, "Tokens": Tokens}
+class WholeExample:
+    """One part: the whole example, flattened. A circuit over it needs no latent values.
+
+    Args:
+        parts: how the same examples fall into smaller parts, as `describe_parts` gives it.
+
+    Example:
+        >>> whole = WholeExample(describe_parts(ImagePatches((1, 2, 4), patch_size=2, num_categories=17)))
+        >>> whole.num_parts, whole.shape, whole.split(torch.arange(8).view(1, 1, 2, 4)).tolist()
+        (1, (1, 2, 4), [[[0, 1, 2, 3, 4, 5, 6, 7]]])
+    """
+
+    num_parts = 1
+
+    def __init__(self, parts: Mapping[str, Any]) -> None:
+        smaller = parts_from(parts)
+        self.arguments: dict[str, Any] = {"parts": dict(parts)}
+        self.example_shape: tuple[int, ...] = tuple(smaller.example_shape)
+        self.shape = self.example_shape
+        self.leaf = example_leaf(smaller)
+
+    def split(self, x: Tensor) -> Tensor:
+        """Examples (B, ...), of any dtype, to (B, 1, D).
+
+        Raises:
+            ValueError: examples of another shape.
+        """
+        if tuple(x.shape[1:]) != self.example_shape:
+            expected = ", ".join(map(str, self.example_shape))
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected examples (batch, {expected})")
+        return x.flatten(1)[:, None]
+
+    def join(self, parts: Tensor) -> Tensor:
+        """(B, 1, D) to examples (B, ...).
+
+        Raises:
+            ValueError: parts of another shape.
+        """
+        if parts.ndim != 3 or tuple(parts.shape[1:]) != (1, math.prod(self.shape)):
+            raise ValueError(f"parts: got shape {tuple(parts.shape)}, expected (batch, 1, {math.prod(self.shape)})")
+        return parts.view(len(parts), *self.example_shape)
+
+
+_KNOWN: dict[str, type] = {
+    "Columns": Columns,
+    "ImagePatches": ImagePatches,
+    "Tokens": Tokens,
+    "WholeExample": WholeExample,
+}
 
 
 def register_parts(kind: type) -> type:

@@ -8,6 +8,7 @@ from lvd_lightning.parts import (
     ImagePatches,
     Parts,
     Tokens,
+    WholeExample,
     describe_parts,
     example_leaf,
     parts_from,
@@ -99,3 +100,21 @@ def test_tokens_of_another_length_are_refused() -> None:
 def test_tokens_without_length_or_choice_are_refused(length: int, vocabulary: int, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: got"):
         Tokens(length, vocabulary)
+
+
+def test_a_whole_example_is_one_part() -> None:
+    """Of images whose channels differ; files know it."""
+    patches = ImagePatches((3, 4, 6), 2, (4, 7, 7))
+    whole = WholeExample(describe_parts(patches))
+    assert (whole.num_parts, whole.shape, whole.example_shape) == (1, (3, 4, 6), (3, 4, 6))
+    assert list(whole.leaf) == [pc.Categorical(4)] * 24 + [pc.Categorical(7)] * 48
+    x = torch.randint(4, (5, 3, 4, 6), dtype=torch.uint8)
+    assert torch.equal(whole.split(x)[:, 0], x.flatten(1))
+    assert torch.equal(whole.join(whole.split(x)), x)
+    again = parts_from(describe_parts(whole))
+    assert isinstance(again, WholeExample)
+    assert again.arguments == whole.arguments
+    with pytest.raises(ValueError, match=r"x: got shape \(5, 3, 4, 5\), expected examples \(batch, 3, 4, 6\)"):
+        whole.split(x[..., :5])
+    with pytest.raises(ValueError, match=r"parts: got shape \(5, 2, 36\), expected \(batch, 1, 72\)"):
+        whole.join(torch.zeros(5, 2, 36))

@@ -36,6 +36,7 @@ from lvd_lightning.circuits.structures import (
     rat_spn,
     regions_from_data,
 )
+from lvd_lightning.circuits.temperature import TemperatureSchedule
 
 __all__ = [
     "Anemone",
@@ -54,6 +55,7 @@ __all__ = [
     "Node",
     "OrderedCategorical",
     "SoftEvidence",
+    "TemperatureSchedule",
     "chow_liu_tree",
     "entropy",
     "expectation",

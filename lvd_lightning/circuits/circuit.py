@@ -346,6 +346,7 @@ class Circuit(nn.Module):
         temperature: float = 1.0,
         hard: bool = False,
         onehot: bool = False,
+        redraw: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Samples through which gradients flow into parameters and into what is known.
@@ -377,12 +378,14 @@ class Circuit(nn.Module):
                 and the larger the variance.
             hard: of "gumbel"; the others are hard whatever it is.
             onehot: samples as vectors over the values; all variables must be discrete.
+            redraw: with x: what is observed decides the latents, and then all variables are drawn from those: x goes
+                through the circuit as through an autoencoder.
             generator: on the circuit's device; the default one if not given.
 
         Returns:
             (n, D) or (B, D), floating point, the values of the leaves; soft ones are means of values. With `onehot`
             (n, D, C) or (B, D, C), C being the most values that a variable has, rows that sum to one. For a batch of
-            circuits led by G. Observed variables keep their values. Of evidence, the states.
+            circuits led by G. Observed variables keep their values, but under `redraw`. Of evidence, the states.
 
         Raises:
             ValueError: as `sample`; an estimator that is none of the three, a temperature that is not above 0, or
@@ -418,6 +421,7 @@ class Circuit(nn.Module):
             temperature=temperature,
             hard=hard,
             onehot=onehot,
+            redraw=redraw,
             generator=generator,
         )
 

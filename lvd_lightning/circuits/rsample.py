@@ -51,10 +51,11 @@ def rsample(
     temperature: float = 1.0,
     hard: bool = False,
     onehot: bool = False,
+    redraw: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Differentiable (conditional) samples; see `Circuit.rsample`."""
-    _check_settings(circuit, estimator, temperature, hard, onehot, generator)
+    _check_settings(circuit, estimator, temperature, {"hard": hard, "onehot": onehot, "redraw": redraw}, generator)
     x, observed = _evidence(circuit, n, x, observed)
     batch = circuit.prepare(x, observed)
     index_GB = head_index(circuit.engine, head, batch.size)
@@ -75,7 +76,7 @@ def rsample(
         else:
             out_VBC = sampler.draw(sampler.hard_sum, sampler.hard_leaf)
     out_GBDC = out_VBC.unflatten(0, (circuit.num_circuits, circuit.num_variables)).transpose(1, 2)
-    if observed is not None and not is_evidence:
+    if observed is not None and not is_evidence and not redraw:
         given = x if x.is_floating_point() else x.to(circuit.dtype)
         given = torch.where(observed, given, torch.zeros_like(given)).to(circuit.dtype)
         given_C = _onehot(given.long(), out_GBDC.shape[-1]).to(circuit.dtype) if onehot else given[..., None]
@@ -85,7 +86,7 @@ def rsample(
 
 
 def _check_settings(
-    circuit: Circuit, estimator: Any, temperature: Any, hard: Any, onehot: Any, generator: torch.Generator | None
+    circuit: Circuit, estimator: Any, temperature: Any, switches: dict[str, Any], generator: torch.Generator | None
 ) -> None:
     if not isinstance(estimator, str) or estimator not in ESTIMATORS:
         remedy = "; it is a function of f: pc.expected(circuit, f, estimator=...)"
@@ -94,13 +95,13 @@ def _check_settings(
             f"rsample: estimator: got {described(estimator)}, expected one of {', '.join(ESTIMATORS)}{remedy}"
         )
     check_number("rsample: temperature", temperature, 0, above_low=True)
-    for name, value in (("hard", hard), ("onehot", onehot)):
+    for name, value in switches.items():
         if not isinstance(value, bool):
             raise ValueError(f"rsample: {name}: got {described(value)}, expected True or False")
     check_generator("rsample", generator, circuit.device)
     for plan in circuit.plan.inputs:
         named = f"variable {int(plan.variables[0])} is {plan.distribution}, which has no list of values"
-        if _num_values(plan) is None and onehot:
+        if _num_values(plan) is None and switches["onehot"]:
             raise ValueError(f"rsample: onehot: {named}; give onehot=False")
         if _num_values(plan) is None and not isinstance(plan.distribution, Gaussian):
             raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lvd_lightning import circuits as pc
 from lvd_lightning.files import write_json
@@ -140,6 +141,17 @@ class AssembledCircuit(nn.Module):
             at = slice(low, low + step)
             out[at] = self._evidence_rows(rows[at], None if masks is None else masks[at], margin)
         return out.view(len(x), self.num_positions, self.num_states)
+
+    def evidence_with_gradients(self, x: Tensor) -> Tensor:
+        """log p(x_i | z_i = k) in nats, (B, P, K), through which gradients flow into the conditionals.
+
+        In bounded memory: what a backward pass needs is computed again there, some rows at a time.
+        """
+        rows = self.split(x)
+        rows = rows.flatten(0, 1) if self.head_index.tied else rows
+        chunks = rows.split(max(1, self.conditional.batch_limit // 8))
+        found = [checkpoint(self._evidence_rows, chunk, None, None, use_reentrant=False) for chunk in chunks]
+        return torch.cat(found).view(len(x), self.num_positions, self.num_states)
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:

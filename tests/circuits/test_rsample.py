@@ -105,6 +105,24 @@ def test_vectors_over_values(discrete: Any) -> None:
     assert torch.equal(soft[observed].argmax(-1), x[observed].long())
 
 
+@few_discrete_structures
+def test_what_is_drawn_anew_goes_through_the_latents(discrete: Any) -> None:
+    """So what was observed varies, and what was not is what it would have been."""
+    x, observed = rows_of(discrete, 2)
+    rows = torch.arange(2).repeat(3000)
+    circuit = discrete.circuit
+    for mask in (torch.ones_like(observed), observed):
+        with torch.no_grad():
+            drawn = circuit.rsample(x=x[rows], observed=mask[rows], redraw=True, generator=seeded(0))
+        drawn = drawn.view(3000, 2, -1)
+        assert drawn[:, mask].std(0).max() > 0  # what was observed as well
+        given = circuit.rsample(x=x[rows], observed=mask[rows], generator=seeded(0)).view(3000, 2, -1).detach()
+        unseen = ~mask
+        assert torch.equal(drawn[:, unseen], given[:, unseen])
+    kept = circuit.rsample(x=x, observed=torch.zeros_like(observed), redraw=True, generator=seeded(0))
+    assert torch.equal(kept, circuit.rsample(len(x), generator=seeded(0)))
+
+
 def test_samples_of_a_batch_of_circuits(build_case: Callable[..., Any]) -> None:
     cases = [build_case(s, "bernoulli", h) for s, h in (("chain", 1), ("star", 2), ("rat-kronecker", 1))]
     many = pc.Circuit([case.graph for case in cases])

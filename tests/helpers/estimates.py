@@ -10,7 +10,7 @@ from torch import Tensor
 
 import lvd_lightning.circuits as pc
 
-__all__ = ["assert_no_bias", "differences", "gradients", "rows_of", "seeded", "with_logits"]
+__all__ = ["assert_no_bias", "differences", "gradients", "rows_of", "seeded", "slopes", "with_logits"]
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -45,6 +45,22 @@ def differences(loss: Callable[[], Tensor], targets: list[Tensor], step: float =
             slope[i] = (high - low) / (2 * step)
         out.append(slope.view(target.shape))
     return out
+
+
+@torch.no_grad()
+def slopes(
+    loss: Callable[[], Tensor], targets: list[Tensor], directions: list[list[Tensor]], step: float = 1e-5
+) -> Tensor:
+    """The derivatives of a loss along directions in the space of its targets, by central differences."""
+    out = []
+    for direction in directions:
+        found = []
+        for shift in (step, -2 * step, step):
+            for target, one in zip(targets, direction, strict=True):
+                target.add_(one, alpha=shift)
+            found.append(loss())
+        out.append((found[0] - found[1]) / (2 * step))
+    return torch.stack(out)
 
 
 def rows_of(case: Any, number: int) -> tuple[Tensor, Tensor]:
