@@ -31,6 +31,7 @@ OVERLAYS = {
     **dict.fromkeys(("no_growing", "patch2", "patch8"), "cifar10"),
     **dict.fromkeys(("emnist", "fashion_mnist"), "mnist"),
     **dict.fromkeys(("grey_patches", "uci_table"), "flow_tabular"),
+    **{"mmd": "digits", "adversarial": "photos", "autoencode": "digits"},
 }
 # An overlay runs on the smallest experiment of its kind, with images of 8 x 8 or, where that were one patch, 16 x 16.
 SMALLEST = {"per_position": "folder", "untied": "folder"}

@@ -24,7 +24,8 @@ from lvd_lightning.context import DONE_MARKER, Data, StageContext
 from lvd_lightning.files import read_json, write_json
 from lvd_lightning.metrics import MeanLikelihood
 from lvd_lightning.models.leaves import LeafChoice
-from lvd_lightning.models.structures import PartStructure, StructureName, num_outcomes
+from lvd_lightning.models.structures import PartStructure, StructureName
+from lvd_lightning.models.whole_circuits import training_sample, whole_graph, whole_tree
 from lvd_lightning.parts import example_leaf
 from lvd_lightning.ranks import on_first, rank_and_size
 from lvd_lightning.stages.em_student import Rule, check_step_sizes, make_optimizer
@@ -110,7 +111,7 @@ class CircuitBaseline(RuleComparison):
     @override
     def begin_stage(self, context: StageContext) -> None:
         self._context = context
-        sample_ND = self._sample(context)
+        sample_ND = training_sample(context, self.hparams["max_tree_examples"])
         plan = self._plan(context, sample_ND)
         circuit = self._first_circuit(context, sample_ND, plan)
         self.circuits = nn.ModuleDict({rule: copy.deepcopy(circuit) for rule in RULES})
@@ -234,19 +235,11 @@ class CircuitBaseline(RuleComparison):
         lr, pseudocount = settings[f"{rule}_lr"], settings[f"{rule}_pseudocount"]
         return make_optimizer(rule, circuit, lr, settings["momentum"], pseudocount)
 
-    def _sample(self, context: StageContext) -> Tensor:
-        """Training examples for the tree and for timing, (N, D)."""
-        count = context.data.num_examples("train")
-        order = torch.randperm(count, generator=context.generator("sample"))[: self.hparams["max_tree_examples"]]
-        found: Tensor = context.data.batch("train", order.sort().values)
-        return found.flatten(1)
-
     def _plan(self, context: StageContext, sample_ND: Tensor) -> dict[str, Any]:
         """Tree, size and number of steps: decided once, by rank 0, and read ever after. All ranks call."""
         path = context.dir / "plan.json"
         if not path.is_file():
-            values = num_outcomes(context.data.parts.leaf)
-            tree_D = pc.chow_liu_tree(sample_ND, values, max_examples=None) if self.structure.needs_tree else None
+            tree_D = whole_tree(self.structure, sample_ND, context.data.parts)
             plan: dict[str, Any] = {
                 "parents": None if tree_D is None else tree_D.tolist(),
                 "num_units": self._num_units(context),
@@ -261,18 +254,15 @@ class CircuitBaseline(RuleComparison):
 
     def _first_circuit(self, context: StageContext, sample_ND: Tensor, plan: dict[str, Any]) -> pc.Circuit:
         parents = None if plan["parents"] is None else torch.tensor(plan["parents"])
-        shape, num_units, generator = (
-            context.data.parts.example_shape,
+        graph = whole_graph(
+            context.data.parts,
+            self.structure,
+            self.leaf,
             plan["num_units"],
-            context.generator("parameters"),
+            parents=parents,
+            sample=sample_ND if self.hparams["init"] == "quantiles" else None,
+            generator=context.generator("parameters"),
         )
-        leaf = self.leaf.over(example_leaf(context.data.parts))
-        if self.hparams["init"] == "quantiles":
-            graph = self.structure.graph_from_data(
-                sample_ND, shape, num_units, leaf=leaf, parents=parents, generator=generator
-            )
-        else:
-            graph = self.structure.graph(shape, num_units, leaf=leaf, parents=parents, generator=generator)
         return pc.Circuit(graph)
 
     def _num_units(self, context: StageContext) -> int:

@@ -20,6 +20,7 @@ from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.models.language import HiddenMarkovModel
 from lvd_lightning.models.sparse_hmm import SparseHMM
 from lvd_lightning.stages.stage import StageModule
+from lvd_lightning.stages.validation import validation_likelihood
 
 __all__ = [
     "EMStudent",
@@ -163,15 +164,9 @@ class EMStudent(StageModule, ABC):
         epochs = max(1, self.trainer.max_epochs or 1)
         return epochs * math.ceil(num_batches / epochs / self.batches_per_step)
 
-    @torch.no_grad()
     def validate(self, assembled: AssembledCircuit | HiddenMarkovModel | SparseHMM, context: StageContext) -> float:
         """What a circuit reaches on the first `val_images` validation examples; computed by this rank alone."""
-        metric = self.likelihood(sync_on_compute=False).to(self.device)
-        count = context.data.num_examples("val")
-        count = min(self.hparams[self.val_setting] or count, count)
-        for index in torch.arange(count).split(64):
-            metric.update(assembled.log_prob(context.data.batch("val", index).to(self.device)))
-        return float(metric.compute())
+        return validation_likelihood(assembled, context.data, self.hparams[self.val_setting], self.device)
 
     def step_generator(self, batch_idx: int) -> torch.Generator:
         """Random numbers of one step, a function of (seed, stage, epoch, batch, rank)."""

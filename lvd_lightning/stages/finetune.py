@@ -1,7 +1,6 @@
 """Stage "finetune": log p(x) of the assembled circuit, end to end, in bounded memory.
 
-Shapes: B images, P patches, D variables of a patch, K latent values, M candidates per patch, G circuits, S slots,
-H heads, U pairs of a patch and a circuit.
+Shapes: B images, P patches, D variables of a patch, K latent values, M candidates per patch.
 """
 
 from __future__ import annotations
@@ -15,13 +14,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lvd_lightning.checks import check_above, check_share, expect
-from lvd_lightning.circuits.engine.workspace import few_sizes
 from lvd_lightning.context import StageContext
 from lvd_lightning.latents.assignments import read_assignments
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.models.evidence import Candidates, CircuitGroups, EvidenceCache
 from lvd_lightning.models.evidence_source import EvidenceSource, load_candidate_table
-from lvd_lightning.models.routing import route
+from lvd_lightning.models.posterior_loss import conditional_loss
 from lvd_lightning.stages.em_student import EMStudent, Rule
 
 __all__ = ["FinetuneStudent"]
@@ -157,26 +155,14 @@ class FinetuneStudent(EMStudent):
         return found_BPK
 
     def _conditional_loss(self, images: Tensor, posterior_BPK: Tensor, batch_idx: int) -> Tensor:
-        """Minus the log-likelihoods of the conditionals, weighted by posteriors."""
-        image, position, state = (posterior_BPK > self.hparams["posterior_floor"]).nonzero(as_tuple=True)
-        circuit, head = self.assembled.head_index.locate(state, position)
-        conditional = self.assembled.conditional
-        # An example is a patch in a circuit: the heads that it may have share everything below them.
-        item = image * self.assembled.num_positions + position
-        pair, place = (item * conditional.num_circuits + circuit).unique(return_inverse=True)
-        item, circuit = pair // conditional.num_circuits, pair % conditional.num_circuits
-        weight_UH = posterior_BPK.new_zeros(len(pair), conditional.num_heads)
-        weight_UH[place, head] = posterior_BPK[image, position, state]
-        weight_U = weight_UH.sum(1)
-        slots = few_sizes(round(self.hparams["slots"] * len(pair) / conditional.num_circuits))
-        routed = route(
-            circuit, conditional.num_circuits, slots=slots, weight=weight_U, generator=self.step_generator(batch_idx)
+        return conditional_loss(
+            self.assembled,
+            images,
+            posterior_BPK,
+            floor=self.hparams["posterior_floor"],
+            slots=self.hparams["slots"],
+            generator=self.step_generator(batch_idx),
         )
-        patches_ND = self.assembled.split(images).flatten(0, 1)
-        share_GSH = weight_UH[routed.index] / weight_U[routed.index][..., None]
-        weight_GSH = routed.weight[..., None] * share_GSH
-        log_GSH = conditional.log_prob(patches_ND[item[routed.index]], wanted=weight_GSH > 0)
-        return -(weight_GSH * log_GSH).sum()
 
     def _source(self, context: StageContext, folder: Path) -> EvidenceSource:
         """What training the prior kept, and how to compute the rest of it."""

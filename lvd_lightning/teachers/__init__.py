@@ -13,6 +13,9 @@ A teacher that is a latent variable model has `codes(images)`, int64 [B, P], the
 `codebook.codes` [K, E] to its features, and `elbo(images)` [B], a lower bound of log p(image) in nats. Flows have
 `elbo` as well, `log_prob_bound(images, num_draws)`, and `sample`. The density of a flow of a table is exact, and its
 `elbo` no bound.
+
+One that losses on samples look through has `activations(scaled)`: for floating point images [B, C, H, W] in -1..1 a
+list of what its layers make of them, each [B, places, channels] and differentiable, the features of all patches last.
 """
 
 from importlib import import_module

@@ -166,10 +166,21 @@ class MAE(nn.Module):
                 ].float()
         return features_BPE
 
+    def activations(self, scaled: Tensor) -> list[Tensor]:
+        """The encoding of every patch in sight of all others after every layer, each (B, P, E); gradients flow.
+
+        Args:
+            scaled: floating point images (B, C, H, W) in [-1, 1].
+        """
+        return [hidden_BTE[:, 1:] for hidden_BTE in self._layers(self._embedded(scaled))]
+
     def _embed(self, images: Tensor) -> Tensor:
         """Patch embeddings with their positions, with shape (B, P, E); nothing flows between patches here."""
+        return self._embedded(self._scaled(images))
+
+    def _embedded(self, scaled: Tensor) -> Tensor:
         embeddings = self.vit_mae.vit.embeddings
-        projected_BEhw = embeddings.patch_embeddings.projection(self._scaled(images))
+        projected_BEhw = embeddings.patch_embeddings.projection(scaled)
         return projected_BEhw.flatten(2).transpose(1, 2) + embeddings.position_embeddings[:, 1:]
 
     def _scaled(self, images: Tensor) -> Tensor:
@@ -178,12 +189,18 @@ class MAE(nn.Module):
 
     def _encode(self, tokens_NVE: Tensor) -> Tensor:
         """Encodings of a class token and the given tokens, with shape (N, 1 + V, E)."""
+        return self._layers(tokens_NVE)[-1]
+
+    def _layers(self, tokens_NVE: Tensor) -> list[Tensor]:
+        """What the layers make of them, the last one normalised."""
         embeddings = self.vit_mae.vit.embeddings
         class_token = embeddings.cls_token + embeddings.position_embeddings[:, :1]
         hidden_NTE = torch.cat([class_token.expand(len(tokens_NVE), -1, -1), tokens_NVE], dim=1)
+        found = []
         for layer in self.vit_mae.vit.layers:
             hidden_NTE = layer(hidden_NTE)
-        return self.vit_mae.vit.layernorm(hidden_NTE)
+            found.append(hidden_NTE)
+        return [*found[:-1], self.vit_mae.vit.layernorm(hidden_NTE)]
 
     @torch.no_grad()
     def _initialize(self) -> None:

@@ -64,7 +64,11 @@ class PixelScale:
                 f"(B, {', '.join(map(str, self.image_shape))})"
             )
         wide = torch.promote_types(dtype, torch.float32)  # bfloat16 has no place for 511 values
-        return (images.to(wide) / self._halves(images) - 1.0).to(dtype)
+        return self.spread(images.to(wide)).to(dtype)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Real-valued images (B, C, H, W), such as differentiable samples, from 0..n-1 to [-1, 1]; gradients flow."""
+        return values / self._halves(values) - 1.0
 
     def levels(self, scaled: Tensor) -> Tensor:
         """The inverse for images (B, C, H, W) in about [-1, 1]: the nearest values, of `dtype`."""

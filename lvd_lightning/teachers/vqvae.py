@@ -189,6 +189,19 @@ class VQVAE(nn.Module):
             )
         return self._encode(images).float()
 
+    def activations(self, scaled: Tensor) -> list[Tensor]:
+        """What the encoder's blocks make of whole images, each (B, places, channels), features last; gradients flow.
+
+        Args:
+            scaled: floating point images (B, C, H, W) in [-1, 1].
+        """
+        found, map_BCHW = [], scaled
+        for layer in self.encoder:
+            map_BCHW = layer(map_BCHW)
+            if not isinstance(layer, nn.Conv2d):  # a convolution is seen after its nonlinearity
+                found.append(map_BCHW.flatten(2).transpose(1, 2))
+        return [*found, map_BCHW.flatten(2).transpose(1, 2)]
+
     @torch.no_grad()
     def codes(self, images: Tensor) -> Tensor:
         """The code of every patch, int64 with shape (B, P)."""

@@ -1,5 +1,6 @@
 """What the pages in docs/ show is run, the commands of the results are understood, and links lead somewhere."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from helpers.pages import PAGES, ROOT, blocks, commands, missing_links
 
 import lvd_lightning.circuits as pc
-from lvd_lightning.cli import parse
+from lvd_lightning.cli import main, parse
 from lvd_lightning.runs.configuration import experiment_from
 
 DOCS = ROOT / "docs"
@@ -78,3 +79,18 @@ def test_the_page_on_texts() -> None:
         _, _, *arguments = shlex.split(command)
         if arguments[0] == "fit":
             assert experiment_from(parse(arguments)[1]).stages
+
+
+def test_the_page_on_losses_on_samples(tmp_path: Path) -> None:
+    """Its commands are understood, and its experiment from scratch runs."""
+    page = DOCS / "perceptual.md"
+    for command in commands(page):
+        _, _, *arguments = shlex.split(command)
+        assert "perceptual" in [stage.name for stage in experiment_from(parse(arguments)[1]).stages]
+    (text,) = blocks("yaml", page)
+    (tmp_path / "scratch.yaml").write_text(text)
+    small = ["--data.max_examples=40", "--stages.perceptual.trainer.max_epochs=1", "--trainer.accelerator=cpu"]
+    config = f"--config={tmp_path / 'scratch.yaml'}"
+    assert main(["fit", config, *small, "--stages.perceptual.model.num_units=2", f"--run_dir={tmp_path}"]) == 0
+    summary = json.loads((tmp_path / "scratch" / "report" / "summary.json").read_text())
+    assert 1 < summary["test"]["bpd"] < 5

@@ -13,7 +13,7 @@ from helpers.interrupting import kill_once
 from helpers.processes import as_script, exit_codes
 from helpers.run_content import content
 
-STAGES = ("teacher", "latents", "conditional", "prior", "finetune", "baseline")
+STAGES = ("teacher", "latents", "conditional", "prior", "finetune", "baseline", "perceptual")
 # Nothing in these but times, or, in pictures, times drawn.
 TIMES = ("spent.json", "summary.md", "summary.json", "training.png", "config.yaml")
 SMALL_TEACHER = {
@@ -21,7 +21,8 @@ SMALL_TEACHER = {
     **{"decoder_hidden_size": 8, "decoder_num_layers": 1, "decoder_num_heads": 1},
 }
 ARGUMENTS = [
-    *("fit", "--config=photos", "--shared.num_clusters=3", "--trainer.accelerator=cpu", "--trainer.devices=1"),
+    *("fit", "--config=photos", "--config=overlays/adversarial", "--shared.num_clusters=3"),
+    *("--trainer.accelerator=cpu", "--trainer.devices=1"),
     *("--data.image_size=8", "--data.num_train=64", "--data.num_val=16", "--data.num_test=16", "--data.batch_size=16"),
     *(f"--stages.teacher.model.{name}={value}" for name, value in SMALL_TEACHER.items()),
     *("--stages.conditional.model.num_units=2", "--stages.baseline.model.num_units=2"),
@@ -61,8 +62,8 @@ def test_run_that_is_killed_in_every_stage_ends_as_an_uninterrupted_one(tmp_path
     result = as_script(__file__, str(tmp_path))
     assert result.returncode == 0, result.stderr
     codes = json.loads(result.stdout.splitlines()[-1])
-    assert codes == {"killed": [-signal.SIGKILL] * 8 + [0], "whole": [0]}, result.stderr
-    assert result.stdout.count("goes on after epoch 1\n") == 5
+    assert codes == {"killed": [-signal.SIGKILL] * 9 + [0], "whole": [0]}, result.stderr
+    assert result.stdout.count("goes on after epoch 1\n") == 6
     assert len(list(tmp_path.glob("killed-*"))) == len(STAGES) + 2
     whole, killed = (
         {path.relative_to(tmp_path / name): path for path in sorted((tmp_path / name).rglob("*.*")) if path.is_file()}
