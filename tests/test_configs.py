@@ -17,6 +17,7 @@ from torch import Tensor
 from lvd_lightning import stages as kinds
 from lvd_lightning.cli import CONFIG_FOLDER, main, parse
 from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.runs import perception
 from lvd_lightning.runs.configuration import experiment_from
 from lvd_lightning.stages import PlainStage
 from lvd_lightning.teachers import ImageFlow
@@ -162,6 +163,7 @@ def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(AssembledCircuit, "sample", few)
     monkeypatch.setattr(ImageFlow, "sample", few_of_a_flow)
+    monkeypatch.setattr(perception, "NUM_SAMPLES", 60)
 
 
 def config_arguments(config: str, base: str | None = None) -> list[str]:
@@ -226,6 +228,7 @@ def test_config_runs_one_small_step_per_stage(config: str, tmp_path: Path) -> No
         assert 1 < summary["test"]["ppl"] < 10 * summary["protocol"]["vocabulary"]
         return
     assert 0 < summary["test"]["bpd"] < 20
+    assert ("perception" in summary) == ("perceptual" in stages)
     quadrant = config in ("paper_protocol", "per_position", "untied")
     protocol = summary.get("protocol", {"region": "whole", "lossy": False})  # greyscale images have nothing to say
     assert protocol["region"] == ("quadrant" if quadrant else "whole")

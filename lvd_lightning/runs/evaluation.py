@@ -11,6 +11,7 @@ from lvd_lightning.latents.assignments import assignments_folder
 from lvd_lightning.metrics import LVDGap, MeanLikelihood
 from lvd_lightning.models.carried import carried_log_prob
 from lvd_lightning.ranks import Ranks
+from lvd_lightning.runs.perception import Perception
 from lvd_lightning.runs.run import Run
 from lvd_lightning.runs.sample_figures import sample_figures
 from lvd_lightning.seeds import generator_for
@@ -39,7 +40,8 @@ def evaluate_run(run: Run, data: Data, ranks: Ranks) -> dict[str, Any]:
         every stage that left one, by its title ("distilled", "finetuned"), "gap": what `LVDGap` says of the test
         examples for these models, "num_train": the training examples that were counted, "num_parameters" and
         "num_heads" (values of a latent variable) of the last model; where data are pictures, what `sample_figures` says
-        of it. What a run has not is absent; empty if no stage left a model.
+        of it, and, if it learnt from samples, as "perception" what `Perception` says of "test images", of it and of the
+        model before. What a run has not is absent; empty if no stage left a model.
     """
     circuits: dict[str, dict[str, float]] = {}
     gaps: dict[str, Any] = {}
@@ -69,6 +71,7 @@ def evaluate_run(run: Run, data: Data, ranks: Ranks) -> dict[str, Any]:
         described = {name: getattr(circuit, of) for name, of in sizes.items() if hasattr(circuit, of)}
         if stage == models[-1] and isinstance(data, VisibleData):
             described |= sample_figures(circuit, data, ranks, run.experiment.seed)
+            described |= _perception(run, data, ranks)
     if not circuits:
         return {}
     gap = {"gap": gaps} if gaps else {}
@@ -84,6 +87,20 @@ def _flow_teacher(run: Run, data: Data, ranks: Ranks) -> dict[str, float]:
     flow: Any = load_teacher(folder).to(ranks.device)
     found = {f"{split}_{data.unit.name}": mean_likelihood(flow, data, split, ranks) for split in SPLITS}
     return {**found, "num_parameters": flow.num_parameters}
+
+
+def _perception(run: Run, data: VisibleData, ranks: Ranks) -> dict[str, Any]:
+    """The samples of a model that learnt from samples and of the one before it; all ranks have to call."""
+    models = run.leaving("model")
+    if not models[-1].kind.learns_from_samples:
+        return {}
+    teacher = _teacher(run, ranks)
+    perception = Perception(data, teacher if hasattr(teacher, "activations") else None, ranks, run.experiment.seed)
+    found = {"test images": perception.of_test()}
+    for stage in models[-2:]:
+        circuit: Any = stage.model(ranks.device)
+        found[stage.title] = perception.of_samples(circuit)
+    return {"perception": found}
 
 
 def _carried(circuit: Any, data: Data, ranks: Ranks) -> dict[str, float]:
@@ -138,13 +155,18 @@ def mean_likelihood(circuit: Any, data: Data, split: str, ranks: Ranks) -> float
     return float(metric.compute())
 
 
-def _teacher_with_elbo(run: Run, ranks: Ranks) -> Any | None:
-    """The run's teacher, if it has one that bounds the likelihood of images."""
+def _teacher(run: Run, ranks: Ranks) -> Any | None:
+    """The run's teacher, if it has one."""
     folder = run.artefact("features")
     if folder is None or not (folder / ARGUMENTS_FILE).is_file():  # other teachers leave nothing but features
         return None
-    teacher = load_teacher(folder)
-    return teacher.to(ranks.device) if hasattr(teacher, "elbo") else None
+    return load_teacher(folder).to(ranks.device)
+
+
+def _teacher_with_elbo(run: Run, ranks: Ranks) -> Any | None:
+    """The run's teacher, if it has one that bounds the likelihood of images."""
+    teacher = _teacher(run, ranks)
+    return teacher if hasattr(teacher, "elbo") else None
 
 
 def _rows(data: Data, split: str) -> Tensor:

@@ -12,6 +12,7 @@ from lvd_lightning.context import Data, VisibleData
 from lvd_lightning.files import read_json, write_atomically, write_json
 from lvd_lightning.latents.assignments import assignments_folder
 from lvd_lightning.runs.data_record import left_out
+from lvd_lightning.runs.perception import perception_table
 from lvd_lightning.runs.pictures import cluster_picture, curve_picture, gap_picture, inpainting_picture, sample_picture
 from lvd_lightning.runs.progress import Noted
 from lvd_lightning.runs.run import Run
@@ -24,6 +25,7 @@ __all__ = ["is_written", "print_table", "summarize", "table_rows", "worse_than_u
 Row = Mapping[str, Any]
 
 _SPLITS = ("train", "val", "test")
+_SAMPLES = ("samples", "redrawn", "completions", "perception")
 _PICTURES = {
     "training.png": "Likelihood over time",
     "gap.png": "Teacher, LVD objective and student on the test images",
@@ -83,7 +85,7 @@ def summarize(run: Run, data: Data) -> dict[str, Any]:
             name: {key: figures[key] for key in (unit, f"val_{unit}", "num_parameters", "seconds") if key in figures}
             for name, figures in run.references().items()
         },
-        **{name: evaluation[name] for name in ("samples", "redrawn", "completions") if name in evaluation},
+        **{name: evaluation[name] for name in _SAMPLES if name in evaluation},
         "protocol": dict(data.facts),
     }
     summary["left_out"] = left_out(run.dir, [stage.name for stage in run.stages])
@@ -230,6 +232,8 @@ def _markdown(run: Run, rows: Sequence[Row], summary: Row, data: Data) -> str:
         lines += ["", *_gap_table(evaluation["gap"], data)]
     if "samples" in evaluation:
         lines += ["", *_sample_table(evaluation)]
+    if "perception" in evaluation:
+        lines += ["", *perception_table(evaluation["perception"])]
     if summary.get("stages"):
         noted = Noted(unit.name, data.protocol)
         lines += ["", "| stage | seconds | figures |", "|---|---:|---|"]

@@ -18,14 +18,14 @@ from lvd_lightning.runs.pictures import half_masks
 from lvd_lightning.runs.settings import EVALUATE
 from lvd_lightning.seeds import generator_for
 
-__all__ = ["MAX_IMAGES", "border_step", "isolated_pixels", "sample_figures"]
+__all__ = ["BATCH", "MAX_IMAGES", "batches", "border_step", "isolated_pixels", "sample_figures"]
 
 #: So many samples are drawn, and so many test images completed and compared with.
 MAX_IMAGES = 500
 #: A pixel is isolated if a channel differs by more levels than these from each neighbour.
 ISOLATED = 60
-# Images that are drawn and looked at together: memory does not grow with their number, nor depend on the ranks.
-_BATCH = 50
+#: Images that are drawn and looked at together: memory does not grow with their number, nor depend on the ranks.
+BATCH = 50
 _NEIGHBOURS = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1) if (down, right) != (0, 0)]
 
 
@@ -124,14 +124,14 @@ def sample_figures(
     def add(totals: _Totals, images: Tensor, counted: Tensor | None = None) -> None:
         totals.add(data.to_rgb(images), patch_size, counted)
 
-    for number, size in _batches(max_images, ranks):
+    for number, size in batches(max_images, ranks):
         generator = generator_for(seed, EVALUATE, "samples", number, device=ranks.device)
         images = circuit.sample(size, generator=generator).cpu()
         add(drawn, images)
         drawn.add_colors(data, images)
     can_complete = hasattr(circuit, "inpaint")
-    for number, size in _batches(num_test, ranks):
-        chosen = slice(number * _BATCH, number * _BATCH + size)
+    for number, size in batches(num_test, ranks):
+        chosen = slice(number * BATCH, number * BATCH + size)
         original, observed = data.batch("test", row_N[chosen]), observed_N1HW[chosen]
         add(test, original)
         if not can_complete:
@@ -169,7 +169,7 @@ class _Totals:
         pixels_N1HW = torch.ones_like(images[:, :1], dtype=torch.bool)
         if counted is not None:
             pixels_N1HW &= counted
-        for part, part_counted in zip(images.split(_BATCH), pixels_N1HW.split(_BATCH), strict=True):
+        for part, part_counted in zip(images.split(BATCH), pixels_N1HW.split(BATCH), strict=True):
             counted_NHW = part_counted[:, 0]
             red, green, blue = part.int().unbind(1)
             luma_NHW = LUMA_R * red + LUMA_G * green + LUMA_B * blue  # in units of 1 / LUMA_UNIT
@@ -219,10 +219,10 @@ def _figures(totals: _Totals, ending: str = "") -> dict[str, float]:
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
-def _batches(count: int, ranks: Ranks) -> Iterator[tuple[int, int]]:
+def batches(count: int, ranks: Ranks) -> Iterator[tuple[int, int]]:
     """The number and the size of each of this rank's batches of `count` images."""
-    for number in ranks.share(torch.arange(-(-count // _BATCH))).tolist():
-        yield number, min(_BATCH, count - number * _BATCH)
+    for number in ranks.share(torch.arange(-(-count // BATCH))).tolist():
+        yield number, min(BATCH, count - number * BATCH)
 
 
 def _isolated(images: Tensor) -> Tensor:

@@ -91,6 +91,7 @@ class PerceptualStudent(StageModule):
     leaves: ClassVar[tuple[str, ...]] = ("model",)
     em: ClassVar[bool] = True  # it takes steps of its own and sums gradients over ranks itself
     model_title = "perceptual"
+    learns_from_samples: ClassVar[bool] = True
     monitor = "val/score"
     monitor_mode = "max"
 

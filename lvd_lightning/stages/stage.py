@@ -32,6 +32,8 @@ class Stage:
     harmless: arguments that change how fast it runs or what it keeps on disk, but not its result.
     model_title: what reports call the model that it leaves; empty for the stage's own name.
     model_noun: what kind of model that is, for tables.
+    learns_from_samples: whether its model was trained by what it draws, so that the report sets its samples, and those
+        of the model before it, beside the test images.
 
     Example:
         >>> from lvd_lightning.stages import FinetuneStudent, Stage
@@ -44,6 +46,7 @@ class Stage:
     harmless: ClassVar[tuple[str, ...]] = ()
     model_title: ClassVar[str] = ""
     model_noun: ClassVar[str] = "circuit"
+    learns_from_samples: ClassVar[bool] = False
 
     def check_data(self, data: Data) -> None:
         """Raise a ValueError if the stage cannot work on data of this kind.

@@ -12,6 +12,7 @@ from helpers.pages import PAGES, ROOT, blocks, commands, missing_links
 
 import lvd_lightning.circuits as pc
 from lvd_lightning.cli import main, parse
+from lvd_lightning.runs import perception
 from lvd_lightning.runs.configuration import experiment_from
 
 DOCS = ROOT / "docs"
@@ -81,12 +82,13 @@ def test_the_page_on_texts() -> None:
             assert experiment_from(parse(arguments)[1]).stages
 
 
-def test_the_page_on_losses_on_samples(tmp_path: Path) -> None:
+def test_the_page_on_losses_on_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its commands are understood, and its experiment from scratch runs."""
     page = DOCS / "perceptual.md"
     for command in commands(page):
         _, _, *arguments = shlex.split(command)
         assert "perceptual" in [stage.name for stage in experiment_from(parse(arguments)[1]).stages]
+    monkeypatch.setattr(perception, "NUM_SAMPLES", 60)
     (text,) = blocks("yaml", page)
     (tmp_path / "scratch.yaml").write_text(text)
     small = ["--data.max_examples=40", "--stages.perceptual.trainer.max_epochs=1", "--trainer.accelerator=cpu"]

@@ -45,10 +45,11 @@ def before(module: Any, name: str, stage: str, run_dir: Path) -> None:
 
 def fit(run_dir: Path) -> int:
     from lvd_lightning.cli import main
-    from lvd_lightning.runs import pipeline, report
+    from lvd_lightning.runs import perception, pipeline, report
     from lvd_lightning.stages import latents
 
     torch.set_num_threads(1)
+    perception.NUM_SAMPLES = 60
     before(latents, "write_clusters", "latents", run_dir)
     before(pipeline, "evaluate_run", "evaluate", run_dir)
     before(report, "inpainting_picture", "report", run_dir)
