@@ -29,6 +29,7 @@ OVERLAYS = {
     **{"poon_domingos": "folder", "rat_spn": "folder_pg"},  # the latter also grows
     **dict.fromkeys(("mod256", "no_flips", "smoothed", "tables"), "folder_pg"),
     **dict.fromkeys(("codes", "convolutional", "mae", "paper_protocol"), "imagenet32"),
+    "flow": "folder_pg",
     **dict.fromkeys(("no_growing", "patch2", "patch8"), "cifar10"),
     **dict.fromkeys(("emnist", "fashion_mnist"), "mnist"),
     **dict.fromkeys(("grey_patches", "uci_table"), "flow_tabular"),
@@ -36,7 +37,7 @@ OVERLAYS = {
 }
 # An overlay runs on the smallest experiment of its kind, with images of 8 x 8 or, where that were one patch, 16 x 16.
 SMALLEST = {"per_position": "folder", "untied": "folder"}
-SMALLEST |= dict.fromkeys(("mod256", "no_flips", "smoothed", "tables"), "photos_pg")
+SMALLEST |= dict.fromkeys(("flow", "mod256", "no_flips", "smoothed", "tables"), "photos_pg")
 SMALLEST |= dict.fromkeys(
     ("codes", "convolutional", "mae", "no_growing", "paper_protocol", "patch2", "patch8"), "photos_pg"
 )
@@ -234,5 +235,13 @@ def test_config_runs_one_small_step_per_stage(config: str, tmp_path: Path) -> No
     assert protocol["region"] == ("quadrant" if quadrant else "whole")
     assert protocol["lossy"] == (config == "paper_protocol")
     assert ("teacher_elbo_bpd" in summary["test"]) == (
-        teacher is not None and "VQVAE" in teacher["model"]["class_path"]
+        teacher is not None and any(kind in teacher["model"]["class_path"] for kind in ("VQVAE", "Flow"))
     )
+    if config == "flow":
+        (gap,) = (
+            figures
+            for figures in json.loads((tmp_path / base / "evaluate" / "done.json").read_text())["gap"].values()
+            if "teacher_few_bound" in figures
+        )
+        assert gap["teacher_few_bound"]["nats"] < gap["teacher_few_importance"]["nats"]
+        assert "| teacher, importance-weighted, " in (tmp_path / base / "report" / "summary.md").read_text()

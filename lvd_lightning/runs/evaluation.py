@@ -1,5 +1,6 @@
 """What the trained circuits of a run reach on its data: exact likelihoods of whole examples, and figures of samples."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ SPLITS = ("train", "val", "test")
 _BOUNDS = ("teacher_elbo", "lvd_objective")
 # So many training images, drawn once, say where a circuit stands on them; validation and test images all count.
 MAX_TRAIN_IMAGES = 1_000
+# Test images, and draws of noise for each, that show how loose the bound of a flow is.
+MAX_SLACK_IMAGES, SLACK_DRAWS = 32, 100
 # Images per pass over all ranks; a circuit divides them further by itself.
 _BATCH = 256
 
@@ -64,7 +67,7 @@ def evaluate_run(run: Run, data: Data, ranks: Ranks) -> dict[str, Any]:
                 if key in found:
                     circuits.setdefault(title, {})[f"{split}_{unit}"] = found[key][unit]
             if split == "test":
-                gaps[name] = found
+                gaps[name] = {**found, **ranks.on_first(partial(_slack, teacher, data, ranks.device))}
         for split, value in _carried(circuit, data, ranks).items():
             circuits.setdefault(name, {})[f"{split}_{unit}_carried"] = value
         sizes = {"num_parameters": "num_parameters", "num_heads": "num_states", "num_draws": "num_draws"}
@@ -75,16 +78,13 @@ def evaluate_run(run: Run, data: Data, ranks: Ranks) -> dict[str, Any]:
     if not circuits:
         return {}
     gap = {"gap": gaps} if gaps else {}
-    teacher_figures = {"teacher": flow} if (flow := _flow_teacher(run, data, ranks)) else {}
-    return {"circuits": circuits, **teacher_figures, **gap, "num_train": len(_rows(data, "train")), **described}
+    distilled = {"teacher": _flow_teacher(run, data, ranks)} if hasattr(circuit, "flow") else {}
+    return {"circuits": circuits, **distilled, **gap, "num_train": len(_rows(data, "train")), **described}
 
 
 def _flow_teacher(run: Run, data: Data, ranks: Ranks) -> dict[str, float]:
-    """What the flow reaches that a smaller one was distilled from; nothing in other runs."""
-    folder = run.artefact("flow")
-    if folder is None or not any("flow" in stage.kind.needs for stage in run.stages):
-        return {}
-    flow: Any = load_teacher(folder).to(ranks.device)
+    """What the flow reaches that the run's model, a smaller one, was distilled from."""
+    flow: Any = load_teacher(run.leaving("flow")[-1].folder).to(ranks.device)
     found = {f"{split}_{data.unit.name}": mean_likelihood(flow, data, split, ranks) for split in SPLITS}
     return {**found, "num_parameters": flow.num_parameters}
 
@@ -101,6 +101,25 @@ def _perception(run: Run, data: VisibleData, ranks: Ranks) -> dict[str, Any]:
         circuit: Any = stage.model(ranks.device)
         found[stage.title] = perception.of_samples(circuit)
     return {"perception": found}
+
+
+@torch.inference_mode()
+def _slack(teacher: Any | None, data: Data, device: torch.device) -> dict[str, dict[str, float]]:
+    """How loose the bound of a flow is: on a few test examples the bound and the importance-weighted one, of the same
+    draws of dequantisation noise; nothing for other teachers."""
+    if teacher is None or not hasattr(teacher, "importance_weighted_bound"):
+        return {}
+    count = min(MAX_SLACK_IMAGES, data.num_examples("test"))
+    images = data.batch("test", torch.linspace(0, data.num_examples("test") - 1, count).long()).to(device)
+    found = {}
+    for name, bound in (
+        ("teacher_few_bound", teacher.log_prob_bound),
+        ("teacher_few_importance", teacher.importance_weighted_bound),
+    ):
+        nats = float(bound(images, SLACK_DRAWS, generator_for("slack", device=device)).double().mean())
+        in_unit = float(data.unit.from_nats(nats, data.num_dims))
+        found[name] = {"nats": nats, data.unit.name: in_unit, "num_examples": count, "num_draws": SLACK_DRAWS}
+    return found
 
 
 def _carried(circuit: Any, data: Data, ranks: Ranks) -> dict[str, float]:

@@ -254,7 +254,12 @@ def gap_rows(gaps: Mapping[str, Row], unit: Unit) -> list[tuple[str, str, float,
     for name, found in gaps.items():
         figures = {key: (values["nats"], values[unit.name]) for key, values in found.items()}
         if "teacher_elbo" in figures:
-            rows.append(("teacher, ELBO", "the teacher's codes", *figures["teacher_elbo"]))
+            latents = "the noise" if "teacher_few_bound" in figures else "the teacher's codes"
+            rows.append(("teacher, ELBO", latents, *figures["teacher_elbo"]))
+        for key, title in (("teacher_few_bound", "ELBO"), ("teacher_few_importance", "importance-weighted")):
+            if key in figures:
+                few = f"{found[key]['num_examples']} examples, {found[key]['num_draws']} draws"
+                rows.append((f"teacher, {title}, {few}", "the noise", *figures[key]))
         given = "those given to the student"
         rows.append((f"{name}, LVD objective log p(x, z)", given, *figures["lvd_objective"]))
         rows.append((f"{name}, student log p(x)", "all, summed out", *figures["log_prob"]))

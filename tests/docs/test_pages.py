@@ -11,6 +11,7 @@ import torch
 from helpers.pages import PAGES, ROOT, blocks, commands, missing_links
 
 import lvd_lightning.circuits as pc
+from datamodules import Synthesized
 from lvd_lightning.cli import main, parse
 from lvd_lightning.runs import perception
 from lvd_lightning.runs.configuration import experiment_from
@@ -52,6 +53,13 @@ def test_structures_in_a_config(tmp_path: Path) -> None:
     stages = parse(["fit", "--config", "photos", "--config", str(tmp_path / "over.yaml")])[1]["stages"]
     assert stages["conditional"]["model"]["init_args"]["structure"] == "rat_spn"
     experiment_from(parse(["fit", "--config", "photos", "--config", str(tmp_path / "over.yaml")])[1])
+
+
+def test_samples_of_a_flow_in_a_config(tmp_path: Path) -> None:
+    (text,) = blocks("yaml", DOCS / "flows.md")
+    (tmp_path / "over.yaml").write_text(text)
+    experiment = experiment_from(parse(["fit", "--config", "photos", "--config", str(tmp_path / "over.yaml")])[1])
+    assert isinstance(experiment.data(), Synthesized)
 
 
 def test_words_of_the_page_on_queries() -> None:
