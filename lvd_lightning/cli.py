@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvd_lightning.use.commands import COMMANDS, CommandParser, run_command
+from lvd_lightning.use.commands import COMMANDS, run_command
+from lvd_lightning.use.options import CommandParser
 
 if TYPE_CHECKING:
     from lvd_lightning.runs.experiment import Experiment

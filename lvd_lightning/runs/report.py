@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lvd_lightning.context import Data, VisibleData
 from lvd_lightning.files import read_json, write_atomically, write_json
 from lvd_lightning.latents.assignments import assignments_folder
 from lvd_lightning.runs.data_record import left_out
+from lvd_lightning.runs.page import write_page
 from lvd_lightning.runs.perception import perception_table
 from lvd_lightning.runs.pictures import cluster_picture, curve_picture, gap_picture, inpainting_picture, sample_picture
 from lvd_lightning.runs.progress import Noted
@@ -20,7 +22,15 @@ from lvd_lightning.runs.settings import REPORT
 from lvd_lightning.seeds import generator_for
 from lvd_lightning.units import Unit
 
-__all__ = ["is_written", "print_table", "summarize", "table_rows", "worse_than_uniform", "write_report"]
+__all__ = [
+    "is_written",
+    "print_table",
+    "summarize",
+    "table_rows",
+    "worse_than_uniform",
+    "write_report",
+    "write_report_page",
+]
 
 Row = Mapping[str, Any]
 
@@ -43,12 +53,21 @@ def write_report(run: Run, data: Data, device: torch.device) -> None:
     if not is_written(run):
         _draw(run, data, device)
         write_atomically(folder / "summary.md", _markdown(run, rows, summary, data))
+        write_report_page(run, data)
         write_json(folder / "summary.json", summary, indent=2)
     print_table(run.dir.name, rows, data)
     worse = worse_than_uniform(rows, data.unit)
     if worse:
         warnings.warn(worse, stacklevel=2)
     print(f"report: {folder}", flush=True)
+
+
+def write_report_page(run: Run, data: Data) -> Path:
+    """Write `report/index.html`, the report for a browser, from what the run and its report hold; the file."""
+    facts = ", ".join(f"{key} {value}" for key, value in data.facts.items() if value is not False)
+    title = f"{data.unit.title[0].upper()}{data.unit.title[1:]}{f' ({facts})' if facts else ''}."
+    rows = [_cells(row, data) for row in table_rows(run, data.unit)]
+    return write_page(run, run.dir / REPORT, title, data.unit.name, _columns(data.unit), rows, _PICTURES)
 
 
 def is_written(run: Run) -> bool:

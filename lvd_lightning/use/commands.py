@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
-if TYPE_CHECKING:
-    from lvd_lightning.use.trained import Trained
+from lvd_lightning.use.options import (
+    Command,
+    CommandParser,
+    add_batch,
+    add_fit,
+    add_out,
+    add_seed,
+    add_sources,
+    folder_of,
+    open_chosen,
+)
 
-__all__ = ["COMMANDS", "CommandParser", "run_command"]
-
-
-@dataclass(frozen=True)
-class Command:
-    """text: one line for the overview. example: follows the options in --help."""
-
-    text: str
-    example: str
-    add_options: Callable[[argparse.ArgumentParser], None]
-    act: Callable[[argparse.Namespace], None]
-
-
-class CommandParser(argparse.ArgumentParser):
-    """One whose mistakes are errors and no exits."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; {self.prog} --help tells what it takes")
+__all__ = ["COMMANDS", "run_command"]
 
 
 def run_command(name: str, words: Sequence[str]) -> None:
@@ -47,67 +38,28 @@ def run_command(name: str, words: Sequence[str]) -> None:
     )
     parser.add_argument("--run", required=True, help="a finished run's directory, or a folder that `export` wrote")
     command.add_options(parser)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    if command.computes:
+        parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     command.act(parser.parse_args(list(words)))
 
 
-def _open(chosen: argparse.Namespace) -> Trained:
-    import torch
-
-    from lvd_lightning.use.trained import open_trained
-
-    name = chosen.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--device: got {name!r}, which is not there ({str(error).splitlines()[0]}): say cpu"
-        ) from error
-    return open_trained(chosen.run, device)
-
-
-def _folder(chosen: argparse.Namespace, name: str) -> Path:
-    return Path(chosen.out) if chosen.out else Path(chosen.run) / "use" / name
-
-
-def _out(parser: argparse.ArgumentParser, name: str) -> None:
-    parser.add_argument("-o", "--out", metavar="FOLDER", help=f"where files go (default: use/{name} in the run)")
-
-
-def _seed(parser: argparse.ArgumentParser, of: str) -> None:
-    parser.add_argument("--seed", type=int, default=0, help=f"of {of} (default: 0)")
-
-
-def _fit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--fit", choices=("resize", "crop", "tile"), help="what to do with pictures of another size (default: refuse)"
-    )
-
-
-def _sources(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGES|FOLDER|ZIP", help=what)
-
-
 def _score_options(parser: argparse.ArgumentParser) -> None:
-    _sources(parser, "pictures; two folders or archives are two sets, the second the one that should stand out")
-    _out(parser, "score")
-    _fit(parser)
+    add_sources(parser, "pictures; two folders or archives are two sets, the second the one that should stand out")
+    add_out(parser, "score")
+    add_fit(parser)
     parser.add_argument("--shown", type=int, default=12, help="outliers whose surprise is drawn (default: 12)")
     parser.add_argument("--max-images", type=int, help="at most so many of each set, chosen at random")
-    _seed(parser, "that choice")
+    add_seed(parser, "that choice")
 
 
 def _score(chosen: argparse.Namespace) -> None:
-    trained = _open(chosen)
+    trained = open_chosen(chosen)
     from lvd_lightning.use.pictures import PictureSet
     from lvd_lightning.use.score import score
 
     many = [Path(found).is_dir() or Path(found).suffix.lower() == ".zip" for found in chosen.images]
     groups = [[found] for found in chosen.images] if all(many) and len(many) == 2 else [chosen.images]
-    out = _folder(chosen, "score")
+    out = folder_of(chosen, "score")
     with ExitStack() as opened:
         sets = [opened.enter_context(PictureSet(group)) for group in groups]
         settings: dict[str, Any] = {"num_shown": chosen.shown, "max_images": chosen.max_images, "seed": chosen.seed}
@@ -127,8 +79,8 @@ def _score(chosen: argparse.Namespace) -> None:
 def _sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--num-samples", type=int, default=64, help="how many are drawn (default: 64)")
     parser.add_argument("--given", help="is refused: a circuit has no classes; `inpaint` conditions on pixels")
-    _out(parser, "sample")
-    _seed(parser, "what is drawn")
+    add_out(parser, "sample")
+    add_seed(parser, "what is drawn")
 
 
 def _sample(chosen: argparse.Namespace) -> None:
@@ -137,10 +89,10 @@ def _sample(chosen: argparse.Namespace) -> None:
             f"--given: got {chosen.given!r}, but these circuits have no classes to condition on; `train.py inpaint` "
             "draws what is missing of a picture given the rest"
         )
-    trained = _open(chosen)
+    trained = open_chosen(chosen)
     from lvd_lightning.use.sample import sample
 
-    out = _folder(chosen, "sample")
+    out = folder_of(chosen, "sample")
     sample(trained, chosen.num_samples, out, seed=chosen.seed)
     print(f"sample: {chosen.num_samples} pictures in {out}")
 
@@ -153,13 +105,13 @@ def _inpaint_options(parser: argparse.ArgumentParser) -> None:
     missing.add_argument("--half", choices=("left", "right", "top", "bottom"), help="the half that is missing")
     parser.add_argument("--samples", type=int, default=8, help="completions that are drawn (default: 8)")
     parser.add_argument("--animation", choices=("gif", "webp"), default="gif", help="of the samples (default: gif)")
-    _out(parser, "inpaint")
-    _fit(parser)
-    _seed(parser, "the samples")
+    add_out(parser, "inpaint")
+    add_fit(parser)
+    add_seed(parser, "the samples")
 
 
 def _inpaint(chosen: argparse.Namespace) -> None:
-    trained = _open(chosen)
+    trained = open_chosen(chosen)
     from functools import partial
 
     from lvd_lightning.use.inpaint import inpaint
@@ -174,7 +126,7 @@ def _inpaint(chosen: argparse.Namespace) -> None:
         missing = partial(missing_in, Path(chosen.mask))
     else:
         missing = partial(missing_box, chosen.box) if chosen.box is not None else partial(missing_half, chosen.half)
-    out = _folder(chosen, "inpaint")
+    out = folder_of(chosen, "inpaint")
     settings: dict[str, Any] = {"num_samples": chosen.samples, "animation": chosen.animation, "seed": chosen.seed}
     found = inpaint(trained, picture, missing, out, fit=chosen.fit, **settings)
     uncertain = float(found.deviation[found.deviation > 0].mean()) if bool((found.deviation > 0).any()) else 0.0
@@ -182,14 +134,14 @@ def _inpaint(chosen: argparse.Namespace) -> None:
 
 
 def _compress_options(parser: argparse.ArgumentParser) -> None:
-    _sources(parser, "pictures of the circuit's size and colours, without transparency")
+    add_sources(parser, "pictures of the circuit's size and colours, without transparency")
     parser.add_argument("-o", "--out", metavar="FILE", required=True, help="the file to write, such as a.lvd")
     parser.add_argument("--fit", choices=("tile",), help="tile: pictures of any size, piece by piece (default: refuse)")
-    _batch(parser)
+    add_batch(parser)
 
 
 def _compress(chosen: argparse.Namespace) -> None:
-    trained = _open(chosen)
+    trained = open_chosen(chosen)
     from lvd_lightning.use.compress import compress
     from lvd_lightning.use.pictures import PictureSet
 
@@ -206,17 +158,11 @@ def _compress(chosen: argparse.Namespace) -> None:
 def _decompress_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="what `compress` wrote")
     parser.add_argument("-o", "--out", metavar="FOLDER", required=True, help="a new folder for the pictures")
-    _batch(parser)
-
-
-def _batch(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--batch", type=int, default=64, help="pictures computed together; changes memory and time alone (default: 64)"
-    )
+    add_batch(parser)
 
 
 def _decompress(chosen: argparse.Namespace) -> None:
-    trained = _open(chosen)
+    trained = open_chosen(chosen)
     from lvd_lightning.use.decompress import decompress
 
     written = decompress(trained, Path(chosen.file), Path(chosen.out), batch=chosen.batch)
@@ -227,11 +173,11 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", metavar="FOLDER", required=True, help="a new folder")
     parser.add_argument("--license", default="apache-2.0", help="of the weights (default: apache-2.0)")
     parser.add_argument("--pyjuice", action="store_true", help="write the conditional circuits for PyJuice as well")
-    _seed(parser, "the samples that it shows")
+    add_seed(parser, "the samples that it shows")
 
 
 def _export(chosen: argparse.Namespace) -> None:
-    trained = _open(chosen)
+    trained = open_chosen(chosen)
     from lvd_lightning.use.export import export
 
     export(trained, Path(chosen.out), license=chosen.license, pyjuice=chosen.pyjuice, seed=chosen.seed)
@@ -240,20 +186,44 @@ def _export(chosen: argparse.Namespace) -> None:
 
 def _explain_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clusters", type=int, default=24, help="latent values that are shown (default: 24)")
-    _out(parser, "explain")
-    _seed(parser, "the patches that are drawn")
+    add_out(parser, "explain")
+    add_seed(parser, "the patches that are drawn")
 
 
 def _explain(chosen: argparse.Namespace) -> None:
-    trained = _open(chosen)
+    trained = open_chosen(chosen)
     from lvd_lightning.use.explain import explain
 
-    out = _folder(chosen, "explain")
+    out = folder_of(chosen, "explain")
     found = explain(trained, out, num_clusters=chosen.clusters, seed=chosen.seed)
     strongest = max(found.edges, key=lambda edge: edge[2], default=None)
     if strongest is not None:
         print(f"strongest edge of the prior: patches {strongest[1]} and {strongest[0]}, {strongest[2]:.2f} bits")
     print(f"explain: {out / 'summary.md'}")
+
+
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--open", action="store_true", help="show it in the browser")
+
+
+def _report(chosen: argparse.Namespace) -> None:
+    from lvd_lightning.runs.page import PAGE
+    from lvd_lightning.runs.report import is_written, write_report_page
+    from lvd_lightning.runs.run import Run
+
+    run = Run.open(chosen.run)
+    if not is_written(run):
+        raise ValueError(
+            f"{chosen.run}: has no report of all its stages yet; `train.py fit --run {chosen.run}` writes it"
+        )
+    page = run.dir / "report" / PAGE
+    if not page.is_file():  # the report is older than such pages
+        page = write_report_page(run, run.data())
+    print(f"report: {page}")
+    if chosen.open:
+        import webbrowser
+
+        webbrowser.open(page.as_uri())
 
 
 COMMANDS = {
@@ -298,5 +268,12 @@ COMMANDS = {
         "--run runs/photos",
         _explain_options,
         _explain,
+    ),
+    "report": Command(
+        "the report of a run as one page for a browser: table, curves, pictures",
+        "--run runs/photos --open",
+        _report_options,
+        _report,
+        computes=False,
     ),
 }
