@@ -105,11 +105,10 @@ def check_without_gradients(stage: str, kind: type[StageModule], trainer: Mappin
     """Raise a ValueError for what a stage that EM trains is told about gradients; trainer: of the stage alone."""
     for key in not_for(kind):
         if trainer.get(key) is not None:
-            why = (
-                "its batches are those of batch_size"
-                if key == ACCUMULATE
-                else "EM has no gradients that could be clipped"
-            )
+            why = "its batches are those of batch_size"
+            if key in _CLIPPING:
+                own = "clip" in inspect.signature(kind.__init__).parameters
+                why = "set its model's clip" if own else "EM has no gradients that could be clipped"
             raise ValueError(f"stages.{stage}.trainer.{key} cannot be set: {why}")
     value = trainer.get(ACCUMULATE)
     if value is not None and (not isinstance(value, int) or value < 1):

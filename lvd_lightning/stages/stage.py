@@ -94,8 +94,8 @@ class StageModule(Stage, LightningModule):
 
     monitor, monitor_mode: the logged validation metric that says which epoch is best; None: the validation
         likelihood in the data's unit, `val/<unit>`. See `follow`.
-    em: whether the module is trained by EM, whose optimizers all-reduce sums themselves, so that the distributed
-        strategy has to leave its gradients alone.
+    em: whether the module is trained by EM, whose optimizers all-reduce sums themselves, or takes its steps itself in
+        other ways, so that the distributed strategy has to leave its gradients alone.
     full_precision: whether it is trained in float32 or float64 alone, as all stages are that EM trains.
     accumulates: for those that EM trains, whether flows of several batches are added up for one step.
     batches_per_step: so many; the Trainer's accumulate_grad_batches, which Lightning refuses where it does not step.

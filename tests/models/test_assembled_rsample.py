@@ -207,6 +207,20 @@ def test_an_encoder_decides_the_latent_values(assembled: Any, images: Tensor) ->
     assert ((drawn.mean(0) - expected).abs() < 5 * drawn.std(0) / 600**0.5 + 1e-9).all()
 
 
+def test_gradients_reach_the_encoder(make_assembly: Callable[..., Any], double_precision: None, images: Tensor) -> None:
+    """Of soft samples with fixed noise: central differences."""
+    circuit = make_assembly("heads").circuit
+    evidence = torch.randn(2, 4, 3, generator=seeded(0)).requires_grad_()
+
+    def loss(evidence: Tensor) -> Tensor:
+        drawn = reconstruct(circuit, images[:2], evidence, estimator="gumbel", temperature=0.7, generator=seeded(1))
+        return drawn.square().sum() / 100
+
+    assert torch.autograd.gradcheck(loss, evidence, atol=1e-6)
+    hard = reconstruct(circuit, images[:2], evidence, generator=seeded(1)).square().mean()
+    assert torch.autograd.grad(hard, evidence)[0].abs().min() > 0
+
+
 def test_a_circuit_over_whole_examples(double_precision: None, images: Tensor) -> None:
     """As an assembled one it has the same likelihoods, and goes through its inner latents in place of latent values."""
     torch.manual_seed(0)

@@ -24,6 +24,7 @@ from lvd_lightning.models.structures import PartStructure
 from lvd_lightning.parts import ImagePatches, Tokens
 from lvd_lightning.perceptual.discriminator import Discriminator
 from lvd_lightning.perceptual.sample_losses import LossWeights, SampleLosses
+from lvd_lightning.runs.trainer_settings import check_without_gradients
 from lvd_lightning.stages import ConditionalStudent, PerceptualStudent, PriorStudent
 from lvd_lightning.teachers import register_teacher, save_teacher
 
@@ -291,6 +292,11 @@ def test_from_scratch(structure: str, make_run: Any, tmp_path: Path) -> None:
 def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PerceptualStudent(**settings)
+
+
+def test_clipping_is_a_setting_of_its_own() -> None:
+    with pytest.raises(ValueError, match="gradient_clip_val cannot be set: set its model's clip"):
+        check_without_gradients("perceptual", PerceptualStudent, {"gradient_clip_val": 1.0})
 
 
 def test_what_does_not_fit_is_named(prepared: Any) -> None:
