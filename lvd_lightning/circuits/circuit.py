@@ -32,6 +32,7 @@ from lvd_lightning.circuits.engine.plan import Plan, compile_plan
 from lvd_lightning.circuits.engine.reference import is_vmapped, log_values, take_inputs
 from lvd_lightning.circuits.engine.sparse import LAYOUTS, Layout
 from lvd_lightning.circuits.graph import CircuitGraph, Node, with_sum_root
+from lvd_lightning.circuits.opaque import opaque
 from lvd_lightning.circuits.rsample import rsample
 
 __all__ = ["Circuit"]
@@ -183,6 +184,7 @@ class Circuit(nn.Module):
                     total += int(node.mask.sum()) - node.num_units
         return total
 
+    @opaque
     def log_prob(
         self,
         x: Tensor,
@@ -294,6 +296,7 @@ class Circuit(nn.Module):
         """
         self.engine.checks.ask(wait=True)
 
+    @opaque
     def sample(
         self,
         n: int | None = None,
@@ -335,6 +338,7 @@ class Circuit(nn.Module):
         """
         return queries.sample(self, n, head=head, x=x, observed=observed, generator=generator)
 
+    @opaque
     def rsample(
         self,
         n: int | None = None,
@@ -425,6 +429,7 @@ class Circuit(nn.Module):
             generator=generator,
         )
 
+    @opaque
     def mpe(self, x: Tensor, observed: Tensor | None = None, head: int | Tensor = 0) -> tuple[Tensor, Tensor]:
         """Max-product decoding: the joint maximum over unobserved variables and all latents.
 
@@ -454,6 +459,7 @@ class Circuit(nn.Module):
         """
         return queries.mpe(self, x, observed=observed, head=head)
 
+    @opaque
     def posterior(self, x: Tensor, node: int, observed: Tensor | None = None, head: int | Tensor = 0) -> Tensor:
         """p(latent of `node` = k, node reached | x): how likely it is that the circuit passes through unit k of a node.
 
