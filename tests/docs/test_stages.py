@@ -13,7 +13,7 @@ from lvd_lightning.cli import main
 
 PAGE = ROOT / "docs" / "stages.md"
 OPENED, OWN_STAGE = blocks("python", PAGE)
-KINDS = {"features", "latents", "conditionals", "prior", "model"}
+KINDS = {"features", "latents", "conditionals", "prior", "model", "flow"}
 
 
 def rows() -> list[list[str]]:
