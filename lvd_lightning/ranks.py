@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lvd_lightning.traffic import sending
 
 __all__ = [
     "Ranks",
@@ -35,6 +37,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+#: Tensors from this size on are summed where they are; smaller ones travel together, at most so much at once.
+_BUCKET_BYTES = 1 << 20
 
 _patient: tuple[Any, Any] | None = None  # the default group, and the gloo group that was made beside it
 
@@ -157,21 +162,29 @@ def summed(tensor: Tensor) -> Tensor:
     if rank_and_size()[1] == 1:
         return tensor
     total = tensor.to(_sending_device(), copy=True)
-    dist.all_reduce(total)
+    with sending(total.nbytes):
+        dist.all_reduce(total)
     return total.to(tensor.device)
 
 
 def sum_in_place(tensors: Iterable[Tensor]) -> None:
-    """Put the sum over all ranks into each of some tensors, with one message per type of numbers."""
+    """Put the sum over all ranks into each of some tensors, which have the same shapes on all.
+
+    Large ones are summed in place, without a copy; small ones in buckets, so that there are few messages.
+    """
     if rank_and_size()[1] == 1:
         return
-    found = list(tensors)
-    for kind in dict.fromkeys(tensor.dtype for tensor in found):  # in the same order on every rank
-        same = [tensor for tensor in found if tensor.dtype == kind]
-        flat = torch.cat([tensor.reshape(-1) for tensor in same])
-        dist.all_reduce(flat)
-        for tensor, part in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+    buckets = list(_buckets(list(tensors)))
+    flat = [_flat(bucket) for bucket in buckets]
+    with sending(sum(tensor.nbytes for tensor in flat), len(flat)):
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in flat]:
+            work.wait()
+    for bucket, found in zip(buckets, flat, strict=True):
+        if len(bucket) == 1 and found.data_ptr() == bucket[0].data_ptr():
+            continue
+        sizes = [tensor.numel() for tensor in bucket]
+        for tensor, part in zip(bucket, found.reshape(-1).split(sizes), strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
 
 def any_rank(facts: list[bool]) -> list[bool]:
@@ -179,7 +192,8 @@ def any_rank(facts: list[bool]) -> list[bool]:
     if rank_and_size()[1] == 1:
         return facts
     found = torch.tensor(facts, dtype=torch.int32, device=_sending_device())
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    with sending(found.nbytes):
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return [bool(value) for value in found.tolist()]
 
 
@@ -189,7 +203,8 @@ def gathered(tensor: Tensor) -> Tensor:
     if size == 1:
         return tensor
     found = [torch.empty_like(tensor) for _ in range(size)]
-    dist.all_gather(found, tensor)
+    with sending(tensor.nbytes):
+        dist.all_gather(found, tensor)
     return torch.cat(found)
 
 
@@ -198,25 +213,64 @@ def from_first(tensor: Tensor) -> Tensor:
     if rank_and_size()[1] == 1:
         return tensor
     found = tensor.to(_sending_device(), copy=True).contiguous()
-    dist.broadcast(found, src=0)
+    with sending(found.nbytes):
+        dist.broadcast(found, src=0)
     return found.to(tensor.device)
 
 
-def check_agreement(what: str, text: str, tensors: Iterable[Tensor] = ()) -> None:
-    """Raise a RuntimeError on every rank unless all have the same text and tensors.
+def check_agreement(what: str, text: str, tensors: Iterable[Tensor] | Mapping[str, Tensor] = ()) -> None:
+    """Raise a RuntimeError on every rank unless all have the same text and tensors, to the last bit.
+
+    The error says which rank has something else than the first, and in which of the tensors.
 
     what: for the message, such as "the structure after pruning".
+    tensors: with or without names.
     """
-    if rank_and_size()[1] == 1:
+    size = rank_and_size()[1]
+    if size == 1:
         return
-    digest = hashlib.sha256(text.encode())
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    number = int.from_bytes(digest.digest()[:7], "little")
+    named = tensors if isinstance(tensors, Mapping) else {f"tensor {n}": tensor for n, tensor in enumerate(tensors)}
+    digests = {"the text": hashlib.sha256(text.encode()).digest()}
+    digests |= {name: hashlib.sha256(_bytes(tensor)).digest() for name, tensor in named.items()}
+    whole = hashlib.sha256(b"".join(digests.values())).digest()
+    number = int.from_bytes(whole[:7], "little")
     bounds = torch.tensor([number, -number], device=_sending_device())
     dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
-    if int(bounds[0]) != -int(bounds[1]):
-        raise RuntimeError(f"the processes disagree on {what}: their data or programs are not the same")
+    if int(bounds[0]) == -int(bounds[1]):
+        return
+    found: list[dict[str, bytes]] = [{} for _ in range(size)]
+    dist.all_gather_object(found, digests, group=_patient_group())
+    other = next(rank for rank in range(size) if found[rank] != found[0])
+    parts = [name for name in {**found[0], **found[other]} if found[0].get(name) != found[other].get(name)]
+    raise RuntimeError(
+        f"the processes disagree on {what}: rank {other} has something else than rank 0 in {len(parts)} of "
+        f"{len(found[0])} parts, first in {parts[0]}: their data or programs are not the same"
+    )
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one type that travel in one message; the same on every rank, whose tensors have the same shapes."""
+    for kind in dict.fromkeys(tensor.dtype for tensor in tensors):
+        small: list[Tensor] = []
+        for tensor in (tensor for tensor in tensors if tensor.dtype == kind):
+            if tensor.nbytes >= _BUCKET_BYTES:
+                yield [tensor]
+                continue
+            if small and sum(other.nbytes for other in small) + tensor.nbytes > _BUCKET_BYTES:
+                yield small
+                small = []
+            small.append(tensor)
+        if small:
+            yield small
+
+
+def _flat(bucket: list[Tensor]) -> Tensor:
+    """What is sent for a bucket: one tensor itself where it lies in one piece, else a copy."""
+    return bucket[0].contiguous() if len(bucket) == 1 else torch.cat([tensor.reshape(-1) for tensor in bucket])
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return bytes(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _patient_group() -> Any:

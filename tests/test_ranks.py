@@ -8,6 +8,7 @@ import torch.distributed as dist
 from helpers.processes import free_port, one_of_two
 
 from lvd_lightning import ranks
+from lvd_lightning.traffic import TRAFFIC
 
 
 def together(rank: int, port: int, folder: str) -> None:
@@ -17,6 +18,9 @@ def together(rank: int, port: int, folder: str) -> None:
     dist.new_group = lambda *given, **named: made.append(1) or new_group(*given, **named)  # type: ignore[assignment]
     with one_of_two(rank, port):
         called = Path(folder, f"called{rank}")
+        large = torch.full((3, 1 << 16), 1.0 + rank).T  # beyond a bucket, and not in one piece
+        ranks.sum_in_place([large, *(found := [torch.full((1 << 16,), rank * 2.0) for _ in range(3)])])
+        sent = TRAFFIC.num_bytes, TRAFFIC.num_messages, bool((large == 3).all()), [float(x[-1]) for x in found]
         number = ranks.on_first(lambda: called.write_text("x"))
         for _ in range(3):
             ranks.wait()
@@ -31,6 +35,7 @@ def together(rank: int, port: int, folder: str) -> None:
             "gathered": ranks.gathered(torch.tensor([rank])).tolist(),
             "from_first": ranks.from_first(torch.tensor([5 + rank])).tolist(),
             "groups": len(made),
+            "sent": sent,
         }
         ranks.check_agreement("what is equal", "same", [torch.ones(3)])
         try:
@@ -48,8 +53,10 @@ def test_two_ranks_agree_and_make_one_group_for_waiting(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("called*")] == ["called0"]
     expected = {"on_first": 1, "summed": [3.0], "in_place": [[3.0, 3.0], [21]], "any": [True, False], "groups": 1}
     assert first | expected == first
+    assert first["sent"] == (6 * 8 << 16, 3, True, [2.0, 2.0, 2.0])  # the small ones in two messages
     assert (first["gathered"], first["from_first"]) == ([0, 1], [5])
-    assert "the processes disagree on the rank" in first["error"]
+    assert "the processes disagree on the rank: rank 1 has something else than rank 0" in first["error"]
+    assert "in 1 of 2 parts, first in tensor 0" in first["error"]
 
 
 def test_alone_nothing_is_sent() -> None:
