@@ -15,8 +15,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
     """Cuts an epoch into global batches and every batch into one share per rank.
 
     The order is a function of (seed, epoch) alone. Over the ranks every example comes exactly once, without padding,
-    and every rank gets equally many batches; the shares of one batch differ by at most one example. A last batch with
-    fewer examples than ranks joins the batch before.
+    and every rank gets equally many batches, which are those of one process; the shares of one batch differ by at most
+    one example. Of a last batch with fewer examples than ranks some shares are empty.
 
     Args:
         num_examples: the number of examples in the split.
@@ -27,7 +27,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         world_size: the number of shares.
 
     Raises:
-        ValueError: a rank would get batches without examples.
+        ValueError: fewer examples in all or in every batch than ranks.
 
     Example:
         >>> from datamodules import GlobalBatchSampler
@@ -69,14 +69,12 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        full, rest = divmod(self.num_examples, self.batch_size)
-        return full + (rest >= self.world_size or full == 0)
+        return -(-self.num_examples // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order()
-        starts = [number * self.batch_size for number in range(len(self))]
-        for start, end in zip(starts, [*starts[1:], self.num_examples], strict=True):
-            yield order[start + self.rank : end : self.world_size].tolist()
+        for start in range(0, self.num_examples, self.batch_size):
+            yield order[start : start + self.batch_size][self.rank :: self.world_size].tolist()
 
     def _order(self) -> torch.Tensor:
         if not self.shuffle:

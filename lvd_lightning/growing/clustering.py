@@ -14,7 +14,8 @@ from lvd_lightning.growing.examples import Examples
 from lvd_lightning.growing.features import PatchFeatures
 from lvd_lightning.latents.kmeans import add_seeds, refine, used_centroids
 from lvd_lightning.models.routing import route
-from lvd_lightning.ranks import from_first, rank_and_size, summed
+from lvd_lightning.ranks import from_first, summed
+from lvd_lightning.shares import own_chunks
 
 __all__ = ["first_heads", "nearest_centroids", "recluster"]
 
@@ -133,8 +134,7 @@ def nearest_centroids(features: PatchFeatures, circuit: Tensor, centroids: list[
         offset_GC[g, : len(found)] = 0.5 * table_GCE[g, : len(found)].square().sum(1)
     several_G = torch.tensor([len(found) > 1 for found in centroids])
     label_NP = torch.zeros(circuit.shape, dtype=torch.int32)
-    rank, size = rank_and_size()
-    images = range(rank * len(circuit) // size, (rank + 1) * len(circuit) // size)
+    images = own_chunks(len(circuit), features.images_at_once)
     step = max(1, CHUNK_ENTRIES // table_GCE[0].numel())
     for found_images, x_nE in features.chunks(images):
         circuit_n = circuit[found_images.start : found_images.stop].reshape(-1).long()

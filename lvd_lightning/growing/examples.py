@@ -14,7 +14,7 @@ from torch import Tensor
 from lvd_lightning import circuits as pc
 from lvd_lightning.context import Data
 from lvd_lightning.models.evidence import CircuitGroups
-from lvd_lightning.ranks import rank_and_size
+from lvd_lightning.shares import own_chunks
 
 __all__ = ["CHUNK_IMAGES", "Chunk", "Examples"]
 
@@ -55,9 +55,7 @@ class Examples:
 
     def images(self) -> range:
         """The images of this process; every image is one process's."""
-        rank, size = rank_and_size()
-        count = len(self.circuit_NP)
-        return range(rank * count // size, (rank + 1) * count // size)
+        return own_chunks(len(self.circuit_NP), CHUNK_IMAGES)
 
     def chunks(self, device: torch.device, heads: Tensor | None = None, every_image: bool = False) -> Iterator[Chunk]:
         """The patches of this process, some images at a time.

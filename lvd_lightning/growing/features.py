@@ -66,10 +66,15 @@ class PatchFeatures:
         images, positions = flat // self.num_positions, flat % self.num_positions
         return self.fitted.of_patches(self.vectors.gather(images, positions), positions)
 
+    @property
+    def images_at_once(self) -> int:
+        """How many images a chunk has."""
+        _, positions, size = self.vectors.shape
+        return int(max(1, CHUNK_ENTRIES // (positions * size)))
+
     def chunks(self, images: range) -> Iterator[tuple[range, Tensor]]:
         """The features of all patches of some images at a time: these images, and float32 (n P, D)."""
-        _, positions, size = self.vectors.shape
-        step = max(1, CHUNK_ENTRIES // (positions * size))
+        step = self.images_at_once
         for low in range(images.start, images.stop, step):
             high = min(low + step, images.stop)
             yield range(low, high), self.fitted.of_images(self.vectors.read(low, high)).flatten(0, 1)

@@ -21,7 +21,8 @@ from lvd_lightning.latents.kmeans import assign, fit_centroids
 from lvd_lightning.latents.sampling import sample_distinct
 from lvd_lightning.latents.settings import SPLITS, LatentsContext, LatentsSettings, float64_device
 from lvd_lightning.latents.transform import AffineMap, fit_map
-from lvd_lightning.ranks import on_first, rank_and_size, summed
+from lvd_lightning.ranks import check_agreement, on_first, summed
+from lvd_lightning.shares import own_chunks
 
 __all__ = ["INFO_FILE", "assignments_path", "write_clusters"]
 
@@ -57,6 +58,7 @@ def write_clusters(context: LatentsContext, settings: LatentsSettings, encoding:
             fitted, centroids_QKD = _used_codes(context, encoding)
         else:
             fitted, centroids_QKD = _fit(context, settings, encoding, center == "position")
+        check_agreement("the centroids of the latent values", "", {"centroids": centroids_QKD})
         on_first(partial(_save, folder, fitted, centroids_QKD[0] if settings.pooled else centroids_QKD, key))
     fitted = _load_map(folder / "map.safetensors")._replace(normalize=settings.normalize)
     centroids = torch.from_numpy(read_array(folder / "centroids.npy"))
@@ -147,11 +149,10 @@ def _assign_all(vectors: PatchVectors, fitted: AffineMap, centroids: Tensor, dev
     """The cluster of every patch, int64 with shape (N, P), on all ranks, which share the work."""
     num_images, num_patches, num_features = vectors.shape
     label_NP = torch.zeros(num_images, num_patches, dtype=torch.int64)
-    rank, size = rank_and_size()
-    last = (rank + 1) * num_images // size
     step = max(1, _CHUNK_ENTRIES // (num_patches * num_features))
-    for start in range(rank * num_images // size, last, step):
-        stop = min(start + step, last)
+    own = own_chunks(num_images, step)
+    for start in range(own.start, own.stop, step):
+        stop = min(start + step, own.stop)
         x_NPD = fitted.of_images(vectors.read(start, stop))
         if centroids.dim() == 2:
             label_NP[start:stop] = assign(x_NPD.flatten(0, 1), centroids, device).view(-1, num_patches)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lvd_lightning.files import put_in_place, read_json, temporary_name, write_json
 from lvd_lightning.ranks import on_first, rank_and_size, wait
+from lvd_lightning.shares import own_chunks
 
 __all__ = ["ComputedFeatures", "FeatureStore", "PartValues", "PatchVectors", "write_features"]
 
@@ -190,8 +191,8 @@ def write_features(
     on_first(begin)
     rank, size = rank_and_size()
     mark = _Mark(partial.with_name(f"{partial.stem}.{rank}of{size}.json"), key)
-    start, stop = rank * shape[0] // size, (rank + 1) * shape[0] // size
-    _write_slice(partial, shape, compute, range(start, stop, chunk_size), stop, progress, mark)
+    own = own_chunks(shape[0], chunk_size)
+    _write_slice(partial, shape, compute, range(own.start, own.stop, chunk_size), own.stop, progress, mark)
     wait()
     on_first(complete)
     return FeatureStore(path)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lvd_lightning.circuits.engine.workspace import few_sizes
 from lvd_lightning.models.assembled import MARGIN, AssembledCircuit
-from lvd_lightning.models.routing import route
+from lvd_lightning.models.shared_routing import route_batch
+from lvd_lightning.shares import part_order
 
 __all__ = ["conditional_loss", "training_evidence"]
 
@@ -41,10 +41,10 @@ def conditional_loss(
     """Minus the log-likelihoods of the conditionals, weighted by posteriors: a sum over examples, in nats.
 
     Args:
-        x: examples (B, ...).
+        x: examples (B, ...): of a batch that ranks share this one's, which may be none. All ranks have to call.
         posterior: (B, P, K); those that do not exceed `floor` count as zero.
         slots: slots per circuit, as a multiple of the mean number of its parts; of more parts a random sample counts.
-        generator: for that sample.
+        generator: for that sample, in one state on all ranks.
     """
     image, position, state = (posterior > floor).nonzero(as_tuple=True)
     circuit_N, head_N = circuit.head_index.locate(state, position)
@@ -56,13 +56,17 @@ def conditional_loss(
     weight_UH = posterior.new_zeros(len(pair), conditional.num_heads)
     weight_UH[place, head_N] = posterior[image, position, state]
     weight_U = weight_UH.sum(1)
-    routed = route(
+    order_N = part_order(len(x), circuit.num_positions, posterior.device)
+    routed = route_batch(
         circuit_U,
         conditional.num_circuits,
-        slots=few_sizes(round(slots * len(pair) / conditional.num_circuits)),
+        slots=slots,
+        order=order_N[item] * conditional.num_circuits + circuit_U,
         weight=weight_U,
         generator=generator,
     )
+    if not len(pair):
+        return posterior.sum()
     rows_ND = circuit.split(x).flatten(0, 1)
     share_GSH = weight_UH[routed.index] / weight_U[routed.index][..., None]
     weight_GSH = routed.weight[..., None] * share_GSH

@@ -11,7 +11,7 @@ __all__ = ["EpochSeed"]
 
 
 class EpochSeed(Callback):
-    """Seeds the global random numbers at every epoch from (seed, epoch, rank).
+    """Seeds the global random numbers at every epoch from (seed, epoch), alike on all ranks.
 
     Checkpoints hold no random state. With this, dropout and whatever else draws from the global generators is the same
     in an epoch that was begun again after an interruption. The second seeding, at the first batch, is there because an
@@ -22,7 +22,7 @@ class EpochSeed(Callback):
         self.seed = seed
 
     def _seed(self, trainer: Trainer) -> None:
-        seed_everything(derive_seed(self.seed, "epoch", trainer.current_epoch, trainer.global_rank), verbose=False)
+        seed_everything(derive_seed(self.seed, "epoch", trainer.current_epoch, 0), verbose=False)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

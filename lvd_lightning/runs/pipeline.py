@@ -9,7 +9,7 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from lvd_lightning.runs.lock import locked
 from lvd_lightning.runs.metrics_file import MetricsFile
 from lvd_lightning.runs.old_codes import check_codes
 from lvd_lightning.runs.progress import EpochLines, Noted, ProgressBar
+from lvd_lightning.runs.rank_agreement import RankAgreement
 from lvd_lightning.runs.report import is_written, write_report
 from lvd_lightning.runs.run import Run
 from lvd_lightning.runs.run_directory import adopt_run_directory, check_trained_with, record_stage
@@ -234,7 +235,9 @@ class Pipeline:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from ended
         close_wandb()
-        return self.ranks.on_first(partial(self._finish, module, context, checkpoint))
+        # Circuits are built anew for the best epoch: of the type that they were trained in.
+        with trainer.precision_plugin.module_init_context() if module.em else nullcontext():
+            return self.ranks.on_first(partial(self._finish, module, context, checkpoint))
 
     def _finish(self, module: StageModule, context: StageContext, checkpoint: EpochCheckpoint) -> dict[str, float]:
         load_best(module, checkpoint)
@@ -268,7 +271,7 @@ class Pipeline:
         defaults = {"num_sanity_val_steps": 0, "enable_model_summary": sys.stdout.isatty()}
         return Trainer(
             **{**self.experiment.devices, **defaults, **arguments, "logger": [metrics, *arguments.get("logger", [])]},
-            callbacks=[own[0], *callbacks, own[1]],
+            callbacks=[own[0], RankAgreement(stage.name), *callbacks, own[1]],
             default_root_dir=folder,
             use_distributed_sampler=False,
             enable_progress_bar=any(isinstance(callback, AnyProgressBar) for callback in callbacks),

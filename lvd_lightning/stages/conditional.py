@@ -13,7 +13,6 @@ from typing_extensions import override
 
 from lvd_lightning import circuits as pc
 from lvd_lightning.checks import check_above, check_choice, check_counts
-from lvd_lightning.circuits.engine.workspace import few_sizes
 from lvd_lightning.circuits.io import pack_structure, unpack_structure
 from lvd_lightning.context import Data, StageContext
 from lvd_lightning.growing.clustering import first_heads
@@ -27,9 +26,10 @@ from lvd_lightning.models.first_circuits import first_circuits
 from lvd_lightning.models.head_index import HeadIndex
 from lvd_lightning.models.leaves import LeafChoice
 from lvd_lightning.models.priors import chow_liu_prior, edge_kinds, latent_tree
-from lvd_lightning.models.routing import route
+from lvd_lightning.models.shared_routing import route_batch
 from lvd_lightning.models.structures import PartStructure, StructureName
 from lvd_lightning.ranks import check_agreement, from_first
+from lvd_lightning.shares import part_order
 from lvd_lightning.stages.em_student import EMStudent, Rule
 
 __all__ = ["ConditionalStudent"]
@@ -166,8 +166,16 @@ class ConditionalStudent(EMStudent):
         conditional = self.assembled.conditional
         z_BP = self._latent_values(self.clusters_NP["train"][index.cpu()], self.heads_NP[index.cpu()]).to(images.device)
         circuit_N, head_N = (found_BP.flatten() for found_BP in self.assembled.head_index.locate(z_BP))
-        slots = few_sizes(round(self.hparams["slots"] * len(circuit_N) / conditional.num_circuits))
-        routed = route(circuit_N, conditional.num_circuits, slots=slots, generator=self.step_generator(batch_idx))
+        routed = route_batch(
+            circuit_N,
+            conditional.num_circuits,
+            slots=self.hparams["slots"],
+            order=part_order(len(images), z_BP.shape[1], images.device),
+            generator=self.step_generator(batch_idx),
+        )
+        if not len(images):  # the other ranks have the whole batch
+            self.em_step()
+            return
         patches_ND = self.assembled.split(images).flatten(0, 1)
         is_filled = routed.weight > 0
         head_GS = torch.where(is_filled, head_N[routed.index], 0)
@@ -259,7 +267,8 @@ class ConditionalStudent(EMStudent):
         there is a new optimizer, with the schedule going on.
         """
         text, tensors = pack_structure(graphs)
-        check_agreement("the structure of the edited circuits", text, tensors.values())
+        where = f"the structure of the edited circuits (epoch {self.current_epoch + 1}, round {self.round})"
+        check_agreement(where, text, tensors)
         self._assemble(graphs, self.heads_NP if heads_NP is None else self._checked(heads_NP))
         with torch.no_grad():
             for table in self.assembled.conditional.tables:
@@ -272,7 +281,8 @@ class ConditionalStudent(EMStudent):
         self.assembled.prior = self._prior().to(self.device)
 
     def _checked(self, heads_NP: Tensor) -> Tensor:
-        check_agreement("the heads of the training patches", "", (heads_NP,))
+        where = f"the heads of the training patches (epoch {self.current_epoch + 1}, round {self.round})"
+        check_agreement(where, "", {"heads": heads_NP})
         return heads_NP
 
     def _assemble(self, graphs: list[pc.CircuitGraph], heads_NP: Tensor) -> None:

@@ -97,6 +97,11 @@ class FinetuneStudent(EMStudent):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, index = batch
+        if not len(images):  # the other ranks have the whole batch, and wait for what this one has of it
+            nothing_BPK = torch.zeros(0, self.assembled.num_positions, self.assembled.num_states, device=self.device)
+            self._conditional_loss(images, nothing_BPK, batch_idx)
+            self.em_step()
+            return
         evidence_BPK = self._evidence(images, index).requires_grad_()
         log_B = self.assembled.prior.log_prob(evidence_BPK)[:, 0]
         self.manual_backward(-log_B.sum())

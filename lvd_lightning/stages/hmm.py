@@ -23,6 +23,7 @@ from lvd_lightning.models.hmm_counts import HMMCounts
 from lvd_lightning.models.hmm_graph import HMMTables
 from lvd_lightning.models.language import HiddenMarkovModel
 from lvd_lightning.ranks import rank_and_size
+from lvd_lightning.shares import drawn_for_batch
 from lvd_lightning.stages.em_student import EMStudent
 from lvd_lightning.stages.hmm_settings import (
     HMMRule,
@@ -162,6 +163,9 @@ class HMMStudent(EMStudent):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x_BT, start = batch[0], self._now()
         kept_BT = self.kept_tokens(x_BT, batch_idx)
+        if not len(x_BT):  # the other ranks have the whole batch
+            self.em_step()
+            return
         log_B = self.model.add_flows(x_BT, kept_BT)
         self.em_step()
         self.spent["steps"] += self._now() - start
@@ -184,7 +188,8 @@ class HMMStudent(EMStudent):
         share = self.hparams["token_dropout"]
         if share == 0:
             return None
-        drawn_BT = torch.rand(x_BT.shape, generator=self.step_generator(batch_idx))
+        generator = self.step_generator(batch_idx)
+        drawn_BT = drawn_for_batch(lambda count: torch.rand(count, x_BT.shape[1], generator=generator), len(x_BT))
         return (drawn_BT >= share).to(x_BT.device)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

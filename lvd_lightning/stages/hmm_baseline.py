@@ -21,6 +21,7 @@ from lvd_lightning.files import read_json, write_json
 from lvd_lightning.metrics import MeanLikelihood
 from lvd_lightning.models.language import HiddenMarkovModel
 from lvd_lightning.models.sparse_hmm import SparseHMM
+from lvd_lightning.shares import drawn_for_batch
 from lvd_lightning.stages.em_student import Rule, check_step_sizes
 from lvd_lightning.stages.hmm_settings import (
     check_hmm_settings,
@@ -135,10 +136,12 @@ class HMMBaseline(RuleComparison):
             start = self._now()
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            log_B = self.model(rule).add_flows(batch[0], kept_BT)
+            log_B = self.model(rule).add_flows(batch[0], kept_BT) if len(batch[0]) else None
             optimizer.step()
             optimizer.zero_grad()
             self.seconds[rule] += self._now() - start
+            if log_B is None:  # the other ranks have the whole batch
+                continue
             metric = self._metric("train", rule)
             metric.update(log_B)
             self.log(f"train/{rule}_{self.unit.name}", metric, on_step=False, on_epoch=True)
@@ -206,8 +209,9 @@ class HMMBaseline(RuleComparison):
         share = self.hparams["token_dropout"]
         if share == 0:
             return None
-        generator = self._context.generator("step", self.current_epoch, batch_idx, self.global_rank)
-        return (torch.rand(x_BT.shape, generator=generator) >= share).to(x_BT.device)
+        generator = self._context.generator("step", self.current_epoch, batch_idx, 0)
+        drawn_BT = drawn_for_batch(lambda count: torch.rand(count, x_BT.shape[1], generator=generator), len(x_BT))
+        return (drawn_BT >= share).to(x_BT.device)
 
     def _now(self) -> float:
         """Seconds on a clock, when the device is done with what it was given."""

@@ -20,6 +20,7 @@ from lvd_lightning import teachers
 from lvd_lightning.checks import check_between, check_share
 from lvd_lightning.context import StageContext, VisibleData
 from lvd_lightning.seeds import derive_seed
+from lvd_lightning.shares import drawn_for_batch
 from lvd_lightning.stages.schedules import warmup_cosine
 from lvd_lightning.stages.stage import StageModule, image_patches
 
@@ -118,18 +119,23 @@ class MAETeacher(StageModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, _ = batch
         low, high = self.hparams["mask_min"], self.hparams["mask_max"]
-        # All ranks hide the same share, so that none waits for the others; which patches differs from rank to rank.
+        # All images of a step have the same share hidden, so that no rank waits for the others.
         ratio = torch.rand((), generator=self._context.generator("ratio", self.current_epoch, batch_idx)).item()
-        generator = self._context.generator("mask", self.current_epoch, batch_idx, self.global_rank)
-        noise_BP = torch.rand(len(images), self.teacher.num_patches, generator=generator).to(images.device)
-        loss = self.teacher(images, low + (high - low) * ratio, noise_BP).loss.mean()
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
-        return loss
+        generator = self._context.generator("mask", self.current_epoch, batch_idx, 0)
+        num_patches = self.teacher.num_patches
+        noise_BP = drawn_for_batch(lambda count: torch.rand(count, num_patches, generator=generator), len(images))
+        share = self.share_of_batch(len(images))
+        if not len(images):  # the other ranks have the whole batch; any image does for a gradient of zero
+            images, noise_BP = images.new_zeros(1, *images.shape[1:]), noise_BP.new_zeros(1, num_patches)
+        loss = self.teacher(images, low + (high - low) * ratio, noise_BP.to(images.device)).loss.mean()
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch[0]), sync_dist=True)
+        return loss * share
 
     @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        loss_B = self._validation_losses(*batch)
-        self.log("val/loss", loss_B.mean(), batch_size=len(loss_B), sync_dist=True, prog_bar=True)
+        count = len(batch[0])
+        mean = self._validation_losses(*batch).mean() if count else torch.zeros((), device=self.device)
+        self.log("val/loss", mean, batch_size=count, sync_dist=True, prog_bar=True)
 
     @override
     def on_validation_epoch_end(self) -> None:

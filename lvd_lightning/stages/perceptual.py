@@ -300,7 +300,7 @@ class PerceptualStudent(StageModule):
             posterior_BPK,
             floor=self.hparams["posterior_floor"],
             slots=self.hparams["slots"],
-            generator=self._context.generator("slots", self.current_epoch, self.global_rank),
+            generator=self._context.generator("slots", self.current_epoch, 0),
         )
         self.manual_backward(loss * self._per_dimension(images))
         self.train_likelihood.update(log_B)

@@ -19,11 +19,12 @@ from lvd_lightning.circuits.io import pack_structure, unpack_structure
 from lvd_lightning.context import Data, StageContext
 from lvd_lightning.latents.assignments import read_assignments
 from lvd_lightning.models.assembled import AssembledCircuit
-from lvd_lightning.models.evidence import Candidates, CircuitGroups, EvidenceCache, candidate_table
+from lvd_lightning.models.evidence import CHUNK_IMAGES, Candidates, CircuitGroups, EvidenceCache, candidate_table
 from lvd_lightning.models.evidence_source import EvidenceSource, images_within, save_candidate_table
 from lvd_lightning.models.head_index import HeadIndex
 from lvd_lightning.models.priors import chow_liu_prior, clusters_tree, edge_kinds, hidden_prior
-from lvd_lightning.ranks import on_first, rank_and_size, wait
+from lvd_lightning.ranks import on_first, wait
+from lvd_lightning.shares import own_chunks
 from lvd_lightning.stages.em_student import EMStudent, Rule
 
 __all__ = ["PriorStudent"]
@@ -122,7 +123,8 @@ class PriorStudent(EMStudent):
     def flows(self) -> pc.Flows:
         """Flows of the prior over all training images, summed over all processes, which all have to call."""
         flows, data = pc.Flows(self.assembled.prior), self._context.data
-        for index in torch.arange(self.global_rank, len(self.z_NP["train"]), self.trainer.world_size).split(256):
+        own = own_chunks(len(self.z_NP["train"]), CHUNK_IMAGES)
+        for index in torch.arange(own.start, own.stop).split(CHUNK_IMAGES):
             images = data.batch("train", index).to(self.device)
             flows.add(self.train_evidence.evidence(images, index.to(self.device)))
         flows.all_reduce()
@@ -145,6 +147,9 @@ class PriorStudent(EMStudent):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, index = batch
+        if not len(images):  # the other ranks have the whole batch
+            self.em_step()
+            return
         if self.current_epoch < self.hparams["hard_epochs"]:
             z_BP = self.z_NP["train"][index.cpu()].to(images.device)
             log_B = self.assembled.prior_log_prob(z_BP)
@@ -260,11 +265,9 @@ def fill_cache(
     candidates: Candidates | None,
 ) -> None:
     """Fill a cache of `shape` (N, P, M) with all processes, each its share; the first makes and completes it."""
-    rank, size = rank_and_size()
     sparse, states = candidates is not None, assembled.num_states
     on_first(partial(EvidenceCache.begin, folder, shape, states, sparse))
-    share = -(-shape[0] // size)
-    rows = range(min(shape[0], rank * share), min(shape[0], (rank + 1) * share))
+    rows = own_chunks(shape[0], CHUNK_IMAGES)
     EvidenceCache.fill(folder, assembled, data, split, rows=rows, z_NP=z_NP, candidates=candidates)
     wait()
     on_first(partial(EvidenceCache.complete, folder, states))

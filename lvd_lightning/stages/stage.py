@@ -14,6 +14,8 @@ from lvd_lightning.circuits import Circuit
 from lvd_lightning.context import Data, StageContext
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.parts import ImagePatches
+from lvd_lightning.ranks import rank_and_size
+from lvd_lightning.shares import batch_total
 from lvd_lightning.units import Unit
 
 __all__ = ["PlainStage", "Stage", "StageModule", "image_patches"]
@@ -90,7 +92,8 @@ class StageModule(Stage, LightningModule):
     for that, if its random numbers come from `StageContext.generator("...", epoch)`.
 
     A module that defines `train_dataloader` brings its own data (patches, codes, cached likelihoods); otherwise the
-    loaders are those of the datamodule and yield `(examples [b, ...], index int64 [b])`.
+    loaders are those of the datamodule and yield `(examples [b, ...], index int64 [b])`. On several ranks b may be 0 in
+    the last batch of an epoch: see `docs/scaling.md`, and `share_of_batch` for losses that are means.
 
     monitor, monitor_mode: the logged validation metric that says which epoch is best; None: the validation
         likelihood in the data's unit, `val/<unit>`. See `follow`.
@@ -128,6 +131,14 @@ class StageModule(Stage, LightningModule):
         for module in self.modules():
             if isinstance(module, Circuit):
                 module.check_inputs()
+
+    def share_of_batch(self, count: int) -> float:
+        """What the mean loss of this rank's `count` examples counts for in a step whose gradients ranks average.
+
+        With it the gradient is that of the mean over the whole batch, also where shares are uneven; 1 for one process.
+        """
+        size = rank_and_size()[1]
+        return 1.0 if size == 1 else count * size / batch_total(count)
 
     def follow(self, unit: Unit, name: str = "") -> None:
         """Let the validation likelihood in this unit say which epoch is best, under `val/<name><unit>`."""

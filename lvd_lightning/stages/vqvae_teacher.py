@@ -22,6 +22,7 @@ from lvd_lightning.seeds import derive_seed
 from lvd_lightning.stages.mae_teacher import save_picture
 from lvd_lightning.stages.schedules import warmup_cosine
 from lvd_lightning.stages.stage import StageModule, image_patches
+from lvd_lightning.teachers.batch_noise import batch_noise
 from lvd_lightning.teachers.vqvae_scores import VQVAEScores
 
 __all__ = ["VQVAETeacher", "code_sheet"]
@@ -122,14 +123,20 @@ class VQVAETeacher(StageModule):
     @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, _ = batch
-        output = self.teacher(images)
-        generator = self._context.generator("codes", self.current_epoch, batch_idx, self.global_rank)
-        self.teacher.codebook.update(output.features, output.codes, generator)
-        return self._log(output, "train", self.train_scores).mean()
+        share, count = self.share_of_batch(len(images)), len(images)
+        if not count:  # the other ranks have the whole batch; any image does for a gradient of zero
+            images = images.new_zeros(1, *images.shape[1:])
+        with batch_noise(count):
+            output = self.teacher(images)
+        generator = self._context.generator("codes", self.current_epoch, batch_idx, 0)
+        self.teacher.codebook.update(output.features[:count], output.codes[:count], generator)
+        loss_B = self._log(output, "train", self.train_scores) if count else self.train_scores.losses(output)
+        return loss_B.mean() * share
 
     @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._log(self.teacher(batch[0]), "val", self.val_scores)
+        if len(batch[0]):
+            self._log(self.teacher(batch[0]), "val", self.val_scores)
 
     @override
     def on_validation_epoch_end(self) -> None:

@@ -3,7 +3,9 @@
 Shapes: N vectors, K codes, E features, M dead codes.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from typing_extensions import Self
 
 from lvd_lightning.checks import check_counts, check_share
 from lvd_lightning.ranks import gathered, sum_in_place
+from lvd_lightning.shares import drawn_for_batch
 
 __all__ = ["Codebook"]
 
@@ -89,9 +92,9 @@ class Codebook(nn.Module):
         """One step of the moving averages, and new places for dead codes; all ranks call, each with its own vectors.
 
         Args:
-            vectors: with shape (..., E).
-            codes: their codes before the update, int64 with shape (...).
-            generator: on the CPU, another one on every rank, for the draw of places.
+            vectors: with shape (B, ..., E), of the examples of a batch that this rank has.
+            codes: their codes before the update, int64 with shape (B, ...).
+            generator: on the CPU, in one state on all ranks, for the draw of places.
         """
         h_NE = vectors.detach().reshape(-1, vectors.shape[-1]).to(self.codes.dtype)
         z_N = codes.reshape(-1)
@@ -107,7 +110,8 @@ class Codebook(nn.Module):
         self.codes.copy_(torch.where(self.count[:, None] > 0, mean_KE, self.codes))
         dead = (self.count <= self.dead_below * self.count.mean()).nonzero()[:, 0]
         if len(dead) > 0:
-            self._revive(dead, _draw(h_NE, distance_N, len(dead), generator), sums_KE1[:, -1].mean())
+            noise_N = drawn_for_batch(partial(_noise, math.prod(codes.shape[1:]), generator), len(codes)).flatten()
+            self._revive(dead, _draw(h_NE, distance_N, len(dead), noise_N), sums_KE1[:, -1].mean())
 
     def _revive(self, dead: Tensor, places_mE: Tensor, count: Tensor) -> None:
         """Put the first of the dead codes on new places, with the average use of a code."""
@@ -117,14 +121,18 @@ class Codebook(nn.Module):
         self.total[dead] = places_mE * count
 
 
-def _draw(h_NE: Tensor, weight_N: Tensor, number: int, generator: torch.Generator) -> Tensor:
+def _noise(vectors_each: int, generator: torch.Generator, count: int) -> Tensor:
+    """Exponential variables for the vectors of `count` examples."""
+    return torch.empty(count, vectors_each, dtype=torch.float64).exponential_(generator=generator)
+
+
+def _draw(h_NE: Tensor, weight_N: Tensor, number: int, noise_N: Tensor) -> Tensor:
     """At most `number` of all ranks' vectors, without replacement and in proportion to their weights; (m, E).
 
-    Each weight is divided by an exponential variable, and the largest quotients win: every rank offers its own winners.
-    Vectors of weight zero are never drawn.
+    Each weight is divided by its exponential variable, and the largest quotients win: every rank offers its own
+    winners. Vectors of weight zero are never drawn.
     """
-    noise_N = torch.empty(len(h_NE), dtype=torch.float64).exponential_(generator=generator).to(h_NE)
-    quotient_N = weight_N / noise_N.clamp_min(1e-30)
+    quotient_N = weight_N / noise_N.to(h_NE).clamp_min(1e-30)
     best = quotient_N.topk(min(number, len(h_NE))).indices
     offer_ME1 = h_NE.new_zeros(number, h_NE.shape[1] + 1)
     offer_ME1[: len(best)] = torch.cat([h_NE[best], quotient_N[best, None]], dim=1)

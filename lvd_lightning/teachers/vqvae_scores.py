@@ -51,9 +51,13 @@ class VQVAEScores(nn.Module):
         self.code_perplexity = _CodePerplexity(num_codes, **metric_arguments)
         self.codes_used = _CodesUsed(num_codes, **metric_arguments)
 
+    def losses(self, output: VQVAEOutput) -> Tensor:
+        """What is minimised, of every image, with shape (B,)."""
+        return -output.elbo / self.bits + self.commitment * output.commitment
+
     def update(self, output: VQVAEOutput) -> Tensor:
         """Add a batch; its losses, with shape (B,)."""
-        loss_B = -output.elbo / self.bits + self.commitment * output.commitment
+        loss_B = self.losses(output)
         terms = {"elbo": output.elbo, "reconstruction": output.log_likelihood, "prior": output.log_prior}
         for term, log_B in terms.items():
             metric = self.get_submodule(f"{term}_{self.unit.name}")

@@ -67,8 +67,8 @@ def exit_codes(work: Callable[[], int], most: int) -> list[int]:
     return codes
 
 
-def fork_ranks(work: Callable[[int], None]) -> int:
-    """Do `work(rank)` in two forked processes that see each other as torchrun's do; the worst exit code."""
+def fork_ranks(work: Callable[[int], None], size: int = 2) -> int:
+    """Do `work(rank)` in forked processes that see each other as torchrun's do; the worst exit code."""
     port = free_port()
 
     def as_rank(rank: int) -> int:
@@ -76,23 +76,23 @@ def fork_ranks(work: Callable[[int], None]) -> int:
             TORCHELASTIC_RUN_ID="test",
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
-            **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "2"),
+            **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(size)),
             **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
             GROUP_RANK="0",
         )
         work(rank)
         return 0
 
-    children = [_forked(lambda rank=rank: as_rank(rank)) for rank in range(2)]
+    children = [_forked(lambda rank=rank: as_rank(rank)) for rank in range(size)]
     return max(abs(_waited(child)) for child in children)
 
 
 @contextmanager
-def one_of_two(rank: int, port: int) -> Iterator[None]:
-    """In a fresh process: rank 0 or 1 of a group of two that computes in float64 on one thread each."""
+def one_of_two(rank: int, port: int, size: int = 2) -> Iterator[None]:
+    """In a fresh process: one of a group of two (or `size`) ranks that compute in float64 on one thread each."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     yield
     leave()
 
