@@ -72,6 +72,11 @@ class SparseHMM(nn.Module):
         return self.emissions.rule
 
     @property
+    def own_tensors(self) -> tuple[str, ...]:
+        """Room for the emissions of a batch's words, which are others on every rank; see `RankAgreement`."""
+        return (f"circuit.tables.{self.number}",)
+
+    @property
     def num_parameters(self) -> int:
         """Free parameters, as `HiddenMarkovModel` counts them."""
         S, K, V = len(self.row_S), self.num_states, self.num_tokens
