@@ -165,6 +165,7 @@ class HMMBaseline(RuleComparison):
         for rule, score in scores.items():
             if math.isnan(self.best[rule]) or self._best({rule: score, "": self.best[rule]}) != self.best[rule]:
                 self.best[rule] = score
+                self.model(rule).emissions.multiply_out()  # as `finished` does: on all ranks, or they round apart
                 if self.trainer.is_global_zero:
                     self.model(rule).finished().save(self._context.dir / rule)
 
