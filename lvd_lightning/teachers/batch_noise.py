@@ -1,4 +1,4 @@
-"""Dropout that does not depend on the number of ranks: its masks are drawn for the whole batch.
+"""Dropout and other noise that do not depend on the number of ranks: they are drawn for the whole batch.
 
 Shapes: b examples of this rank, B examples of the whole batch.
 """
@@ -22,10 +22,10 @@ __all__ = ["batch_noise"]
 
 @contextmanager
 def batch_noise(count: int) -> Iterator[None]:
-    """Inside, what layers draw from the global generators are this rank's rows of what the whole batch would draw.
+    """Inside, what is drawn for the examples of a batch are this rank's rows of what the whole batch would draw.
 
-    Of tensors whose first dimension is that of the examples, with generators in one state on all ranks. One process
-    goes on as always.
+    That is noise whose first dimension is that of the examples: dropout, and uniform, normal and exponential noise,
+    from the global generators or others, which have to be in one state on all ranks. One process goes on as always.
 
     count: b.
     """
@@ -36,6 +36,11 @@ def batch_noise(count: int) -> Iterator[None]:
     # The other kernels of attention draw inside, where nobody sees their masks.
     with sdpa_kernel(SDPBackend.MATH), _BatchNoise(count, batch_total(count), rank, size):
         yield
+
+
+_OPS = torch.ops.aten
+_FACTORIES = (_OPS.rand.default, _OPS.rand.generator, _OPS.randn.default, _OPS.randn.generator)
+_IN_PLACE = (_OPS.bernoulli_.float, _OPS.uniform_.default, _OPS.normal_.default, _OPS.exponential_.default)
 
 
 class _BatchNoise(TorchDispatchMode):
@@ -51,7 +56,9 @@ class _BatchNoise(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         named = kwargs or {}
-        if function is torch.ops.aten.bernoulli_.float and len(args[0]) == self.count:
+        if function in _FACTORIES and args[0] and args[0][0] == self.count:
+            return self._own(function([self.total, *args[0][1:]], *args[1:], **named)).contiguous()
+        if function in _IN_PLACE and args[0].dim() and len(args[0]) == self.count:
             drawn: Tensor = args[0]
             return drawn.copy_(self._own(function(self._whole(drawn), *args[1:], **named)))
         if function is torch.ops.aten.native_dropout.default and len(args[0]) == self.count:
