@@ -24,7 +24,7 @@ def seeing(teacher: nn.Module, where: str) -> Any:
     if not hasattr(teacher, "activations"):
         raise ValueError(
             f"{where}: a {type(teacher).__name__} has no activations(images) (see lvd_lightning.teachers): take a "
-            "MAETeacher or a VQVAETeacher, or a weight of 0 for losses on features"
+            "MAETeacher, a VQVAETeacher or a FlowTeacher of images, or a weight of 0 for losses on features"
         )
     return teacher.requires_grad_(False).eval()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lvd_lightning.checks import check_above, check_choice, check_counts
 from lvd_lightning.normalizing_flows import Dequantizer, Glow
-from lvd_lightning.normalizing_flows.flow_pass import draw_latents
+from lvd_lightning.normalizing_flows.flow_pass import FlowPass, draw_latents
 
 __all__ = ["FEATURES", "ImageFlow"]
 
@@ -151,21 +151,19 @@ class ImageFlow(nn.Module):
                 f"visible: got shape {tuple(visible.shape)}, expected None: a flow encodes whole images (set "
                 "latents.context to none)"
             )
-        level, num_levels = self.patch_size.bit_length() - 2, len(self.flow.levels)
-        if self.patch_size != 2 ** (level + 1) or not 0 <= level < num_levels:
-            sides = ", ".join(str(2 ** (number + 1)) for number in range(num_levels))
-            raise ValueError(
-                f"patch_size: got {self.patch_size}, but the {num_levels} levels of the flow have patches of side "
-                f"{sides}: choose one of these, or another number of levels"
-            )
+        return self._of_patches(self.flow.encode((images + 0.5) / self.dequantizer.sizes - 0.5))
+
+    def activations(self, scaled: Tensor) -> list[Tensor]:
+        """What the last coupling of every level makes of images, each (B, places, channels), features last; with
+        gradients.
+
+        Args:
+            scaled: floating point images (B, C, H, W) in [-1, 1].
+        """
         sizes = self.dequantizer.sizes
-        found = self.flow.encode((images + 0.5) / sizes - 0.5)
-        seen = found.hidden[level]
-        if self.feature == "hidden":
-            seen = self.flow.level_steps(level)[-1].coupling.activations(seen)
-        elif level < num_levels - 1:
-            seen = torch.cat([seen[:, : seen.shape[1] // 2], found.latents[level]], 1)
-        return seen.flatten(2).transpose(1, 2)
+        found = self.flow.encode(((scaled + 1) * (sizes - 1) / 2 + 0.5) / sizes - 0.5)
+        layers = [self._of_coupling(found, level).flatten(2).transpose(1, 2) for level in range(len(found.hidden))]
+        return [*layers, self._of_patches(found)]
 
     @torch.no_grad()
     def sample(self, num_samples: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
@@ -178,6 +176,26 @@ class ImageFlow(nn.Module):
             z = draw_latents(self.flow.latent_shapes, count, temperature, like, generator)
             parts.append(self.dequantizer.levels(self.flow.decode(z)))
         return torch.cat(parts)
+
+    def _of_patches(self, found: FlowPass) -> Tensor:
+        """The features (B, P, E) at the level whose grid is that of the patches."""
+        level, num_levels = self.patch_size.bit_length() - 2, len(self.flow.levels)
+        if self.patch_size != 2 ** (level + 1) or not 0 <= level < num_levels:
+            sides = ", ".join(str(2 ** (number + 1)) for number in range(num_levels))
+            raise ValueError(
+                f"patch_size: got {self.patch_size}, but the {num_levels} levels of the flow have patches of side "
+                f"{sides}: choose one of these, or another number of levels"
+            )
+        seen = found.hidden[level]
+        if self.feature == "hidden":
+            seen = self._of_coupling(found, level)
+        elif level < num_levels - 1:
+            seen = torch.cat([seen[:, : seen.shape[1] // 2], found.latents[level]], 1)
+        return seen.flatten(2).transpose(1, 2)
+
+    def _of_coupling(self, found: FlowPass, level: int) -> Tensor:
+        """The activations in the last coupling of a level, which leaves what it reads as it was; (B, hidden, H, W)."""
+        return self.flow.level_steps(level)[-1].coupling.activations(found.hidden[level])
 
     def _draws(self, images: Tensor, num_draws: int, generator: torch.Generator | None) -> Tensor:
         """log p(x + u) - log q(u | x) in nats of every draw, with shape (draws, B)."""

@@ -75,6 +75,19 @@ def test_features_are_those_of_the_level_whose_grid_is_that_of_the_patches(
         assert torch.equal(features_BPE, latent.flatten(2).mT)
 
 
+def test_activations_are_those_of_every_level_with_the_features_last_and_have_gradients() -> None:
+    flow = small(patch_size=4)
+    scaled = (IMAGES.float() / 127.5 - 1).requires_grad_()
+    *layers, features_BPE = flow.activations(scaled)
+    assert [tuple(layer.shape) for layer in layers] == [(3, 16, 4), (3, 4, 4)]
+    assert torch.allclose(features_BPE, flow.features(IMAGES), atol=1e-4)
+    hidden = small(patch_size=2, feature="hidden").features(IMAGES)
+    assert torch.allclose(layers[0], hidden, atol=1e-4)
+    features_BPE.sum().backward()
+    assert scaled.grad is not None
+    assert bool(scaled.grad.abs().amax((1, 2, 3)).gt(0).all())
+
+
 def test_patches_without_a_level_and_hidden_parts_are_refused() -> None:
     with pytest.raises(ValueError, match="patch_size: got 8, but the 2 levels of the flow have patches of side 2, 4"):
         small(patch_size=8).features(IMAGES)
