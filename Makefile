@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # -qq: errors only.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test test-first test-rest lint
+.PHONY: demo docs test test-first test-rest lint
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -24,7 +24,15 @@ test-first: $(INSTALLED)
 test-rest: $(INSTALLED)
 	$(BIN)/python -m pytest $(FIRST_PART:%=--ignore=%)
 
+# What mkdocs says of its own future is no news of ours.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+
+docs: $(INSTALLED)
+	$(MKDOCS) build --strict
+	@echo "open site/index.html, or see it as it changes: $(BIN)/mkdocs serve"
+
 lint: $(INSTALLED)
+	$(MKDOCS) build --strict --quiet --site-dir $(VENV)/site
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

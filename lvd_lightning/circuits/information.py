@@ -65,7 +65,8 @@ def kl(p: Circuit, q: Circuit, head: int | Tensor = 0) -> Tensor:
     Infinite where p gives weight to what has none in q, as after pruning q.
 
     Args:
-        p, q: circuits of one structure: the same nodes, edges between them and ties. Pruned edges (masks) may differ.
+        p: a circuit.
+        q: one of the same structure: the same nodes, edges between them and ties. Pruned edges (masks) may differ.
         head: an int; for a batch of circuits also int64 (G,), a head for each.
 
     Returns:

@@ -6,7 +6,7 @@ from pathlib import Path
 __all__ = ["PAGES", "ROOT", "blocks", "commands", "missing_links"]
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "RESULTS.md"])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks" / "RESULTS.md"])
 
 
 def blocks(language: str, page: Path) -> list[str]:
