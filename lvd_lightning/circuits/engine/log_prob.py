@@ -168,11 +168,15 @@ def evaluate(
         bad_GB = inexact(engine, batch, tables, linear.space, wanted, threshold_GB)
         if bad_GB is None:
             return log_GHB, linear, None
-        if 2 * int(bad_GB.sum(1).max()) < batch.size:
+        if _can_widen(engine, tables) or 2 * int(bad_GB.sum(1).max()) < batch.size:
             return log_GHB, linear, _compute_again(engine, batch, tables, bad_GB, log_GHB, keep)
     lease = engine.lease(batch.size, keep)
     engine.run_forward(batch, tables, lease.space)
     return lease.space.values[engine.roots] / layers.BITS_PER_NAT, lease, None
+
+
+def _can_widen(engine: Engine, tables: Sequence[Tensor]) -> bool:
+    return engine.dtype == torch.float32 and passes.applies(engine, tables)
 
 
 def _compute_again(
@@ -180,26 +184,45 @@ def _compute_again(
 ) -> Again:
     """Compute log p of the heads for some pairs of a circuit and an example once more, into `log_GHB`.
 
-    In double precision, which holds numbers of any size that matters, for their circuits alone; or by the general pass.
+    In double precision, which holds numbers of any size that matters, for their circuits alone. What it does not hold,
+    or all of them where nothing computes in double precision, takes the general pass, several times as long.
     """
+    few, g, column, place = _take_pairs(engine, batch, bad_GB)
+    if _can_widen(engine, tables):
+        lease: Lease[Any] = Lease(engine, WideWorkspace, few.size, keep)
+        log_GHS, _ = lease.space.forward(few, tables, bad_GB.any(1))
+        wanted_GHS = torch.zeros_like(log_GHS, dtype=torch.bool)
+        wanted_GHS.transpose(1, 2)[g, place] = True
+        bad_GS = inexact(engine, few, lease.space.wide, lease.space, wanted_GHS)
+        if bad_GS is None or not keep:
+            log_GHS = log_GHS.to(log_GHB.dtype)
+            if bad_GS is not None:
+                fewer, *pairs = _take_pairs(engine, few, bad_GS)
+                _run_general(engine, fewer, tables, pairs, log_GHS, keep)
+            log_GHB.transpose(1, 2)[g, column] = log_GHS.transpose(1, 2)[g, place]
+            return Again(few, lease, g, column, place)
+    return Again(few, _run_general(engine, few, tables, (g, column, place), log_GHB, keep), g, column, place)
+
+
+def _take_pairs(engine: Engine, batch: Batch, bad_GB: Tensor) -> tuple[Batch, Tensor, Tensor, Tensor]:
+    """A batch of these pairs; the circuit, the column here and the column there of each of them."""
     count_G = bad_GB.sum(1)
     size = min(few_sizes(int(count_G.max())), batch.size)
     index_GS = bad_GB.byte().argsort(dim=1, descending=True, stable=True)[:, :size]
-    few = batch.take([index_GS[leaf.circuits] for leaf in engine.leaf_layers()])
-    is_bad_GS = torch.arange(size, device=bad_GB.device) < count_G[:, None]
-    g, place = is_bad_GS.nonzero(as_tuple=True)
-    column = index_GS[g, place]
-    if passes.applies(engine, tables) and engine.dtype == torch.float32:
-        lease: Lease[Any] = Lease(engine, WideWorkspace, size, keep)
-        log_GHS, _ = lease.space.forward(few, tables, count_G > 0)
-        if inexact(engine, few, lease.space.wide, lease.space, is_bad_GS[:, None].expand_as(log_GHS)) is None:
-            log_GHB.transpose(1, 2)[g, column] = log_GHS.transpose(1, 2)[g, place].to(log_GHB.dtype)
-            return Again(few, lease, g, column, place)
-    lease = engine.lease(size, keep)
+    g, place = (torch.arange(size, device=bad_GB.device) < count_G[:, None]).nonzero(as_tuple=True)
+    return batch.take([index_GS[leaf.circuits] for leaf in engine.leaf_layers()]), g, index_GS[g, place], place
+
+
+def _run_general(
+    engine: Engine, few: Batch, tables: Sequence[Tensor], pairs: Sequence[Tensor], log_GHB: Tensor, keep: bool
+) -> Lease[Any]:
+    """The general pass for some pairs: circuit, column in `log_GHB`, into which log p goes, and column in `few`."""
+    g, column, place = pairs
+    lease = engine.lease(few.size, keep)
     engine.run_forward(few, tables, lease.space)
     log_GSH = lease.space.values[engine.roots].transpose(1, 2)
     log_GHB.transpose(1, 2)[g, column] = log_GSH[g, place] / layers.BITS_PER_NAT
-    return Again(few, lease, g, column, place)
+    return lease
 
 
 def _backward(

@@ -7,6 +7,7 @@ import torch
 from helpers.cases import few_structures
 
 import lvd_lightning.circuits as pc
+from lvd_lightning.circuits.engine import log_prob
 from lvd_lightning.circuits.engine.kernels.cpu import passes
 from lvd_lightning.circuits.engine.linear import inexact, run_linear
 from lvd_lightning.circuits.engine.log_prob import Lease
@@ -115,6 +116,40 @@ def test_only_what_is_too_small_is_computed_again(training: bool, monkeypatch: p
         for parameter, reference in zip(circuit.parameters(), exact.parameters(), strict=True):
             flow, expected_flow = parameter * parameter.grad, reference * reference.grad
             torch.testing.assert_close(flow.double(), expected_flow, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("is_held", [True, False])
+def test_double_precision_comes_before_the_general_pass(
+    is_held: bool, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many pairs it is. What it does not hold takes the general pass: alone, or in training with the rest."""
+    torch.set_default_dtype(torch.float32)
+    graphs = contradictions()
+    circuit, exact = pc.Circuit(graphs), pc.Circuit(graphs).double()
+    if not passes.applies(circuit.engine, circuit.probabilities()):
+        pytest.skip("there are no compiled kernels")
+    log_p = exact.log_prob(WORLDS)[0, :, 0]
+    x = torch.cat([WORLDS[log_p < -90], WORLDS[log_p > -30][:2]])
+    general: list[int] = []
+    run_forward = circuit.engine.run_forward
+    monkeypatch.setattr(
+        circuit.engine, "run_forward", lambda batch, *rest: (general.append(batch.size), run_forward(batch, *rest))
+    )
+
+    def inexact_too(engine: Any, batch: Any, tables: Any, space: Any, *rest: Any) -> torch.Tensor | None:
+        found = inexact(engine, batch, tables, space, *rest)
+        if isinstance(space, passes.WideWorkspace) and not is_held:
+            assert found is None
+            found = torch.zeros(3, batch.size, dtype=torch.bool)
+            found[0, 4] = True
+        return found
+
+    monkeypatch.setattr(log_prob, "inexact", inexact_too)
+    with torch.set_grad_enabled(training):
+        found = circuit.log_prob(x)
+    torch.testing.assert_close(found.double(), exact.log_prob(x), rtol=1e-4, atol=1e-4)
+    assert general == ([] if is_held else [len(x) - 2 if training else 1])
 
 
 @pytest.mark.usefixtures("any_pass")
