@@ -218,6 +218,9 @@ class _Sampler:
     def hard_leaf(self, leaf: InputPlan, reach_FKB: Tensor, noise: Tensor) -> Tensor:
         """The value of the unit that is reached; the gradient for the choice of a unit has the units' means."""
         if not self._is_listed(leaf):
+            if self.estimator == "simple" and isinstance(leaf.distribution, Discretized):
+                drawn_FB1 = self._reparameterised(leaf, reach_FKB, noise).detach()
+                return _straight_through(drawn_FB1, _mixed_means(reach_FKB, _as_values(self._probabilities(leaf))))
             return self._reparameterised(leaf, reach_FKB, noise)
         p_FKC = self._probabilities(leaf)
         is_reached_FB, unit_FB = _reached(reach_FKB)
@@ -226,10 +229,10 @@ class _Sampler:
         drawn_FBC = drawn_FBC if self.onehot else _as_values(drawn_FBC)
         mean_FKC = p_FKC if self.onehot else _as_values(p_FKC)
         if self.estimator == "simple":
-            return _straight_through(drawn_FBC, torch.einsum("fkb,fkc->fbc", reach_FKB, mean_FKC))
+            return _straight_through(drawn_FBC, _mixed_means(reach_FKB, mean_FKC))
         soft_FBC = _softmax(score_FBC / self.temperature, -1) * is_reached_FB[..., None]
         soft_FBC = soft_FBC if self.onehot else _as_values(soft_FBC)
-        return _straight_through(drawn_FBC, soft_FBC + torch.einsum("fkb,fkc->fbc", reach_FKB, mean_FKC.detach()))
+        return _straight_through(drawn_FBC, soft_FBC + _mixed_means(reach_FKB, mean_FKC.detach()))
 
     def _reparameterised(self, leaf: InputPlan, reach_FKB: Tensor, noise_FB: Tensor) -> Tensor:
         """Place + spread * noise of all units, mixed; rounding passes gradients on as if it were not there."""
@@ -265,7 +268,7 @@ class _Sampler:
         """Whether samples come from the list of p(value | unit), and not by reparameterisation."""
         if _num_values(leaf) is None:
             return False
-        return self.onehot or self.estimator == "simple" or not isinstance(leaf.distribution, Discretized)
+        return self.onehot or not isinstance(leaf.distribution, Discretized)
 
     def _draw_noise(self, generator: torch.Generator | None) -> _Noise:
         like = self.found.heads.detach()
@@ -372,6 +375,11 @@ def _softmax(score: Tensor, dim: int) -> Tensor:
     """Shares; where nothing is possible (nobody reaches that) they are equal and pass no gradient."""
     is_dead = score.detach().amax(dim, keepdim=True) == -torch.inf
     return score.masked_fill(is_dead, 0.0).softmax(dim)
+
+
+def _mixed_means(reach_FKB: Tensor, mean_FKC: Tensor) -> Tensor:
+    """Means of units, mixed by their weights, (F, B, C)."""
+    return torch.einsum("fkb,fkc->fbc", reach_FKB, mean_FKC)
 
 
 def _as_values(share: Tensor) -> Tensor:
