@@ -10,7 +10,8 @@ gradient from it, deviation the root of the summed variances of the gradient of 
 exact gradient; what sampling noise adds to the bias is taken off, and told as "noise". With --plot FILE they become a
 picture.
 
-Then a forward and a backward pass of a binary tree over 784 variables of 16 values, 64 samples, estimators in turn.
+Then a forward and a backward pass of a binary tree over 784 variables of 16 values, 64 samples, estimators in turn; and
+of an assembled circuit, whose latent values are choices among heads.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ from measuring import Contender, measure_peak, take_step
 from torch import Tensor
 
 import lvd_lightning.circuits as pc
+from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.models.assembled_rsample import rsample
+from lvd_lightning.models.reparameterized import reparameterized
+from lvd_lightning.parts import ImagePatches
 
 VALUES, VARIABLES = 3, 4
 TEMPERATURES = (2.0, 1.0, 0.5, 0.2, 0.1)
@@ -201,6 +206,36 @@ def cost(repeats: int) -> None:
             print(f"| {found.name} | {num_latents} | {median:.0f} | {found.peak_memory:.0f} |")
 
 
+def cost_of_assembled(repeats: int) -> None:
+    """The same of samples of an assembled circuit: 64 images of 16 patches of 12 variables, trees with 8 latents."""
+    print("\n| 16 patches of 12 variables, 64 samples | heads | milliseconds | MiB |\n|---|---:|---:|---:|")
+    for num_states in (64, 256):
+        torch.manual_seed(0)
+        prior = pc.hclt([-1, *((p - 1) // 2 for p in range(1, 16))], 16, pc.SoftEvidence(num_states))
+        graphs = [pc.hclt([-1, *range(11)], 8, pc.DiscretizedLogistic(256)) for _ in range(num_states)]
+        plain = AssembledCircuit(pc.Circuit(prior), pc.Circuit(graphs), ImagePatches((3, 8, 8), 2))
+        circuit = reparameterized(plain, "logits")
+        contenders = []
+        for estimator in ("simple", "straight_through", "gumbel"):
+
+            def step(x: Tensor, circuit: AssembledCircuit = circuit, estimator: str = estimator) -> float:
+                circuit.zero_grad()
+                found = rsample(circuit, 64, estimator=estimator).square().mean()
+                found.backward()
+                return found.item()
+
+            contenders.append(Contender(estimator, 1, step, circuit.num_parameters))
+        nothing = torch.empty(0)
+        for found in contenders:
+            measure_peak(found, nothing)
+        for _ in range(repeats):
+            for found in contenders:
+                take_step(found, nothing)
+        for found in contenders:
+            median = 1000 * statistics.median(found.times)
+            print(f"| {found.name} | {num_states} | {median:.0f} | {found.peak_memory:.0f} |")
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -212,6 +247,7 @@ def main() -> None:
     if options.plot:
         plot(figures, options.plot)
     cost(1 if options.quick else 5)
+    cost_of_assembled(1 if options.quick else 5)
 
 
 if __name__ == "__main__":
