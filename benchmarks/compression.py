@@ -25,10 +25,10 @@ import torch
 from PIL import Image
 
 from lvd_lightning.runs.pictures import grid
-from lvd_lightning.use.compress import compress
-from lvd_lightning.use.decompress import decompress
+from lvd_lightning.use.compressing import compress
+from lvd_lightning.use.decompressing import decompress
 from lvd_lightning.use.pictures import PictureSet
-from lvd_lightning.use.sample import write_png
+from lvd_lightning.use.sampling import write_png
 from lvd_lightning.use.trained import open_trained
 
 Pixels = npt.NDArray[np.uint8]

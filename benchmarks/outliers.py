@@ -19,7 +19,7 @@ from torch.nn.functional import interpolate
 from lvd_lightning.seeds import generator_for
 from lvd_lightning.use.pictures import PictureSet, fitted
 from lvd_lightning.use.roc import auroc, roc_curve
-from lvd_lightning.use.score import bits_per_dimension
+from lvd_lightning.use.scoring import bits_per_dimension
 from lvd_lightning.use.trained import Trained, open_trained
 
 

@@ -18,14 +18,14 @@ __all__ = [
 __getattr__, _ = lazy_names(
     __name__,
     {
-        "compress": "compress",
-        "decompress": "decompress",
-        "explain": "explain",
-        "export": "export",
+        "compress": "compressing",
+        "decompress": "decompressing",
+        "explain": "explaining",
+        "export": "exporting",
         "from_pretrained": "trained",
-        "inpaint": "inpaint",
+        "inpaint": "inpainting",
         "open_trained": "trained",
-        "sample": "sample",
-        "score": "score",
+        "sample": "sampling",
+        "score": "scoring",
     },
 )

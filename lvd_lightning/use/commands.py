@@ -55,7 +55,7 @@ def _score_options(parser: argparse.ArgumentParser) -> None:
 def _score(chosen: argparse.Namespace) -> None:
     trained = open_chosen(chosen)
     from lvd_lightning.use.pictures import PictureSet
-    from lvd_lightning.use.score import score
+    from lvd_lightning.use.scoring import score
 
     many = [Path(found).is_dir() or Path(found).suffix.lower() == ".zip" for found in chosen.images]
     groups = [[found] for found in chosen.images] if all(many) and len(many) == 2 else [chosen.images]
@@ -90,7 +90,7 @@ def _sample(chosen: argparse.Namespace) -> None:
             "draws what is missing of a picture given the rest"
         )
     trained = open_chosen(chosen)
-    from lvd_lightning.use.sample import sample
+    from lvd_lightning.use.sampling import sample
 
     out = folder_of(chosen, "sample")
     sample(trained, chosen.num_samples, out, seed=chosen.seed)
@@ -114,7 +114,7 @@ def _inpaint(chosen: argparse.Namespace) -> None:
     trained = open_chosen(chosen)
     from functools import partial
 
-    from lvd_lightning.use.inpaint import inpaint
+    from lvd_lightning.use.inpainting import inpaint
     from lvd_lightning.use.missing import missing_box, missing_half, missing_in
     from lvd_lightning.use.pictures import PictureSet
 
@@ -142,7 +142,7 @@ def _compress_options(parser: argparse.ArgumentParser) -> None:
 
 def _compress(chosen: argparse.Namespace) -> None:
     trained = open_chosen(chosen)
-    from lvd_lightning.use.compress import compress
+    from lvd_lightning.use.compressing import compress
     from lvd_lightning.use.pictures import PictureSet
 
     with PictureSet(chosen.images) as pictures:
@@ -163,7 +163,7 @@ def _decompress_options(parser: argparse.ArgumentParser) -> None:
 
 def _decompress(chosen: argparse.Namespace) -> None:
     trained = open_chosen(chosen)
-    from lvd_lightning.use.decompress import decompress
+    from lvd_lightning.use.decompressing import decompress
 
     written = decompress(trained, Path(chosen.file), Path(chosen.out), batch=chosen.batch)
     print(f"decompress: {len(written)} pictures in {chosen.out}")
@@ -178,7 +178,7 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
 
 def _export(chosen: argparse.Namespace) -> None:
     trained = open_chosen(chosen)
-    from lvd_lightning.use.export import export
+    from lvd_lightning.use.exporting import export
 
     export(trained, Path(chosen.out), license=chosen.license, pyjuice=chosen.pyjuice, seed=chosen.seed)
     print(f"export: {chosen.out}; in Python lvd_lightning.use.from_pretrained({chosen.out!r})")
@@ -192,7 +192,7 @@ def _explain_options(parser: argparse.ArgumentParser) -> None:
 
 def _explain(chosen: argparse.Namespace) -> None:
     trained = open_chosen(chosen)
-    from lvd_lightning.use.explain import explain
+    from lvd_lightning.use.explaining import explain
 
     out = folder_of(chosen, "explain")
     found = explain(trained, out, num_clusters=chosen.clusters, seed=chosen.seed)

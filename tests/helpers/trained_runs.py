@@ -10,7 +10,7 @@ import lvd_lightning.circuits as pc
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.parts import ImagePatches
 from lvd_lightning.use.codes import ImageCodes
-from lvd_lightning.use.sample import write_png
+from lvd_lightning.use.sampling import write_png
 from lvd_lightning.use.trained import Trained, open_trained
 
 __all__ = ["HEADS", "picture_folder", "random_circuit", "random_pictures", "trained_run"]

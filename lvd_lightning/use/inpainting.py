@@ -21,7 +21,7 @@ from lvd_lightning.runs.pictures import grid, save_image
 from lvd_lightning.seeds import generator_for
 from lvd_lightning.use.pictures import Picture, fitted, joined, tiled
 from lvd_lightning.use.progress import tracked
-from lvd_lightning.use.sample import write_png
+from lvd_lightning.use.sampling import write_png
 from lvd_lightning.use.trained import Trained
 
 __all__ = ["ANIMATIONS", "Completed", "inpaint"]

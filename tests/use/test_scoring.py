@@ -13,7 +13,7 @@ from matplotlib.image import imread
 
 from lvd_lightning.use.pictures import PictureSet, tiled
 from lvd_lightning.use.roc import auroc, roc_curve
-from lvd_lightning.use.score import score
+from lvd_lightning.use.scoring import score
 
 
 def test_scores_are_likelihoods_in_order(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.trained_runs import random_pictures, trained_run
 
-from lvd_lightning.use.export import export
+from lvd_lightning.use.exporting import export
 from lvd_lightning.use.folders import new_folder
 from lvd_lightning.use.trained import from_pretrained, open_trained
 

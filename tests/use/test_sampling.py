@@ -8,7 +8,7 @@ import torch
 from helpers.trained_runs import trained_run
 
 from lvd_lightning.use.pictures import PictureSet
-from lvd_lightning.use.sample import sample
+from lvd_lightning.use.sampling import sample
 
 
 @pytest.mark.parametrize("color", ["ycocg_r", "grey"])

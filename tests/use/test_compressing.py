@@ -8,10 +8,10 @@ import torch
 from helpers.trained_runs import picture_folder, random_pictures, trained_run
 from PIL import Image
 
-from lvd_lightning.use.compress import compress
-from lvd_lightning.use.decompress import decompress
+from lvd_lightning.use.compressing import compress
+from lvd_lightning.use.decompressing import decompress
 from lvd_lightning.use.pictures import PictureSet
-from lvd_lightning.use.sample import write_png
+from lvd_lightning.use.sampling import write_png
 from lvd_lightning.use.trained import Trained, open_trained
 
 

@@ -15,11 +15,11 @@ from lvd_lightning.checks import check_counts
 from lvd_lightning.coding.archive import Archive, unpack
 from lvd_lightning.coding.frequencies import FrequencyTables
 from lvd_lightning.coding.ranges import RangeReader, Words
-from lvd_lightning.use.compress import BATCH, circuit_fingerprint
+from lvd_lightning.use.compressing import BATCH, circuit_fingerprint
 from lvd_lightning.use.folders import new_folder
 from lvd_lightning.use.pictures import joined
 from lvd_lightning.use.progress import tracked
-from lvd_lightning.use.sample import write_png
+from lvd_lightning.use.sampling import write_png
 from lvd_lightning.use.trained import Trained
 
 __all__ = ["decompress"]

@@ -8,10 +8,10 @@ import torch
 from helpers.trained_runs import random_pictures, trained_run
 from PIL import Image
 
-from lvd_lightning.use.inpaint import inpaint
+from lvd_lightning.use.inpainting import inpaint
 from lvd_lightning.use.missing import missing_box, missing_half, missing_in
 from lvd_lightning.use.pictures import Picture
-from lvd_lightning.use.sample import write_png
+from lvd_lightning.use.sampling import write_png
 
 BOX = partial(missing_box, "2,1,4,5")
 

@@ -10,7 +10,7 @@ from helpers.assemblies import STATES, assembly
 from helpers.trained_runs import HEADS, trained_run
 from matplotlib.image import imread
 
-from lvd_lightning.use.explain import explain, latent_shares, mutual_information
+from lvd_lightning.use.explaining import explain, latent_shares, mutual_information
 
 Z = torch.tensor(list(itertools.product(range(STATES), repeat=4)))
 
