@@ -12,6 +12,7 @@ from typing_extensions import override
 from datamodules.sampler import GlobalBatchSampler
 from datamodules.splits import Split
 from lvd_lightning.ranks import rank_and_size
+from lvd_lightning.resumable_loader import ResumableLoader
 
 __all__ = ["Batch", "GlobalLoaders"]
 
@@ -63,17 +64,18 @@ def global_batches(
     rank, size = rank_and_size()
     count = len(examples)  # type: ignore[arg-type]
     sampler = GlobalBatchSampler(count, batch_size, seed=seed, shuffle=shuffle, rank=rank, world_size=size)
-    if trainer is not None:
-        # A resumed Trainer fetches the first batches before it calls `set_epoch`.
-        sampler.set_epoch(trainer.current_epoch)
-    return DataLoader(
-        examples,
-        batch_sampler=sampler,
-        collate_fn=_as_read,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )
+    settings: dict[str, Any] = {
+        "batch_sampler": sampler,
+        "collate_fn": _as_read,
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+    }
+    if trainer is None or not shuffle:  # what is not shuffled is not trained on
+        return DataLoader(examples, **settings)
+    # A resumed Trainer fetches the first batches before it calls `set_epoch`.
+    sampler.set_epoch(trainer.current_epoch)
+    return ResumableLoader(examples, order=sampler, trainer=trainer, **settings)
 
 
 def _as_read(batch: T) -> T:

@@ -18,6 +18,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
     and every rank gets equally many batches, which are those of one process; the shares of one batch differ by at most
     one example. Of a last batch with fewer examples than ranks some shares are empty.
 
+    skip: batches that the next iteration leaves out, to go on within an epoch; 0 again after it has begun.
+
     Args:
         num_examples: the number of examples in the split.
         batch_size: the size of a batch, all ranks together.
@@ -58,6 +60,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
+        self.skip = 0
 
     @property
     def sampler(self) -> "GlobalBatchSampler":
@@ -73,7 +76,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order()
-        for start in range(0, self.num_examples, self.batch_size):
+        first, self.skip = self.skip * self.batch_size, 0
+        for start in range(first, self.num_examples, self.batch_size):
             yield order[start : start + self.batch_size][self.rank :: self.world_size].tolist()
 
     def _order(self) -> torch.Tensor:

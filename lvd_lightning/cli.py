@@ -5,12 +5,23 @@ What needs no library is answered before one is imported: the overview, an unkno
 
 import argparse
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lvd_lightning.stopping import (
+    EXIT_CODE,
+    Stopped,
+    failed_elsewhere,
+    handled_signals,
+    requested,
+    stop_if_requested,
+    tell_failure,
+)
 from lvd_lightning.use.commands import COMMANDS, run_command
 from lvd_lightning.use.options import CommandParser
 
@@ -61,7 +72,10 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, dict[str, Any], 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; a user's mistake is one line and exit code 2."""
+    """Run a command; a user's mistake is one line and exit code 2.
+
+    A signal that stops `fit` ends it with exit code 75 (`stopping.EXIT_CODE`), Ctrl-C with 130.
+    """
     warnings.formatwarning = _one_line_warning
     try:
         command, words = _split(sys.argv[1:] if arguments is None else arguments)
@@ -71,17 +85,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command in COMMANDS:
             run_command(command, words)
             return 0
-        command, config, options = parse([command, *words])
-        from lvd_lightning.runs.configuration import experiment_from
+        with handled_signals() if command == "fit" else nullcontext():  # before the library is imported
+            command, config, options = parse([command, *words])
+            from lvd_lightning.runs.configuration import experiment_from
 
-        run(command, experiment_from(config), **options)
+            stop_if_requested()
+            try:
+                run(command, experiment_from(config), **options)
+            except Exception as error:
+                _end_with_the_others(error)
+                raise
+    except Stopped as stopped:
+        if _is_first_rank():
+            from lvd_lightning.runs.slurm import requeue_after
+
+            name = signal.Signals(stopped.signal).name
+            print(f"stopped by {name}: the same command goes on from here", file=sys.stderr)
+            requeue_after(stopped.signal)
+        return EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return 130
     except Exception as error:
         if not _is_of_user(error):
             raise
-        if _is_first_rank():
+        if _is_first_rank() or getattr(error, "of_one_rank", False):
             print(f"error: {one_line(str(error))}", *getattr(error, "__notes__", []), file=sys.stderr)
         return 2
     return 0
@@ -92,13 +120,28 @@ def run(command: str, experiment: "Experiment", stage: str | None = None, change
     from lvd_lightning.ranks import Ranks
     from lvd_lightning.runs.pipeline import Pipeline
 
-    ranks = Ranks(experiment.devices)
+    ranks = Ranks(experiment.devices, experiment.timeout_minutes)
     pipeline = Pipeline(experiment, ranks)
     if command == "fit":
         pipeline.run(only=stage, changed=changed)
     else:
         pipeline.print_likelihood("val" if command == "validate" else "test")
     ranks.close()
+
+
+def _end_with_the_others(error: Exception) -> None:
+    """What a process of several does about an error: it ends without a word if another one has failed before it.
+
+    Messages that fail because another process has stopped are no errors either. Else the others are told, and end, so
+    that the error is the last thing that is printed.
+    """
+    number = requested()
+    if number is not None and not _is_of_user(error):
+        raise Stopped(number) from error
+    if tell_failure(one_line(str(error))):
+        error.of_one_rank = True  # type: ignore[attr-defined]
+    elif failed_elsewhere() is not None:
+        raise SystemExit(2) from error
 
 
 def _infill(words: Sequence[str]) -> None:

@@ -20,17 +20,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lvd_lightning.stopping import Stopped, requested, stop_watching, watch_ranks
 from lvd_lightning.traffic import sending
 
 __all__ = [
+    "TIMEOUT_MINUTES",
     "Ranks",
     "any_rank",
     "check_agreement",
     "from_first",
     "gathered",
+    "highest",
     "leave",
     "on_first",
     "rank_and_size",
+    "stop_together",
     "sum_in_place",
     "summed",
     "wait",
@@ -38,6 +42,8 @@ __all__ = [
 
 T = TypeVar("T")
 
+#: After which ranks that wait for each other give up.
+TIMEOUT_MINUTES = 10.0
 #: Tensors from this size on are summed where they are; smaller ones travel together, at most so much at once.
 _BUCKET_BYTES = 1 << 20
 
@@ -51,14 +57,17 @@ class Ranks:
     decide by itself that a stage is finished.
 
     devices: accelerator, devices and num_nodes as the Trainer takes them.
+    timeout_minutes: after which a rank gives up waiting for a message of another, which hangs or is gone; where the
+        first rank works alone the others wait for as long as it takes.
 
     Raises:
         ValueError: the machine has no such devices, or a launcher such as torchrun has started another number of
             processes than `devices` says.
     """
 
-    def __init__(self, devices: Mapping[str, Any]) -> None:
+    def __init__(self, devices: Mapping[str, Any], timeout_minutes: float = TIMEOUT_MINUTES) -> None:
         from lightning.fabric import Fabric  # only a run needs it; the functions below serve circuits too
+        from lightning.fabric.strategies import DDPStrategy
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 
         try:
@@ -76,8 +85,10 @@ class Ranks:
                 f"{fabric.world_size}: set --trainer.devices to the processes per node"
             )
         if fabric.world_size > 1:
-            fabric = Fabric(**devices, strategy="ddp")
+            timeout = timedelta(minutes=timeout_minutes)
+            fabric = Fabric(**devices, strategy=DDPStrategy(timeout=timeout))
             fabric.launch()
+            watch_ranks(dist.distributed_c10d._get_default_store(), timeout.total_seconds())
         self.rank = fabric.global_rank
         self.local_rank = fabric.local_rank
         self.world_size = fabric.world_size
@@ -128,6 +139,7 @@ def leave() -> None:
     global _patient
     if dist.is_available() and dist.is_initialized():
         wait()
+        stop_watching()
         _patient = None
         dist.destroy_process_group()
 
@@ -145,12 +157,16 @@ def on_first(function: Callable[[], T]) -> T:
     if rank == 0:
         try:
             message = [(function(), True)]
+        except Stopped as raised:
+            error, message = raised, [(raised.signal, None)]
         except BaseException as raised:
             error, message = raised, [(None, False)]
     dist.broadcast_object_list(message, src=0, group=_patient_group())
     if error is not None:
         raise error
     result, succeeded = message[0]
+    if succeeded is None:
+        raise Stopped(result)
     if not succeeded:
         raise SystemExit(2)
     wait()
@@ -195,6 +211,20 @@ def any_rank(facts: list[bool]) -> list[bool]:
     with sending(found.nbytes):
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return [bool(value) for value in found.tolist()]
+
+
+def stop_together() -> int | None:
+    """The signal that asked any rank to stop, the same on all, which call together; None if none has."""
+    return highest([requested() or 0])[0] or None
+
+
+def highest(numbers: list[int]) -> list[int]:
+    """The largest of each number over ranks; by way of the CPU, so that no device is waited for."""
+    if rank_and_size()[1] == 1:
+        return numbers
+    found = torch.tensor(numbers)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=_patient_group())
+    return [int(number) for number in found]
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from lvd_lightning import circuits as pc
 from lvd_lightning.context import Data
 from lvd_lightning.models.evidence import CircuitGroups
 from lvd_lightning.shares import own_chunks
+from lvd_lightning.stopping import stop_if_requested
 
 __all__ = ["CHUNK_IMAGES", "Chunk", "Examples"]
 
@@ -66,6 +67,7 @@ class Examples:
         images = range(len(self.circuit_NP)) if every_image else self.images()
         positions = self.circuit_NP.shape[1]
         for low in range(images.start, images.stop, CHUNK_IMAGES):
+            stop_if_requested()
             high = min(low + CHUNK_IMAGES, images.stop)
             circuit, head = (found[low:high].reshape(-1).long() for found in (self.circuit_NP, self.head_NP))
             at = torch.arange(len(circuit)) if heads is None else heads.cpu()[circuit, head].nonzero()[:, 0]

@@ -17,6 +17,7 @@ from lvd_lightning.files import read_tensors
 from lvd_lightning.latents import load_latents_info
 from lvd_lightning.latents.features import FeatureStore, PartValues, PatchVectors
 from lvd_lightning.latents.transform import AffineMap
+from lvd_lightning.stopping import stop_if_requested
 
 __all__ = ["PatchFeatures"]
 
@@ -76,5 +77,6 @@ class PatchFeatures:
         """The features of all patches of some images at a time: these images, and float32 (n P, D)."""
         step = self.images_at_once
         for low in range(images.start, images.stop, step):
+            stop_if_requested()
             high = min(low + step, images.stop)
             yield range(low, high), self.fitted.of_images(self.vectors.read(low, high)).flatten(0, 1)

@@ -23,6 +23,7 @@ from lvd_lightning.latents.settings import SPLITS, LatentsContext, LatentsSettin
 from lvd_lightning.latents.transform import AffineMap, fit_map
 from lvd_lightning.ranks import check_agreement, on_first, summed
 from lvd_lightning.shares import own_chunks
+from lvd_lightning.stopping import stop_if_requested
 
 __all__ = ["INFO_FILE", "assignments_path", "write_clusters"]
 
@@ -152,6 +153,7 @@ def _assign_all(vectors: PatchVectors, fitted: AffineMap, centroids: Tensor, dev
     step = max(1, _CHUNK_ENTRIES // (num_patches * num_features))
     own = own_chunks(num_images, step)
     for start in range(own.start, own.stop, step):
+        stop_if_requested()
         stop = min(start + step, own.stop)
         x_NPD = fitted.of_images(vectors.read(start, stop))
         if centroids.dim() == 2:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lvd_lightning.circuits.structures.chow_liu import center_root, maximum_spanning_tree
 from lvd_lightning.latents.features import PatchVectors
+from lvd_lightning.stopping import stop_if_requested
 
 __all__ = ["ancestor_mask", "context_tree", "linear_cka"]
 
@@ -36,10 +37,12 @@ def linear_cka(vectors: PatchVectors, device: torch.device | str = "cpu") -> Ten
         raise ValueError(f"the similarity of patches needs at least 2 images, got {num_images}")
     mean_PE = torch.zeros(num_patches, num_features, dtype=torch.float64, device=device)
     for start in range(0, num_images, _CHUNK_IMAGES):
+        stop_if_requested()
         mean_PE += vectors.read(start, start + _CHUNK_IMAGES).to(device).sum(0, dtype=torch.float64) / num_images
     norm_PP = torch.zeros(num_patches, num_patches, dtype=torch.float64, device=device)
     patches = torch.arange(num_patches)
     for block in patches.split(max(1, _BLOCK_ENTRIES // (num_patches * num_features**2))):
+        stop_if_requested()
         first, last = int(block[0]), int(block[-1]) + 1
         norm_PP[first:last, first:] = _cross_covariance_norms(vectors, mean_PE, first, last)
     norm_PP = norm_PP.triu() + norm_PP.triu(1).T
@@ -83,6 +86,7 @@ def _cross_covariance_norms(vectors: PatchVectors, mean_PE: Tensor, first: int, 
     rows, columns = (last - first) * num_features, (num_patches - first) * num_features
     covariance_IJ = torch.zeros(rows, columns, dtype=torch.float64, device=mean_PE.device)
     for start in range(0, num_images, _CHUNK_IMAGES):
+        stop_if_requested()
         x_NPE = vectors.read(start, start + _CHUNK_IMAGES).to(mean_PE.device) - mean_PE.float()
         x_NJ = x_NPE[:, first:].flatten(1)
         covariance_IJ += x_NJ[:, :rows].T @ x_NJ

@@ -18,6 +18,7 @@ from torch import Tensor
 from lvd_lightning.files import put_in_place, read_json, temporary_name, write_json
 from lvd_lightning.ranks import on_first, rank_and_size, wait
 from lvd_lightning.shares import own_chunks
+from lvd_lightning.stopping import requested, stop_if_requested
 
 __all__ = ["ComputedFeatures", "FeatureStore", "PartValues", "PatchVectors", "write_features"]
 
@@ -264,7 +265,8 @@ def _write_slice(
             _check_finite(features, first, last)
             file.seek(offset + first * row_bytes)
             file.write(features.numpy().astype(_DTYPE, copy=False).tobytes())
-            mark.move(last - starts.start, file)
+            mark.move(last - starts.start, file, at_once=requested() is not None)
+            stop_if_requested()
             if progress is not None:
                 progress(last - starts.start, stop - starts.start)
         mark.move(stop - starts.start, file, at_once=True)

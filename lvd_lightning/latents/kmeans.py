@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lvd_lightning.checks import expect
 from lvd_lightning.ranks import from_first, rank_and_size, sum_in_place, summed
+from lvd_lightning.stopping import stop_if_requested
 
 __all__ = ["add_seeds", "assign", "fit_centroids", "refine", "used_centroids"]
 
@@ -193,6 +194,7 @@ def _lloyd(points_NE: Tensor, centroids_KE: Tensor, iterations: int, shared: boo
     """Centroids after some iterations, and the nearest of them for each point of this rank's share."""
     label_N = _nearest(_share(points_NE, shared), centroids_KE)
     for _ in range(iterations):
+        stop_if_requested()
         centroids_KE = _cluster_means(points_NE, label_N, centroids_KE, shared)
         previous, label_N = label_N, _nearest(_share(points_NE, shared), centroids_KE)
         changed = (previous != label_N).sum()

@@ -19,6 +19,7 @@ from lvd_lightning import circuits as pc
 from lvd_lightning.files import read_array, read_json, write_atomically, write_json
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.models.routing import route_in_passes
+from lvd_lightning.stopping import stop_if_requested
 
 __all__ = ["Candidates", "CircuitGroups", "EvidenceCache", "candidate_table"]
 
@@ -275,6 +276,7 @@ class EvidenceCache:
         excess, best = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("excess", "best"))
         states = None if candidates is None else np.load(folder / "states.npy", mmap_mode="r+")
         for low in range(rows.start, rows.stop, CHUNK_IMAGES):
+            stop_if_requested()
             index = torch.arange(low, min(low + CHUNK_IMAGES, rows.stop))
             at = slice(low, low + len(index))
             images = data.batch(split, index).to(device)

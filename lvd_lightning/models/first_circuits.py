@@ -13,6 +13,7 @@ from lvd_lightning.circuits.structures import chow_liu_trees
 from lvd_lightning.context import Data, StageContext
 from lvd_lightning.models.routing import route
 from lvd_lightning.models.structures import Leaf, PartStructure, num_outcomes
+from lvd_lightning.stopping import stop_if_requested
 
 __all__ = ["first_circuits"]
 
@@ -87,6 +88,7 @@ def _read_parts(data: Data, flat: Tensor, positions: int) -> Tensor:
     images, place = (flat // positions).unique_consecutive(return_inverse=True)
     bounds = torch.searchsorted(place, torch.arange(0, len(images) + 1024, 1024))
     for number, chunk in enumerate(images.split(1024)):
+        stop_if_requested()
         at = slice(int(bounds[number]), int(bounds[number + 1]))
         patches_BPD = data.parts.split(data.batch("train", chunk))
         out.append(patches_BPD[place[at] - number * 1024, flat[at] % positions])

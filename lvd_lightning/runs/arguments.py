@@ -11,6 +11,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from lightning.pytorch import LightningDataModule
 from omegaconf import OmegaConf
 
+from lvd_lightning.ranks import TIMEOUT_MINUTES
 from lvd_lightning.runs.help import help_wanted, overview, stage_help
 from lvd_lightning.runs.objects import merge
 from lvd_lightning.runs.renamed import check_renamed
@@ -207,6 +208,18 @@ def _plain_parser(command: str, description: str) -> ArgumentParser:
         )
     parser.add_argument("--name", type=str | None, help="the run's directory in run_dir")
     parser.add_argument("--run_dir", type=str, default="runs", help="where runs are kept")
+    parser.add_argument(
+        "--checkpoint_minutes",
+        type=float | None,
+        default=10.0,
+        help="between checkpoints within an epoch; null: at its end alone",
+    )
+    parser.add_argument(
+        "--timeout_minutes",
+        type=float,
+        default=TIMEOUT_MINUTES,
+        help="after which a process gives up waiting for another one that hangs or is gone",
+    )
     parser.add_argument("--seed", type=int, default=0, help="all random numbers derive from it")
     parser.add_argument(
         "--shared", type=dict[str, _Plain], default={}, help="values that stages refer to as ${shared.key}"

@@ -13,7 +13,7 @@ from typing_extensions import override
 from lvd_lightning.circuits import Circuit
 from lvd_lightning.files import errors_naming, put_in_place, temporary_name
 
-__all__ = ["LAST_CHECKPOINT", "EpochCheckpoint"]
+__all__ = ["LAST_CHECKPOINT", "EpochCheckpoint", "link_or_copy"]
 
 LAST_CHECKPOINT = "last.ckpt"
 
@@ -71,7 +71,7 @@ class EpochCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             put_in_place(temporary, target)
             if better:
-                _link_or_copy(self.best_path, self.last_path)
+                link_or_copy(self.best_path, self.last_path)
         trainer.strategy.barrier()
 
     @override
@@ -96,7 +96,8 @@ def _first_fault(module: LightningModule) -> str | None:
     return f"NaN or infinity in {len(bad)} parameters, first in {bad[0]}" if bad else None
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or a copy where the file system has no hard links; what was there goes."""
     temporary = temporary_name(target)
     temporary.unlink(missing_ok=True)
     try:

@@ -55,6 +55,8 @@ def experiment_from(config: Mapping[str, Any]) -> Experiment:
         shared=settings.shared,
         devices={key: settings.trainer[key] for key in DEVICES if key in settings.trainer},
         config=config,
+        checkpoint_minutes=settings.checkpoint_minutes,
+        timeout_minutes=settings.timeout_minutes,
     )
 
 

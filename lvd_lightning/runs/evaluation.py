@@ -16,6 +16,7 @@ from lvd_lightning.runs.perception import Perception
 from lvd_lightning.runs.run import Run
 from lvd_lightning.runs.sample_figures import sample_figures
 from lvd_lightning.seeds import generator_for
+from lvd_lightning.stopping import stop_if_requested
 from lvd_lightning.teachers import load_teacher
 from lvd_lightning.teachers.io import ARGUMENTS_FILE
 
@@ -154,6 +155,7 @@ def lvd_gap(
     """
     metric = LVDGap(data.unit, data.num_dims, sync_on_compute=False)
     for rows in ranks.share(_rows(data, split)).split(max(1, _BATCH // ranks.world_size)):
+        stop_if_requested()
         images = data.batch(split, rows).to(ranks.device)
         log_B, joint_B = circuit.log_prob_and_objective(images, z_NP[rows].to(ranks.device))
         elbo_B = None if teacher is None else teacher.elbo(images).cpu()
@@ -169,6 +171,7 @@ def mean_likelihood(circuit: Any, data: Data, split: str, ranks: Ranks) -> float
     """The likelihood of a split under a circuit, in the data's unit, each rank doing its share; all have to call."""
     metric = MeanLikelihood(data.unit, data.num_dims, sync_on_compute=False)
     for rows in ranks.share(_rows(data, split)).split(max(1, _BATCH // ranks.world_size)):
+        stop_if_requested()
         metric.update(circuit.log_prob(data.batch(split, rows).to(ranks.device)).cpu())
     metric.nats, metric.weight = ranks.sum(metric.nats), ranks.sum(metric.weight)
     return float(metric.compute())

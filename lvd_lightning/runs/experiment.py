@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
+from lvd_lightning.ranks import TIMEOUT_MINUTES
 from lvd_lightning.stages.stage import Stage
 
 __all__ = ["Experiment", "PlannedStage"]
@@ -41,6 +42,8 @@ class Experiment:
     run_dir: the run's own directory, `runs/<name>`.
     devices: the Trainer's accelerator, devices and num_nodes: the same for all stages, because one job runs them all.
     config: the resolved configuration as it is written into the run directory.
+    checkpoint_minutes: between checkpoints within an epoch; None for none but at a signal.
+    timeout_minutes: after which a rank that waits for another gives up.
     """
 
     name: str
@@ -51,6 +54,8 @@ class Experiment:
     shared: Mapping[str, Any] = field(default_factory=dict)
     devices: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint_minutes: float | None = None
+    timeout_minutes: float = TIMEOUT_MINUTES
 
     def stage(self, name: str) -> PlannedStage:
         for stage in self.stages:

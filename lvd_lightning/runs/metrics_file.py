@@ -64,9 +64,12 @@ class MetricsFile(Logger):
             csv.DictWriter(file, self._columns).writerow(row)
 
     @rank_zero_only
-    def keep(self, last_epoch: int) -> None:
-        """Drop the rows of epochs after `last_epoch` (0-based; -1 drops all)."""
-        rows = [row for row in read_metrics(self.path) if row.get("epoch") and float(row["epoch"]) <= last_epoch]
+    def keep(self, last_epoch: int, step: int | None = None) -> None:
+        """Drop the rows of epochs after `last_epoch` (0-based; -1 drops all).
+
+        step: of the next epoch the rows up to this optimizer step stay, where it is gone on with from there.
+        """
+        rows = [row for row in read_metrics(self.path) if row.get("epoch") and _is_kept(row, last_epoch, step)]
         self._write(rows, _header(self.path) or list(self._FIRST))
 
     def _write(self, rows: list[dict[str, str]], columns: list[str]) -> None:
@@ -85,6 +88,11 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     text = path.read_text()
     complete = text[: text.rfind("\n") + 1]
     return [row for row in csv.DictReader(complete.splitlines()) if None not in row.values()]
+
+
+def _is_kept(row: Mapping[str, str], last_epoch: int, step: int | None) -> bool:
+    epoch = float(row["epoch"])
+    return epoch <= last_epoch or (step is not None and epoch == last_epoch + 1 and float(row["step"] or 0) <= step)
 
 
 def _header(path: Path) -> list[str]:

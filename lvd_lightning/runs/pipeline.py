@@ -7,9 +7,8 @@ import signal
 import sys
 import traceback
 import warnings
-import zipfile
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torchmetrics import Metric
 
 from lvd_lightning.context import DONE_MARKER, StageContext, missing_need
 from lvd_lightning.files import unreadable, write_atomically, write_json
-from lvd_lightning.ranks import Ranks
+from lvd_lightning.ranks import Ranks, stop_together
 from lvd_lightning.runs.checkpoint import EpochCheckpoint
 from lvd_lightning.runs.data_record import adopt_data, check_same_data, record_data, stages_with_data
 from lvd_lightning.runs.epoch_seed import EpochSeed
@@ -34,12 +33,15 @@ from lvd_lightning.runs.old_codes import check_codes
 from lvd_lightning.runs.progress import EpochLines, Noted, ProgressBar
 from lvd_lightning.runs.rank_agreement import RankAgreement
 from lvd_lightning.runs.report import is_written, write_report
+from lvd_lightning.runs.resuming import where_to_resume
 from lvd_lightning.runs.run import Run
 from lvd_lightning.runs.run_directory import adopt_run_directory, check_trained_with, record_stage
 from lvd_lightning.runs.settings import EVALUATE, REPORT
+from lvd_lightning.runs.step_checkpoint import StepCheckpoint
 from lvd_lightning.runs.stopwatch import Stopwatch
 from lvd_lightning.seeds import derive_seed
 from lvd_lightning.stages.stage import PlainStage, Stage, StageModule
+from lvd_lightning.stopping import Stopped
 
 __all__ = ["Pipeline"]
 
@@ -82,6 +84,7 @@ class Pipeline:
             self.ranks.on_first(partial(adopt_run_directory, self.experiment, changed))
             self._adopt_data(changed)
             for stage in stages:
+                self._stop_if_asked()
                 try:
                     self._run_stage(stage)
                 except Exception as error:
@@ -89,8 +92,15 @@ class Pipeline:
                     raise
                 if only is None and models and stage is models[-1] and stage is not stages[-1]:
                     self._evaluate(unless_reported=True)
+            self._stop_if_asked()
             if only is None:
                 self._evaluate()
+
+    def _stop_if_asked(self) -> None:
+        """Between stages."""
+        number = stop_together()
+        if number is not None:
+            raise Stopped(number)
 
     def print_likelihood(self, split: str) -> None:
         """Print what the run's final model reaches on "val" or "test"; nothing is written."""
@@ -163,7 +173,8 @@ class Pipeline:
         made = stage.model()
         results = made.run(context) if isinstance(made, PlainStage) else self._train(stage, made, context, clock)
         self.ranks.on_first(partial(mark_done, folder, {"seconds": clock.seconds, **results}))
-        (folder / "error.txt").unlink(missing_ok=True)
+        for path in folder.glob("error*.txt"):
+            path.unlink(missing_ok=True)
         self.say(f"{stage.name}: done in {clock.seconds:.1f} s")
 
     def _evaluate(self, unless_reported: bool = False) -> None:
@@ -188,10 +199,12 @@ class Pipeline:
     def _keep_details(self, stage: PlannedStage, error: Exception) -> None:
         """Leave the traceback in the stage's folder: the command line prints the message of an error alone."""
         folder = self.experiment.run_dir / stage.name
-        if self.ranks.is_first and folder.is_dir():
-            write_atomically(folder / "error.txt", traceback.format_exc())
+        path = folder / ("error.txt" if self.ranks.is_first else f"error_rank{self.ranks.rank}.txt")
+        if folder.is_dir():
+            with suppress(OSError):  # a disk that is full, which may be what the error says
+                write_atomically(path, traceback.format_exc())
             if hasattr(error, "add_note"):  # Python 3.11
-                error.add_note(f"(stage {stage.name}, details in {folder / 'error.txt'})")
+                error.add_note(f"(stage {stage.name}, details in {path})")
 
     def _context(self, stage: PlannedStage) -> StageContext:
         return StageContext(
@@ -215,19 +228,22 @@ class Pipeline:
         assert module.monitor is not None
         checkpoint = EpochCheckpoint(context.dir, module.monitor, module.monitor_mode)
         metrics = MetricsFile(context.dir / METRICS, lambda: clock.seconds)
-        last_epoch = self.ranks.on_first(partial(resume_epoch, checkpoint))
-        self.ranks.on_first(partial(metrics.keep, last_epoch))
-        if last_epoch >= 0:
-            self.say(f"{stage.name}: goes on after epoch {last_epoch + 1}")
+        begun = self.ranks.on_first(partial(where_to_resume, checkpoint))
+        self.ranks.on_first(partial(metrics.keep, begun.last_epoch, begun.step))
+        if begun.path is not None:
+            self.say(f"{stage.name}: {begun.said}")
         noted = Noted(context.data.unit.name, context.data.protocol)
-        trainer = self._trainer(stage, module, (clock, checkpoint), metrics, noted)
+        steps = StepCheckpoint(context.dir, self.experiment.checkpoint_minutes)
+        trainer = self._trainer(stage, module, (clock, checkpoint, steps), metrics, noted)
         try:
             trainer.fit(
                 module,
                 datamodule=None if is_overridden("train_dataloader", module) else context.data,
-                ckpt_path=checkpoint.last_path if last_epoch >= 0 else None,
+                ckpt_path=begun.path,
                 weights_only=True,
             )
+        except Stopped:
+            raise
         except SystemExit as ended:
             # Lightning makes of an interruption an exit, without a word and with further interruptions ignored.
             if not trainer.interrupted:
@@ -251,7 +267,7 @@ class Pipeline:
         self,
         stage: PlannedStage,
         module: StageModule,
-        own: tuple[Callback, Callback],
+        own: tuple[Callback, Callback, Callback],
         metrics: MetricsFile,
         noted: Noted,
     ) -> Trainer:
@@ -269,37 +285,25 @@ class Pipeline:
 
             arguments["strategy"] = EMStrategy()
         defaults = {"num_sanity_val_steps": 0, "enable_model_summary": sys.stdout.isatty()}
-        return Trainer(
+        trainer = Trainer(
             **{**self.experiment.devices, **defaults, **arguments, "logger": [metrics, *arguments.get("logger", [])]},
-            callbacks=[own[0], RankAgreement(stage.name), *callbacks, own[1]],
+            callbacks=[own[0], RankAgreement(stage.name), *callbacks, *own[1:]],
             default_root_dir=folder,
             use_distributed_sampler=False,
             enable_progress_bar=any(isinstance(callback, AnyProgressBar) for callback in callbacks),
         )
+        leave_signals_alone(trainer)
+        return trainer
 
 
-def resume_epoch(checkpoint: EpochCheckpoint) -> int:
-    """The epoch (0-based) after which a stage goes on; -1 if it starts, and then no older checkpoint is left.
+def leave_signals_alone(trainer: Trainer) -> None:
+    """Signals are the process's, not the Trainer's (see `lvd_lightning.stopping`).
 
-    A file that was cut short, which only a full disk or a broken machine can do, starts the stage again.
+    Its own handlers save inside of a signal, broadcast there, which hangs unless all ranks got it, and end with the
+    Trainer. With them goes a message in every batch that `StepCheckpoint` sends itself.
     """
-    # What Lightning saves when SLURM sends a job back is taken in the middle of an epoch, and would go first.
-    for interrupted in checkpoint.folder.glob("hpc_ckpt_*"):
-        interrupted.unlink()
-    path = checkpoint.last_path
-    if path.is_file():
-        if zipfile.is_zipfile(path):
-            try:
-                return int(torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)["epoch"])
-            except pickle.UnpicklingError:
-                raise  # a module that puts more than plain types into its checkpoints
-            except (RuntimeError, OSError, EOFError, KeyError) as error:
-                warnings.warn(f"{path} cannot be read ({error}): the stage starts again", stacklevel=2)
-        else:
-            warnings.warn(f"{path} is not a complete checkpoint: the stage starts again", stacklevel=2)
-    checkpoint.last_path.unlink(missing_ok=True)
-    checkpoint.best_path.unlink(missing_ok=True)
-    return -1
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def load_best(module: StageModule, checkpoint: EpochCheckpoint) -> None:

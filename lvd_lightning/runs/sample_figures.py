@@ -17,6 +17,7 @@ from lvd_lightning.ranks import Ranks
 from lvd_lightning.runs.pictures import half_masks
 from lvd_lightning.runs.settings import EVALUATE
 from lvd_lightning.seeds import generator_for
+from lvd_lightning.stopping import stop_if_requested
 
 __all__ = ["BATCH", "MAX_IMAGES", "batches", "border_step", "isolated_pixels", "sample_figures"]
 
@@ -125,12 +126,14 @@ def sample_figures(
         totals.add(data.to_rgb(images), patch_size, counted)
 
     for number, size in batches(max_images, ranks):
+        stop_if_requested()
         generator = generator_for(seed, EVALUATE, "samples", number, device=ranks.device)
         images = circuit.sample(size, generator=generator).cpu()
         add(drawn, images)
         drawn.add_colors(data, images)
     can_complete = hasattr(circuit, "inpaint")
     for number, size in batches(num_test, ranks):
+        stop_if_requested()
         chosen = slice(number * BATCH, number * BATCH + size)
         original, observed = data.batch("test", row_N[chosen]), observed_N1HW[chosen]
         add(test, original)

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lvd_lightning.checks import check_above
+from lvd_lightning.ranks import TIMEOUT_MINUTES
+
 __all__ = ["EVALUATE", "REPORT", "ClassSettings", "ExperimentSettings", "StageSettings", "check_stage_name"]
 
 # Folders of a run directory beside those of its stages.
@@ -68,6 +71,7 @@ class ExperimentSettings:
 
     name, run_dir: the run's directory is `run_dir`/`name`. seed: all random numbers derive from it. shared: values that
     others refer to as ${shared.key}. data, trainer: what stages have that say nothing else. stages: by name, in order.
+    checkpoint_minutes, timeout_minutes: see `Experiment`.
     """
 
     name: str
@@ -77,6 +81,8 @@ class ExperimentSettings:
     data: ClassSettings
     trainer: Mapping[str, Any]
     stages: Mapping[str, StageSettings]
+    checkpoint_minutes: float | None = None
+    timeout_minutes: float = TIMEOUT_MINUTES
 
     @classmethod
     def from_mapping(cls, config: Mapping[str, Any]) -> ExperimentSettings:
@@ -95,6 +101,8 @@ class ExperimentSettings:
         }
         if not stages:
             raise ValueError("the experiment has no stages: give one by --config, for example --config photos")
+        minutes = {key: config[key] for key in ("checkpoint_minutes", "timeout_minutes") if key in config}
+        check_above(0, **minutes)
         if not config.get("data"):
             raise ValueError(
                 "the experiment has no data: give it a datamodule, as in data: {class_path: datamodules.Photos}"
@@ -107,6 +115,7 @@ class ExperimentSettings:
             ClassSettings.from_value(config["data"], "data"),
             dict(config.get("trainer") or {}),
             stages,
+            **minutes,
         )
 
 

@@ -28,6 +28,7 @@ from lvd_lightning.models.structures import PartStructure, StructureName
 from lvd_lightning.models.whole_circuits import training_sample, whole_graph, whole_tree
 from lvd_lightning.parts import example_leaf
 from lvd_lightning.ranks import on_first, rank_and_size
+from lvd_lightning.resumable_loader import ResumableLoader
 from lvd_lightning.stages.em_student import Rule, check_step_sizes, make_optimizer
 from lvd_lightning.stages.rule_comparison import RULES, RuleComparison
 
@@ -146,7 +147,9 @@ class CircuitBaseline(RuleComparison):
     def train_dataloader(self) -> DataLoader[Any]:
         """The batches of this epoch's steps: random images, a function of (seed, epoch)."""
         batches = _RandomBatches(self, self._context, self.hparams["batch_size"], self.steps_per_epoch)
-        return DataLoader(_Images(self._context.data), sampler=batches, batch_size=None)
+        return ResumableLoader(
+            _Images(self._context.data), sampler=batches, batch_size=None, order=batches, trainer=self.trainer
+        )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation images of the datamodule."""
@@ -326,6 +329,7 @@ class _RandomBatches(Sampler[Tensor]):
     def __init__(self, module: CircuitBaseline, context: StageContext, batch_size: int, num_batches: int) -> None:
         self.module, self.context = module, context
         self.batch_size, self.num_batches = batch_size, num_batches
+        self.skip = 0  # see `ResumableLoader`
 
     def __len__(self) -> int:
         return self.num_batches
@@ -334,10 +338,13 @@ class _RandomBatches(Sampler[Tensor]):
         count = self.context.data.num_examples("train")
         generator = self.context.generator("batches", self.module.current_epoch)
         order = torch.empty(0, dtype=torch.int64)
-        for _ in range(self.num_batches):
+        first, self.skip = self.skip, 0
+        for number in range(self.num_batches):
             while len(order) < min(self.batch_size, count):
                 order = torch.cat([order, torch.randperm(count, generator=generator)])
             index, order = order[: self.batch_size], order[self.batch_size :]
+            if number < first:
+                continue
             yield index[self.module.global_rank :: self.module.trainer.world_size]
 
 

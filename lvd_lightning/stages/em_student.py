@@ -80,7 +80,7 @@ class EMStudent(StageModule, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self._num_added = 0  # batches whose flows the next step will take
+        self.num_added = 0  # batches whose flows the next step will take
         self.automatic_optimization = False
         self.save_hyperparameters()
         settings = self.hparams
@@ -147,10 +147,10 @@ class EMStudent(StageModule, ABC):
         assert isinstance(optimizer, LightningOptimizer)
         for loss in losses:
             self.manual_backward(loss)
-        self._num_added += 1
-        if self._num_added < self.batches_per_step and not self.trainer.is_last_batch:
+        self.num_added += 1
+        if self.num_added < self.batches_per_step and not self.trainer.is_last_batch:
             return
-        self._num_added = 0
+        self.num_added = 0
         optimizer.step()
         optimizer.zero_grad()
         schedule = self.lr_schedulers()

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from PIL import Image
 from torch import Tensor
+from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lvd_lightning import teachers
@@ -100,6 +101,7 @@ class MAETeacher(StageModule):
                 num_channels=patches.example_shape[0],
                 num_categories=patches.num_categories,
             )
+        self.train_loss = MeanMetric()
         self._context = context
 
     @override
@@ -128,7 +130,8 @@ class MAETeacher(StageModule):
         if not len(images):  # the other ranks have the whole batch; any image does for a gradient of zero
             images, noise_BP = images.new_zeros(1, *images.shape[1:]), noise_BP.new_zeros(1, num_patches)
         loss = self.teacher(images, low + (high - low) * ratio, noise_BP.to(images.device)).loss.mean()
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch[0]), sync_dist=True)
+        self.train_loss.update(loss.detach(), weight=len(batch[0]))
+        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
         return loss * share
 
     @override

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -67,8 +68,12 @@ def exit_codes(work: Callable[[], int], most: int) -> list[int]:
     return codes
 
 
-def fork_ranks(work: Callable[[int], None], size: int = 2) -> int:
-    """Do `work(rank)` in forked processes that see each other as torchrun's do; the worst exit code."""
+def fork_ranks(work: Callable[[int], None], size: int = 2, ended: list[int] | None = None) -> int:
+    """Do `work(rank)` in forked processes that see each other as torchrun's do; the worst exit code.
+
+    ended: takes the exit codes of all; those that still run a minute after the first has ended are killed, and have
+        none.
+    """
     port = free_port()
 
     def as_rank(rank: int) -> int:
@@ -84,6 +89,9 @@ def fork_ranks(work: Callable[[int], None], size: int = 2) -> int:
         return 0
 
     children = [_forked(lambda rank=rank: as_rank(rank)) for rank in range(size)]
+    if ended is not None:
+        ended.extend(_codes_within(children, 60.0))
+        return max(map(abs, ended))
     return max(abs(_waited(child)) for child in children)
 
 
@@ -115,6 +123,24 @@ def _forked(work: Callable[[], int]) -> int:
             sys.stderr.flush()
             os._exit(code)
     return child
+
+
+def _codes_within(children: list[int], seconds: float) -> list[int]:
+    """Exit codes of children that end within so many seconds of the first of them; the others are killed."""
+    codes: list[int] = []
+    left, limit = list(children), float("inf")
+    while left and time.monotonic() < limit:
+        for child in list(left):
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                left.remove(child)
+                codes.append(os.waitstatus_to_exitcode(status))
+                limit = min(limit, time.monotonic() + seconds)
+        time.sleep(0.05)
+    for child in left:
+        os.kill(child, signal.SIGKILL)
+        _waited(child)
+    return codes
 
 
 def _waited(child: int) -> int:

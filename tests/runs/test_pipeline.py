@@ -26,8 +26,10 @@ from lvd_lightning.ranks import Ranks
 from lvd_lightning.runs.checkpoint import EpochCheckpoint
 from lvd_lightning.runs.experiment import Experiment, PlannedStage
 from lvd_lightning.runs.metrics_file import MetricsFile, read_metrics
-from lvd_lightning.runs.pipeline import Pipeline, load_best, resume_epoch
+from lvd_lightning.runs.pipeline import Pipeline, load_best
+from lvd_lightning.runs.resuming import Resumption, where_to_resume
 from lvd_lightning.runs.run_directory import check_trained_with, record_stage
+from lvd_lightning.runs.step_checkpoint import STEP_CHECKPOINT, WITHIN
 from lvd_lightning.seeds import derive_seed
 from lvd_lightning.stages.stage import PlainStage, StageModule
 from lvd_lightning.units import BitsPerDimension
@@ -244,7 +246,9 @@ class TestOneProcess:
         last.unlink()
         last.write_bytes(content[: len(content) // 2])
         (tmp_path / "run/teacher/done.json").unlink()
-        with pytest.warns(UserWarning, match="not a complete checkpoint: the stage starts again"):
+        with pytest.warns(
+            UserWarning, match="not a complete checkpoint: an earlier one is taken, or the stage starts again"
+        ):
             run(experiment(tmp_path / "run"), only="teacher")
         assert record(tmp_path / "run") == whole
 
@@ -353,11 +357,39 @@ class TestMetricsFile:
         assert [row["epoch"] for row in read_metrics(path)] == ["0", "1"]
 
 
-def test_resume_epoch_clears_what_an_earlier_attempt_left(tmp_path: Path) -> None:
+def test_a_start_clears_what_an_earlier_attempt_left(tmp_path: Path) -> None:
     checkpoint = EpochCheckpoint(tmp_path, "val/bpd")
     checkpoint.best_path.write_bytes(b"of another attempt")
-    assert resume_epoch(checkpoint) == -1
+    assert where_to_resume(checkpoint) == Resumption()
     assert not checkpoint.best_path.exists()
+
+
+def test_of_damaged_checkpoints_the_one_before_is_taken(tmp_path: Path) -> None:
+    """Within an epoch, of the last epoch, of the best one; each is cut short in its turn."""
+    checkpoint = EpochCheckpoint(tmp_path, "val/bpd")
+    torch.save({"epoch": 1, "global_step": 8}, checkpoint.best_path)
+    torch.save({"epoch": 2, "global_step": 12}, checkpoint.last_path)
+    within = tmp_path / STEP_CHECKPOINT
+    torch.save({"epoch": 3, "global_step": 14, WITHIN: {}}, within)
+    assert where_to_resume(checkpoint) == Resumption(2, within, 14)
+    within.write_bytes(within.read_bytes()[:200])
+    with pytest.warns(UserWarning, match=r"step\.ckpt .*an earlier one is taken"):
+        assert where_to_resume(checkpoint) == Resumption(2, checkpoint.last_path)
+    assert not within.exists()
+    content = bytearray(checkpoint.last_path.read_bytes())
+    content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
+    checkpoint.last_path.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"last\.ckpt .*an earlier one is taken"):
+        assert where_to_resume(checkpoint) == Resumption(1, checkpoint.last_path)
+    assert checkpoint.last_path.read_bytes() == checkpoint.best_path.read_bytes()
+
+
+def test_a_checkpoint_within_an_epoch_that_is_done_is_of_no_use(tmp_path: Path) -> None:
+    checkpoint = EpochCheckpoint(tmp_path, "val/bpd")
+    torch.save({"epoch": 2, "global_step": 12}, checkpoint.last_path)
+    torch.save({"epoch": 2, "global_step": 10, WITHIN: {}}, tmp_path / STEP_CHECKPOINT)
+    assert where_to_resume(checkpoint) == Resumption(2, checkpoint.last_path)
+    assert not (tmp_path / STEP_CHECKPOINT).exists()
 
 
 def test_scores_that_are_not_numbers_are_never_best(tmp_path: Path) -> None:
