@@ -10,9 +10,9 @@ Two machines with eight GPUs each, on each of them:
 SLURM, from a job with --nodes 2 --ntasks-per-node 8 (examples/slurm has scripts that queue themselves again):
     srun python train.py fit --config lvd_imagenet32 --trainer.devices 8 --trainer.num_nodes 2
 
-Starting again continues; a second job on the same run is refused. SIGTERM and SIGUSR1 save and end with exit code 75. One stage alone: --stage conditional. Another value:
---shared.num_clusters 32, --stages.teacher.trainer.max_epochs 2. An overlay: a second --config. What would run:
---print_config.
+Starting again continues; a second job on the same run is refused. SIGTERM and SIGUSR1 save and end with exit code 75.
+One stage alone: --stage conditional. Another value: --shared.num_clusters 32, --stages.teacher.trainer.max_epochs 2.
+An overlay: a second --config. What would run: --print_config.
 Results are in runs/NAME/report; `python train.py test --run runs/photos` prints the figure on the test images again.
 """
 
