@@ -19,6 +19,9 @@ Results are in runs/NAME/report; `python train.py test --run runs/photos` prints
 import sys
 
 from lvd_lightning.cli import main
+from lvd_lightning.stopping import ignore_signals
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    ignore_signals()  # the work is done, and the interpreter takes its time to end
+    sys.exit(code)

@@ -24,6 +24,7 @@ __all__ = [
     "Stopped",
     "failed_elsewhere",
     "handled_signals",
+    "ignore_signals",
     "requested",
     "stop_if_requested",
     "stop_watching",
@@ -84,6 +85,12 @@ def handled_signals() -> Iterator[None]:
         stop_watching()
         reading.close()
         writing.close()
+
+
+def ignore_signals() -> None:
+    """Let SIGTERM and SIGUSR1 change nothing any more: of a process that is about to end."""
+    for found in _signals():
+        signal.signal(found, signal.SIG_IGN)
 
 
 def requested() -> int | None:

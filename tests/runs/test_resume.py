@@ -14,8 +14,8 @@ from helpers.processes import as_script, exit_codes
 from helpers.run_content import content
 
 STAGES = ("teacher", "latents", "conditional", "prior", "finetune", "baseline", "perceptual")
-# Nothing in these but times, or, in pictures, times drawn.
-TIMES = ("spent.json", "summary.md", "summary.json", "training.png", "config.yaml")
+# Nothing in these but times, or, in pictures, times drawn; a page has the name of its run.
+TIMES = ("spent.json", "summary.md", "summary.json", "training.png", "config.yaml", "index.html")
 SMALL_TEACHER = {
     **{"hidden_size": 8, "num_layers": 1, "num_heads": 1, "intermediate_size": 8, "num_pictures": 4},
     **{"decoder_hidden_size": 8, "decoder_num_layers": 1, "decoder_num_heads": 1},

@@ -57,7 +57,7 @@ stages:
 """
 TRAINED = ("vqvae", "mae", "conditional", "prior", "finetune", "baseline")
 PLACES = (*TRAINED, "features", "clusters", "evidence", "editing", "evaluate", "between")
-# Nothing in these but times, or, in pictures, times drawn.
+# Nothing in these but times, or, in pictures, times drawn; a page has the name of its run.
 TIMES = ("spent.json", "summary.md", "summary.json", "training.png", "config.yaml", "index.html")
 PLAN = {"parents": [-1, *range(191)], "num_units": 2, "seconds": 1.0, "steps": {"em": 9, "anemone": 9}}
 

@@ -20,8 +20,8 @@ from helpers.run_content import content
 from lvd_lightning.latents import load_assignments
 
 PLACES = ("teacher", "features", "clusters", "hmm", "evaluate", "baseline")
-# Nothing in these but times, or, in pictures, times drawn.
-TIMES = ("spent.json", "summary.md", "summary.json", "training.png", "config.yaml")
+# Nothing in these but times, or, in pictures, times drawn; a page has the name of its run.
+TIMES = ("spent.json", "summary.md", "summary.json", "training.png", "config.yaml", "index.html")
 ARGUMENTS = [
     *("fit", "--config=text", "--shared.num_clusters=3", "--shared.length=6", "--trainer.accelerator=cpu"),
     *("--data.max_examples=64", "--data.batch_size=16"),
