@@ -38,6 +38,12 @@ class Synthesized(RGBDataModule):
 
     Raises:
         ValueError: a setting is out of range; at `setup`, the run has no such flow or other data.
+
+    Example:
+        >>> from datamodules import Synthesized
+        >>> data = Synthesized("runs/flow_photos", share=0.25, image_size=32)  # a quarter of the images are samples
+        >>> data.facts["synthesized_share"]
+        0.25
     """
 
     def __init__(
