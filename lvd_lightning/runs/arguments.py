@@ -206,19 +206,19 @@ def _plain_parser(command: str, description: str) -> ArgumentParser:
             default=CHANGED[0],
             help="what to do when the run was begun with another config",
         )
-    parser.add_argument("--name", type=str | None, help="the run's directory in run_dir")
+    parser.add_argument("--name", type=str | None, help="in run_dir")
     parser.add_argument("--run_dir", type=str, default="runs", help="where runs are kept")
     parser.add_argument(
         "--checkpoint_minutes",
         type=float | None,
         default=10.0,
-        help="between checkpoints within an epoch; null: at its end alone",
+        help="within epochs",
     )
     parser.add_argument(
         "--timeout_minutes",
         type=float,
         default=TIMEOUT_MINUTES,
-        help="after which a process gives up waiting for another one that hangs or is gone",
+        help="for a process that hangs",
     )
     parser.add_argument("--seed", type=int, default=0, help="all random numbers derive from it")
     parser.add_argument(

@@ -378,7 +378,8 @@ class WideWorkspace(FusedWorkspace):
         super().backward(batch, self.wide, wide, grad_GHB.double(), statistics)
         for grad, found in zip(grads, wide, strict=True):
             if grad is not None and found is not None:
-                grad.copy_(found)
+                limit = torch.finfo(grad.dtype).max  # beyond it are gradients of parameters that are 0, or as good as 0
+                grad.copy_(found.clamp_(-limit, limit))
 
 
 def _leaf_rows(leaf: InputLayer) -> tuple[Tensor, Tensor]:
