@@ -1,9 +1,6 @@
 """Any folder or zip archive of images."""
 
 import os
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -23,17 +20,13 @@ from datamodules.images import Pixels
 from datamodules.rgb import RGBDataModule
 from datamodules.splits import SPLITS, Split, check_fractions, position_of_name, split_of_name
 from lvd_lightning.archives import check_members, open_archive
+from lvd_lightning.broken_images import BROKEN_IMAGE
 from lvd_lightning.image_names import EXTENSIONS, ImageNames, names_in_archive, names_in_folder
 
 __all__ = ["Folder", "decode_image"]
 
 # Images that one thread decodes before it takes more work.
 DECODE_BLOCK = 64
-# What Pillow's decoders raise on damaged files and on kinds that they do not know.
-DECODE_ERRORS = (
-    *(OSError, SyntaxError, ValueError, EOFError, LookupError, OverflowError, NotImplementedError, RuntimeError),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
-)
 
 
 class _Source(NamedTuple):
@@ -148,7 +141,7 @@ class Folder(RGBDataModule):
                     contents = source.read(stored)
                     digests[row] = digest(contents)
                     pixels[row] = decode_image(contents, self.image_size)
-                except (*DECODE_ERRORS, zipfile.BadZipFile) as error:
+                except BROKEN_IMAGE as error:
                     unusable[source.root, stored] = "its contents are no image" if _is_no_image(error) else str(error)
 
         with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:

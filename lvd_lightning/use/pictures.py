@@ -6,9 +6,6 @@ Shapes: H x W pixels.
 from __future__ import annotations
 
 import os
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lvd_lightning.archives import check_members, open_archive
+from lvd_lightning.broken_images import BROKEN_IMAGE
 from lvd_lightning.checks import check_choice
 from lvd_lightning.image_names import EXTENSIONS, names_in_archive, names_in_folder
 
@@ -28,11 +26,6 @@ __all__ = ["FITS", "Picture", "PictureSet", "fitted", "joined", "read_picture", 
 
 #: What may be done to pictures of another size than the circuit's.
 FITS = ("resize", "crop", "tile")
-#: What Pillow raises on files that it cannot read.
-_UNREADABLE = (
-    *(OSError, SyntaxError, ValueError, EOFError, LookupError, OverflowError, NotImplementedError, RuntimeError),
-    *(struct.error, zlib.error, Image.DecompressionBombError, zipfile.BadZipFile),
-)
 
 
 @dataclass(frozen=True)
@@ -106,7 +99,7 @@ class PictureSet:
         name, where, read = self._members[number]
         try:
             return read_picture(name, read())
-        except _UNREADABLE as error:
+        except BROKEN_IMAGE as error:
             raise ValueError(f"{where}: cannot be read as a picture ({error}): remove or replace it") from error
 
     @property
