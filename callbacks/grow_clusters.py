@@ -84,7 +84,7 @@ class GrowClusters(StructureEdit):
                 student.features(), examples, heads, num_heads, generator=student.generator("recluster")
             )
             student.round += 1
-            student.replace_circuits(grown, heads_NP)
+            student.replace_circuits(grown, heads_NP, copied=heads)
         after = CircuitSize.of(student.assembled.conditional)
         return {
             **before.figures("before"),

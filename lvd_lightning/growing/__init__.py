@@ -5,6 +5,7 @@ own heads, tree and examples, and on several processes: each walks over its shar
 taken over all, and every process comes to the same result.
 """
 
+from lvd_lightning.growing.ancestry import HEADS_FILE, Ancestry, Head
 from lvd_lightning.growing.clustering import first_heads, recluster
 from lvd_lightning.growing.edits import grow_circuits, prune_circuits
 from lvd_lightning.growing.examples import Examples
@@ -14,8 +15,11 @@ from lvd_lightning.growing.selection import select_heads
 from lvd_lightning.growing.size import CircuitSize
 
 __all__ = [
+    "HEADS_FILE",
+    "Ancestry",
     "CircuitSize",
     "Examples",
+    "Head",
     "PatchFeatures",
     "best_heads",
     "first_heads",

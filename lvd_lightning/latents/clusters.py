@@ -16,6 +16,7 @@ from torch import Tensor
 from lvd_lightning.files import read_array, read_tensors, write_array, write_json, write_tensors
 from lvd_lightning.latents.encode import Encoding
 from lvd_lightning.latents.features import PatchVectors
+from lvd_lightning.latents.kept_patches import PATCHES_FILE, keep_patches
 from lvd_lightning.latents.keys import key_of, stored_key
 from lvd_lightning.latents.kmeans import assign, fit_centroids
 from lvd_lightning.latents.sampling import sample_distinct
@@ -39,7 +40,9 @@ def assignments_path(folder: Path, split: str) -> Path:
 
 
 def write_clusters(context: LatentsContext, settings: LatentsSettings, encoding: Encoding) -> None:
-    """Write centroids, assignments of every split, and last what they are, as far as they are not there already.
+    """Write centroids, assignments of every split, some patches of every cluster, and last what they are.
+
+    What is there already stays.
 
     All ranks have to call: they share the work, and the first one writes.
     """
@@ -71,6 +74,8 @@ def write_clusters(context: LatentsContext, settings: LatentsSettings, encoding:
 
     def describe() -> None:
         label_NP = torch.from_numpy(read_array(assignments_path(folder, "train")).astype(np.int64))
+        if not (folder / PATCHES_FILE).is_file():
+            keep_patches(context, label_NP, centroids.shape[-2], pooled=settings.pooled)
         write_json(
             folder / INFO_FILE,
             {
@@ -100,6 +105,7 @@ def _forget(folder: Path) -> None:
     """Remove what belongs to other centroids, the statement of what is there first."""
     (folder / INFO_FILE).unlink(missing_ok=True)
     (folder / "centroids.json").unlink(missing_ok=True)
+    (folder / PATCHES_FILE).unlink(missing_ok=True)
     for split in SPLITS:
         assignments_path(folder, split).unlink(missing_ok=True)
 

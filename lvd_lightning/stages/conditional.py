@@ -5,6 +5,7 @@ Shapes: B images, N images of a split, P patches, D variables of a patch, K late
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,12 +16,14 @@ from lvd_lightning import circuits as pc
 from lvd_lightning.checks import check_above, check_choice, check_counts
 from lvd_lightning.circuits.io import pack_structure, unpack_structure
 from lvd_lightning.context import Data, StageContext
+from lvd_lightning.growing.ancestry import Ancestry
 from lvd_lightning.growing.clustering import first_heads
 from lvd_lightning.growing.examples import Examples
 from lvd_lightning.growing.features import PatchFeatures
 from lvd_lightning.growing.likelihood import best_heads
 from lvd_lightning.latents import load_latents_info
 from lvd_lightning.latents.assignments import read_clusters, write_assignments
+from lvd_lightning.latents.kept_patches import keep_patches
 from lvd_lightning.models.assembled import MARGIN, AssembledCircuit
 from lvd_lightning.models.first_circuits import first_circuits
 from lvd_lightning.models.head_index import HeadIndex
@@ -148,6 +151,7 @@ class ConditionalStudent(EMStudent):
             max_examples=self.hparams["max_examples"],
         )
         self._assemble(graphs, heads_NP)
+        self.ancestry: Ancestry | None = Ancestry.first(self.heads_per_circuit)
         self.train_objective, self.val_likelihood, self.val_objective = (self.likelihood() for _ in range(3))
 
     @override
@@ -199,11 +203,19 @@ class ConditionalStudent(EMStudent):
 
     @override
     def finish_stage(self, context: StageContext) -> dict[str, float]:
-        """Hand on the circuits and, if some have several heads, the latent value of every patch of all splits."""
+        """Hand on the circuits and, if some have several heads, the latent value of every patch of all splits.
+
+        With these go the tree of heads, and some training patches of each for people to look at.
+        """
         conditional = self.assembled.conditional
         pc.save(conditional, context.dir / "conditional")
         if conditional.num_heads > 1:
-            write_assignments(context.dir, self._assign(context), self.assembled.num_states)
+            z_NP = self._assign(context)
+            write_assignments(context.dir, z_NP, self.assembled.num_states)
+            keep_patches(context, z_NP["train"], self.assembled.num_states)
+            if self.ancestry is not None:
+                counts_GH = self.examples().counts(conditional.num_circuits, conditional.num_heads)
+                self.ancestry.write(context.dir, counts_GH.tolist())
         return {
             f"val_{self.unit.name}": self.validate(self.assembled, context),
             "val_images": min(self.hparams["val_images"], context.data.num_examples("val")),
@@ -213,12 +225,18 @@ class ConditionalStudent(EMStudent):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What the state_dict does not hold: structure, heads of the training patches, rounds of growth so far.
+        """What the state_dict does not hold: structure, heads of the training patches, rounds of growth, tree of heads.
 
         The prior, K x K numbers for every patch, is left out: it follows from the heads by counting.
         """
         text, tensors = pack_structure(self.assembled.conditional.structures)
-        checkpoint["growing"] = {"structure": text, "tensors": tensors, "heads": self.heads_NP, "round": self.round}
+        checkpoint["growing"] = {
+            "structure": text,
+            "tensors": tensors,
+            "heads": self.heads_NP,
+            "round": self.round,
+            "ancestry": None if self.ancestry is None else self.ancestry.plain(),
+        }
         for name in [name for name in checkpoint.get("state_dict", {}) if name.startswith(_PRIOR)]:
             del checkpoint["state_dict"][name]
 
@@ -228,6 +246,11 @@ class ConditionalStudent(EMStudent):
         found = checkpoint["growing"]
         self.round = int(found["round"])
         self._assemble(unpack_structure(found["structure"], found["tensors"]), found["heads"])
+        if "ancestry" in found:
+            known = found["ancestry"]
+            self.ancestry = None if known is None else Ancestry.of_plain(known)
+        else:  # an older checkpoint: nobody knows what grew from what, unless nothing did
+            self.ancestry = None if self.round else Ancestry.first(self.heads_per_circuit)
         for name, counted in self.assembled.prior.state_dict(prefix=_PRIOR).items():
             checkpoint["state_dict"].setdefault(name, counted)  # older checkpoints have it
 
@@ -260,16 +283,28 @@ class ConditionalStudent(EMStudent):
         """Random numbers for an edit, a function of (seed, stage, round)."""
         return self._context.generator(purpose, self.round)
 
-    def replace_circuits(self, graphs: list[pc.CircuitGraph], heads_NP: Tensor | None = None) -> None:
+    def replace_circuits(
+        self,
+        graphs: list[pc.CircuitGraph],
+        heads_NP: Tensor | None = None,
+        copied: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         """Go on training with edited circuits, and other heads of the training patches if given, int16 (N, P).
 
         The same on every process, which is checked; parameters are those of the first. The prior is counted again, and
         there is a new optimizer, with the schedule going on.
+
+        copied: of every circuit the heads that new ones are copies of, in the order of these. Without it the tree of
+            heads is known as long as their number stays the same.
         """
         text, tensors = pack_structure(graphs)
         where = f"the structure of the edited circuits (epoch {self.current_epoch + 1}, round {self.round})"
         check_agreement(where, text, tensors)
         self._assemble(graphs, self.heads_NP if heads_NP is None else self._checked(heads_NP))
+        if self.ancestry is not None and copied is not None:
+            self.ancestry = self.ancestry.grown(copied, self.current_epoch)
+        if self.ancestry is not None and self.ancestry.num_heads != self.heads_per_circuit:
+            self.ancestry = None
         with torch.no_grad():
             for table in self.assembled.conditional.tables:
                 table.copy_(from_first(table))

@@ -1,13 +1,12 @@
 """What a trained circuit has learnt, in pictures and tables: clusters, the prior's tree, leaves, growth.
 
-Shapes: P parts (positions), K latent values, D variables of a part, B rows.
+Shapes: P parts (positions), K latent values, B rows.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvd_lightning import circuits as pc
 from lvd_lightning.checks import check_counts
-from lvd_lightning.coding.leaf_tables import leaf_table
 from lvd_lightning.files import write_atomically
 from lvd_lightning.models.assembled import AssembledCircuit
-from lvd_lightning.runs.pictures import grid, growth_picture, save_image
-from lvd_lightning.seeds import generator_for
+from lvd_lightning.runs.pictures import growth_picture
+from lvd_lightning.use.explained_heads import HeadTree, draw_heads, heads_of
+from lvd_lightning.use.explained_leaves import LEAF_COLUMNS, LeafUnits, draw_leaves, leaf_lines, leaf_rows, leaf_units
+from lvd_lightning.use.explained_patches import draw_clusters
 from lvd_lightning.use.progress import tracked
 from lvd_lightning.use.trained import Trained
 
@@ -43,21 +42,23 @@ class Explained:
 def explain(trained: Trained, out: Path, *, num_clusters: int = 24, num_samples: int = 12, seed: int = 0) -> Explained:
     """Write what the circuit has learnt into a folder.
 
-    `clusters.png`: a row for each of the most frequent latent values, its mean patch, then patches drawn from it.
-    `clusters.csv`: every latent value with its circuit and its share of all patches, exact. `tree.png` and `tree.csv`:
-    the prior's tree over the grid of patches, lines as thick as the mutual information of their ends, exact.
-    `leaves.csv`: of every variable of a patch the family, how many units there are, and how many bits a unit leaves
-    open on average, beside those that its values could take. `growth.png`: heads, parameters and likelihood by epoch,
-    of a run whose circuits grew. `summary.md` shows all of it.
+    `clusters.png`: a row for each of the most frequent latent values, its mean patch, training patches of it that the
+    run kept, patches drawn from it. `clusters.csv`: every latent value with its circuit and its share of all patches,
+    exact. `tree.png` and `tree.csv`: the prior's tree over the grid of patches, lines as thick as the mutual
+    information of their ends, exact. `leaves.csv`: of every variable of a patch the family, how many units there are,
+    and how many bits a unit leaves open on average, beside those that its values could take; `leaves.png`: where the
+    units of each channel sit, how wide they are, and what they leave open. `heads.png` and `heads.csv`: which head grew
+    from which, and when, of circuits that grew; `growth.png`: heads, parameters and likelihood by epoch. `summary.md`
+    shows all of it, and says what was not recorded.
 
     Args:
         trained: see `open_trained`.
         out: the folder.
-        num_clusters: rows of the picture; num_samples: patches in a row.
+        num_clusters: rows of the picture; num_samples: patches of each kind in a row.
         seed: of the patches that are drawn.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or a file of the run is damaged.
     """
     check_counts(num_clusters=num_clusters, num_samples=num_samples)
     out.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,11 @@ def explain(trained: Trained, out: Path, *, num_clusters: int = 24, num_samples:
         (position, parent, mutual_information(circuit, position, parent))
         for position, parent in tracked(_edges(circuit), "edges", circuit.num_positions - 1)
     ]
-    _draw_clusters(trained, shares_PK, out / "clusters.png", num_clusters, num_samples, seed)
+    position = 0 if circuit.head_index.tied else circuit.num_positions // 2
+    share_K = shares_PK.mean(0) if circuit.head_index.tied else shares_PK[position]
+    values = share_K.argsort(descending=True)[:num_clusters].tolist()
+    shares = share_K[values].tolist()
+    kept = draw_clusters(trained, values, shares, position, out / "clusters.png", num_samples, seed)
     circuit_PK = circuit.head_index.locate(*_every(circuit))[0].cpu()
     rows = [
         (k, int(circuit_PK[0, k]) if circuit.head_index.tied else "", f"{float(shares_PK[:, k].mean()):.6f}")
@@ -79,10 +84,16 @@ def explain(trained: Trained, out: Path, *, num_clusters: int = 24, num_samples:
         _table(["position", "parent", "mutual_information_bits"], [(i, j, f"{bits:.6f}") for i, j, bits in edges]),
     )
     _draw_tree(trained, edges, out / "tree.png")
-    leaves = _leaves(trained)
-    write_atomically(out / "leaves.csv", _table(["channel", "row", "column", "family", "units", "bits", "of"], leaves))
-    grown = _draw_growth(trained, out / "growth.png")
-    write_atomically(out / "summary.md", _summary(trained, shares_PK, edges, leaves, grown))
+    leaves = leaf_units(trained)
+    write_atomically(out / "leaves.csv", _table(LEAF_COLUMNS, leaf_rows(leaves)))
+    leaves_drawn = draw_leaves(leaves, out / "leaves.png")
+    lines = [
+        *_cluster_lines(trained, shares_PK, None if circuit.head_index.tied else position, kept),
+        *_tree_lines(edges),
+        *_leaf_section(leaves, leaves_drawn),
+        *_growth_lines(trained, out),
+    ]
+    write_atomically(out / "summary.md", "\n".join(lines) + "\n")
     return Explained(shares_PK, edges)
 
 
@@ -140,33 +151,6 @@ def _every(circuit: AssembledCircuit) -> tuple[Tensor, Tensor]:
     ]
 
 
-def _draw_clusters(
-    trained: Trained, shares_PK: Tensor, path: Path, num_clusters: int, num_samples: int, seed: int
-) -> None:
-    circuit, index = trained.circuit, trained.circuit.head_index
-    position = 0 if index.tied else circuit.num_positions // 2
-    share_K = shares_PK.mean(0) if index.tied else shares_PK[position]
-    chosen = share_K.argsort(descending=True)[:num_clusters].to(trained.device)
-    circuit_N, head_N = index.locate(chosen, torch.full_like(chosen, position))
-    conditional, rows = circuit.conditional, []
-    generator = generator_for(seed, "explain", device=trained.device)
-    for g, head in zip(circuit_N.tolist(), head_N.tolist(), strict=True):
-        heads_G = torch.zeros(conditional.num_circuits, dtype=torch.int64, device=trained.device)
-        heads_G[g] = head
-        nothing = torch.zeros(conditional.num_circuits, 1, conditional.num_variables, device=trained.device)
-        mean_D = pc.expectation(
-            conditional, lambda values, _: values, x=nothing, observed=nothing.bool(), head=heads_G[:, None]
-        )[g]
-        drawn_SD = conditional.sample(num_samples, head=heads_G[:, None].expand(-1, num_samples), generator=generator)[
-            g
-        ]
-        shape = (-1, *trained.parts.shape)
-        mean, drawn = mean_D.view(shape).cpu(), drawn_SD.view(shape).cpu()
-        whole = drawn if drawn.is_floating_point() else drawn.to(torch.int16)
-        rows += [trained.codes.to_rgb(mean), trained.codes.to_rgb(whole)]
-    save_image(path, grid(torch.cat(rows), num_samples + 1), trained.parts.patch_size)
-
-
 def _draw_tree(trained: Trained, edges: Sequence[tuple[int, int, float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
@@ -187,27 +171,6 @@ def _draw_tree(trained: Trained, edges: Sequence[tuple[int, int, float]], path: 
     write_atomically(path, figure.savefig)
 
 
-def _leaves(trained: Trained) -> list[tuple[Any, ...]]:
-    """Of every variable of a patch: channel, row, column, family, units, mean entropy of a unit in bits, and of all."""
-    graphs = trained.circuit.conditional.to_graph()
-    assert isinstance(graphs, list)
-    side, found = trained.parts.patch_size, []
-    for variable in range(trained.circuit.conditional.num_variables):
-        nodes = [node for graph in graphs for node in graph.nodes if node.kind == "input" and node.variable == variable]
-        bits: list[Tensor] = []
-        for node in nodes:
-            if node.distribution is not None and node.params is not None and node.distribution.num_outcomes:
-                p = leaf_table(node.distribution, node.params)
-                bits.append(-torch.where(p > 0, p * p.clamp_min(1e-300).log2(), 0.0).sum(1))
-        families = ", ".join(sorted({type(node.distribution).__name__ for node in nodes}))
-        units = sum(node.num_units for node in nodes)
-        mean = f"{float(torch.cat(bits).mean()):.3f}" if bits else ""
-        channel, place = divmod(variable, side**2)
-        of = f"{math.log2(trained.parts.num_categories[channel]):.3f}"
-        found.append((channel, place // side, place % side, families, units, mean, of))
-    return found
-
-
 def _draw_growth(trained: Trained, path: Path) -> bool:
     if trained.run is None:
         return False
@@ -224,17 +187,12 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
-def _summary(
-    trained: Trained,
-    shares_PK: Tensor,
-    edges: Sequence[tuple[int, int, float]],
-    leaves: Sequence[tuple[Any, ...]],
-    grown: bool,
-) -> str:
+def _cluster_lines(trained: Trained, shares_PK: Tensor, position: int | None, kept: bool) -> list[str]:
     share_K = shares_PK.mean(0).double()
     share_K = share_K / share_K.sum()
     used = float((-(share_K * share_K.clamp_min(1e-300).log())).sum().exp())
     heads = [structure.num_heads for structure in trained.circuit.conditional.structures]
+    where = "" if position is None else f" of patch {position}"
     lines = [
         f"# {trained.name}: what it has learnt",
         "",
@@ -242,24 +200,63 @@ def _summary(
         f"{max(heads)} heads; as evenly used as {used:.1f} values would be. {trained.circuit.num_parameters:,} "
         "parameters.",
         "",
-        "## Latent values, the most frequent first: the mean patch, then patches drawn",
+        f"## Latent values{where}, the most frequent first",
         "",
         "![Patches](clusters.png)",
+        "",
+    ]
+    if kept:
+        return [
+            *lines,
+            "The share of all patches, the mean patch, training patches of the value, patches drawn from it.",
+        ]
+    why = "an exported folder has none" if trained.run is None else "the run kept none: it is older than such files"
+    return [*lines, f"The share of all patches, the mean patch, patches drawn from it. No training patches: {why}."]
+
+
+def _tree_lines(edges: Sequence[tuple[int, int, float]]) -> list[str]:
+    return [
         "",
         "## The prior's tree over the grid of patches, as thick as the mutual information",
         "",
         f"![Tree](tree.png) {sum(bits for _, _, bits in edges):.1f} bits over all edges.",
-        "",
-        "## Leaves, mean over a channel",
-        "",
-        "| channel | families | units | bits that a unit leaves open | of |",
-        "|---|---|---:|---:|---:|",
     ]
-    for channel in sorted({row[0] for row in leaves}):
-        rows = [row for row in leaves if row[0] == channel]
-        bits = [float(row[5]) for row in rows if row[5]]
-        mean = f"{sum(bits) / len(bits):.3f}" if bits else ""
-        lines.append(f"| {channel} | {rows[0][3]} | {sum(row[4] for row in rows)} | {mean} | {rows[0][6]} |")
-    if grown:
-        lines += ["", "## How the circuits grew", "", "![Growth](growth.png)"]
-    return "\n".join(lines) + "\n"
+
+
+def _leaf_section(leaves: Sequence[LeafUnits], drawn: bool) -> list[str]:
+    lines = ["", "## What the leaves of each family have learnt, over all units of a channel", "", *leaf_lines(leaves)]
+    return [*lines, "", "![Leaves](leaves.png)"] if drawn else lines
+
+
+def _growth_lines(trained: Trained, out: Path) -> list[str]:
+    """What is told of growth, after its pictures were drawn."""
+    lines = ["", "## How the circuits grew", ""]
+    tree = heads_of(trained)
+    if tree is not None and any(head.parent is not None for heads in tree[0].heads for head in heads):
+        tree[0].write(out, tree[1])
+        lines += _head_lines(tree, draw_heads(trained, tree, out / "heads.png"))
+    elif tree is not None or trained.circuit.conditional.num_heads == 1:
+        lines.append("They did not: every head is one that its circuit began with.")
+    else:
+        lines.append(
+            "Which head grew from which was not recorded: the run is older than that record, or its circuits were "
+            "edited by other means."
+        )
+    if _draw_growth(trained, out / "growth.png"):
+        lines += ["", "![Heads, parameters and likelihood by epoch](growth.png)"]
+    return lines
+
+
+def _head_lines(tree: HeadTree, drawn: Sequence[int]) -> list[str]:
+    ancestry = tree[0]
+    first = sum(head.parent is None for heads in ancestry.heads for head in heads)
+    grown = sum(any(head.parent is not None for head in heads) for heads in ancestry.heads)
+    deepest = max(max(ancestry.depths(g)) for g in range(len(ancestry.heads)))
+    depth = "one copy" if deepest == 1 else f"{deepest} copies"
+    return [
+        f"{first} heads became {sum(ancestry.num_heads)}: {grown} of {len(ancestry.heads)} circuits grew, the longest "
+        f"line is {depth} deep. Shown are {len(drawn)} circuits, those with the most training patches; a line "
+        "is as thick as its head's share of them. [heads.csv](heads.csv) has all.",
+        "",
+        "![Which head grew from which](heads.png)",
+    ]

@@ -12,6 +12,7 @@ from lvd_lightning import circuits as pc
 from lvd_lightning.files import write_atomically, write_json
 from lvd_lightning.runs.pictures import grid, save_image
 from lvd_lightning.seeds import generator_for
+from lvd_lightning.use.explained_heads import heads_of
 from lvd_lightning.use.folders import new_folder
 from lvd_lightning.use.trained import CONFIG, FORMAT, Trained
 
@@ -61,8 +62,9 @@ def export(trained: Trained, out: Path, *, license: str = "apache-2.0", pyjuice:
     """Write a folder that `from_pretrained` reads, laid out as model hubs expect it; pushing it is the user's command.
 
     `prior.safetensors`, `conditional.safetensors` and `assembled.json` (the circuit), `config.json` (the code of its
-    pictures), `README.md` (a model card with the figures and their protocol), `figures.json`, and `pictures/`. Neither
-    paths nor data of the training are in it: pictures are drawn by the circuit.
+    pictures), `README.md` (a model card with the figures and their protocol), `figures.json`, `pictures/`, and of
+    circuits with several heads `heads.csv`, which of them grew from which. Neither paths nor data of the training are
+    in it: pictures are drawn by the circuit.
 
     Args:
         trained: see `open_trained`.
@@ -81,6 +83,9 @@ def export(trained: Trained, out: Path, *, license: str = "apache-2.0", pyjuice:
         if pyjuice:
             _write_pyjuice(circuit.conditional, folder / "pyjuice")
         circuit.save(folder)
+        tree = heads_of(trained)
+        if tree is not None:
+            tree[0].write(folder, tree[1])
         (folder / "pictures").mkdir()
         samples = circuit.sample(64, generator=generator_for(seed, "export", device=trained.device)).cpu()
         rgb = trained.codes.to_rgb(samples)

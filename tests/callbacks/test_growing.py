@@ -12,7 +12,8 @@ from torch import Tensor
 import lvd_lightning.circuits as pc
 from callbacks import GrowClusters, LogSamples, Prune, ReassignClusters
 from callbacks.structure_edit import StructureEdit
-from lvd_lightning.growing import best_heads, mean_log_probs
+from lvd_lightning.growing import Ancestry, best_heads, mean_log_probs
+from lvd_lightning.latents.kept_patches import load_kept_patches
 from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.runs.checkpoint import EpochCheckpoint
@@ -87,6 +88,11 @@ def test_whole_rounds(coarse: Any) -> None:
         assert after[2] > before[2]
     assert all(0 <= share <= 1 for share in of(rows, "ReassignClusters/share_moved").values())
     assert look.lr[:8] == pytest.approx(torch.linspace(0.4, 0.1, 8).tolist())
+    assert module.ancestry is not None
+    born = [[head.epoch for head in heads] for heads in module.ancestry.heads]
+    assert [sum(epoch <= 3 for epoch in epochs) for epochs in born] == look.heads[2]
+    assert [len(epochs) for epochs in born] == [4, 4]
+    assert all((head.parent is None) == (head.epoch == 0) for heads in module.ancestry.heads for head in heads)
     assert look.lr[24:] == pytest.approx(torch.linspace(0.4, 0.1, 4).tolist())
     bpd = BitsPerDim(48)
     bpd.update(module.assembled.log_prob(coarse.data.splits["val"]))
@@ -110,6 +116,35 @@ def test_whole_rounds_of_other_structures(coarse: Any, structure: str) -> None:
         assert all(sign * (after[epoch] - before[epoch]) > 0 for epoch in before if epoch < 6)
     plain = coarse.train("conditional", student(structure=structure, num_heads=1), 7)
     assert grown < float(plain.callback_metrics["val/bpd"])
+
+
+def test_the_tree_of_heads_is_kept(coarse: Any) -> None:
+    """By checkpoints and by what the stage leaves; circuits that were edited by other means have none."""
+    module = student()
+    coarse.train("conditional", module, 5, callbacks=method())
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    again = coarse.begin("conditional", student())
+    again.on_load_checkpoint({**checkpoint, "state_dict": {}})
+    assert again.ancestry == module.ancestry
+    module.finish_stage(coarse.context("conditional"))
+    found = Ancestry.read(coarse.folder / "conditional")
+    assert found is not None
+    assert found[0] == module.ancestry
+    heads_NP, clusters_NP = module.heads_NP, module.clusters_NP["train"]
+    counts = [[int((heads_NP[clusters_NP == g] == h).sum()) for h in range(4)] for g in range(2)]
+    assert found[1] == counts
+    kept = load_kept_patches(coarse.folder / "conditional")
+    assert kept is not None
+    expected = [min(16, count) for numbers in counts for count in numbers]
+    assert [len(kept.of(value)) for value in range(8)] == expected
+    del checkpoint["growing"]["ancestry"]  # as older checkpoints are
+    again.on_load_checkpoint({**checkpoint, "state_dict": {}})
+    assert again.ancestry is None
+    again.begin_stage(coarse.context("conditional"))
+    checkpoint["growing"] |= {"round": 0}
+    again.on_load_checkpoint({**checkpoint, "state_dict": {}})
+    assert again.ancestry == Ancestry.first([4, 4])
 
 
 def test_growth_helps(coarse: Any) -> None:

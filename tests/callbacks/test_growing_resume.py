@@ -70,6 +70,7 @@ def test_run_that_is_killed_in_every_round_ends_as_an_uninterrupted_one(tmp_path
     names = [path.name for path in sorted((whole / "pictures").iterdir())]
     assert names == [*(f"clusters_epoch_00{epoch}.png" for epoch in range(4)), "growth.png"]
     assert (killed / "pictures" / names[-1]).read_bytes() == (whole / "pictures" / names[-1]).read_bytes()
+    assert (killed / "heads.csv").read_text() == (whole / "heads.csv").read_text()
     circuits = [(folder / "conditional.safetensors").read_bytes() for folder in (whole, killed)]
     assert circuits[0] == circuits[1]
 

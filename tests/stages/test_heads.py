@@ -175,6 +175,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(coarse: Any, tmp_path: 
     trainer.fit(again, datamodule=coarse.data, ckpt_path=checkpoints.last_path, weights_only=True)
     assert again.heads_per_circuit == whole.heads_per_circuit == [4, 2]
     assert again.round == whole.round == 2
+    assert again.ancestry is whole.ancestry is None  # what added heads did not say of what they are copies
     assert torch.equal(again.heads_NP, whole.heads_NP)
     assert torch.equal(tables(again), tables(whole))
     assert torch.equal(again.assembled.prior.tables[0], whole.assembled.prior.tables[0])

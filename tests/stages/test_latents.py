@@ -91,7 +91,7 @@ def test_a_teachers_features_become_latents(tmp_path: Path) -> None:
     assert figures["smallest_cluster_share"] == pytest.approx(counts.min().item() / counts.sum().item())
     assert 1 < figures["cluster_perplexity"] <= 5
     assert sorted(path.name for path in context.dir.iterdir()) == sorted(
-        ["context.json", "centroids.json", "centroids.npy", "map.safetensors", "latents.json"]
+        ["context.json", "centroids.json", "centroids.npy", "map.safetensors", "latents.json", "patches.safetensors"]
         + [f"assignments_{split}.npy" for split in SPLITS]
         + [f"features_{split}.{ending}" for split in SPLITS for ending in ("npy", "json")]
     )
