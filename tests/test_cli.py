@@ -271,18 +271,15 @@ class TestSharedValues:
         )
 
 
-def test_wandb_is_offline_without_an_account_and_keeps_its_id(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
+def test_wandb_is_one_run_for_all_stages(base: str) -> None:
     config = resolved("--config", base, "--config", "overlays/wandb")
-    stage = experiment_from(config).stage("teacher")
-    folder = Path("runs/base/teacher")
-    folder.mkdir(parents=True)
-    first, second = (stage.trainer(folder)["logger"][0] for _ in range(2))
-    assert first.version == second.version == (folder / "wandb_id.txt").read_text()
-    assert first.save_dir == str(folder)
-    assert first._offline
+    experiment = experiment_from(config)
+    assert experiment.wandb == experiment.stage("teacher").wandb == {"project": "lvd-lightning", "log_model": False}
+    assert experiment.stage("teacher").trainer(Path("runs/base/teacher"))["logger"] == []
+    config["stages"]["teacher"]["trainer"] = {"logger": "lightning.pytorch.loggers.WandbLogger"}
+    config["stages"]["again"] = {**config["stages"]["teacher"], "trainer": {}}
+    with pytest.raises(ValueError, match=r"stages\.again\.trainer\.logger: .* an experiment is one W&B run"):
+        experiment_from(config)
 
 
 def test_merge_drops_arguments_of_another_class() -> None:

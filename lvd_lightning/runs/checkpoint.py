@@ -13,9 +13,10 @@ from typing_extensions import override
 from lvd_lightning.circuits import Circuit
 from lvd_lightning.files import errors_naming, put_in_place, temporary_name
 
-__all__ = ["LAST_CHECKPOINT", "EpochCheckpoint", "link_or_copy"]
+__all__ = ["BEST_CHECKPOINT", "LAST_CHECKPOINT", "EpochCheckpoint", "link_or_copy"]
 
 LAST_CHECKPOINT = "last.ckpt"
+BEST_CHECKPOINT = "best.ckpt"
 
 
 class EpochCheckpoint(Checkpoint):
@@ -39,7 +40,7 @@ class EpochCheckpoint(Checkpoint):
 
     @property
     def best_path(self) -> Path:
-        return self.folder / "best.ckpt"
+        return self.folder / BEST_CHECKPOINT
 
     @property
     def last_path(self) -> Path:

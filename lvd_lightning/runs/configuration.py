@@ -21,6 +21,7 @@ from lvd_lightning.runs.trainer_settings import (
     make_callbacks,
     not_for,
     trainer_arguments,
+    wandb_settings,
 )
 from lvd_lightning.stages.stage import PlainStage, Stage, StageModule
 
@@ -57,7 +58,21 @@ def experiment_from(config: Mapping[str, Any]) -> Experiment:
         config=config,
         checkpoint_minutes=settings.checkpoint_minutes,
         timeout_minutes=settings.timeout_minutes,
+        wandb=_one_wandb(planned),
     )
+
+
+def _one_wandb(planned: tuple[PlannedStage, ...]) -> Mapping[str, Any] | None:
+    """What the W&B run of all stages is opened with; None if no stage logs to one."""
+    found = {stage.name: stage.wandb for stage in planned if stage.wandb is not None}
+    for name, settings in found.items():
+        first = next(iter(found))
+        if settings != found[first]:
+            raise ValueError(
+                f"stages.{name}.trainer.logger: got another WandbLogger than stage {first!r} has, but an experiment "
+                "is one W&B run: set trainer.logger for all"
+            )
+    return next(iter(found.values()), None)
 
 
 def _say_what_does_not_reach(settings: ExperimentSettings, planned: tuple[PlannedStage, ...]) -> None:
@@ -105,6 +120,7 @@ def _planned(
         recorded,
         datamodule(data),
         model,
-        trainer=partial(trainer_arguments, trainer, experiment.name),
+        trainer=partial(trainer_arguments, trainer),
         callbacks=partial(make_callbacks, trainer),
+        wandb=wandb_settings(trainer),
     )

@@ -24,6 +24,7 @@ class PlannedStage:
     trainer: makes the arguments of its Trainer (given the stage's folder), for a `StageModule`.
     callbacks: makes the callbacks that are among the Trainer's arguments; those with a method `check_module` are shown
         the module before any stage runs, and raise a ValueError if they cannot work on it.
+    wandb: arguments of a WandbLogger if the stage logs to the experiment's W&B run; else None.
     """
 
     name: str
@@ -33,6 +34,7 @@ class PlannedStage:
     model: Callable[[], Stage]
     trainer: Callable[[Path], dict[str, Any]] = field(default=lambda folder: {})
     callbacks: Callable[[], list[Any]] = list
+    wandb: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Experiment:
     config: the resolved configuration as it is written into the run directory.
     checkpoint_minutes: between checkpoints within an epoch; None for none but at a signal.
     timeout_minutes: after which a rank that waits for another gives up.
+    wandb: arguments of the WandbLogger of all stages, see `WandbRun`; None for none.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Experiment:
     config: Mapping[str, Any] = field(default_factory=dict)
     checkpoint_minutes: float | None = None
     timeout_minutes: float = TIMEOUT_MINUTES
+    wandb: Mapping[str, Any] | None = None
 
     def stage(self, name: str) -> PlannedStage:
         for stage in self.stages:

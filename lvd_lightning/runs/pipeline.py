@@ -22,7 +22,7 @@ from torchmetrics import Metric
 from lvd_lightning.context import DONE_MARKER, StageContext, missing_need
 from lvd_lightning.files import unreadable, write_atomically, write_json
 from lvd_lightning.ranks import Ranks, stop_together
-from lvd_lightning.runs.checkpoint import EpochCheckpoint
+from lvd_lightning.runs.checkpoint import BEST_CHECKPOINT, EpochCheckpoint
 from lvd_lightning.runs.data_record import adopt_data, check_same_data, record_data, stages_with_data
 from lvd_lightning.runs.epoch_seed import EpochSeed
 from lvd_lightning.runs.evaluation import evaluate_run, is_evaluated, mean_likelihood
@@ -32,16 +32,17 @@ from lvd_lightning.runs.metrics_file import MetricsFile
 from lvd_lightning.runs.old_codes import check_codes
 from lvd_lightning.runs.progress import EpochLines, Noted, ProgressBar
 from lvd_lightning.runs.rank_agreement import RankAgreement
-from lvd_lightning.runs.report import is_written, write_report
+from lvd_lightning.runs.report import is_written, plain_table, summarize, write_report
 from lvd_lightning.runs.resuming import where_to_resume
 from lvd_lightning.runs.run import Run
 from lvd_lightning.runs.run_directory import adopt_run_directory, check_trained_with, record_stage
 from lvd_lightning.runs.settings import EVALUATE, REPORT
 from lvd_lightning.runs.step_checkpoint import StepCheckpoint
 from lvd_lightning.runs.stopwatch import Stopwatch
+from lvd_lightning.runs.wandb_run import StageLogger, WandbRun
 from lvd_lightning.seeds import derive_seed
 from lvd_lightning.stages.stage import PlainStage, Stage, StageModule
-from lvd_lightning.stopping import Stopped
+from lvd_lightning.stopping import EXIT_CODE, Stopped
 
 __all__ = ["Pipeline"]
 
@@ -60,6 +61,8 @@ class Pipeline:
         self.experiment = experiment
         self.result = Run(experiment)
         self.ranks = ranks
+        settings = experiment.wandb
+        self.wandb = None if settings is None else WandbRun(experiment.run_dir, settings, experiment.config)
         self._data: dict[Callable[[], LightningDataModule], LightningDataModule] = {}
         _quieten_lightning()
 
@@ -83,6 +86,7 @@ class Pipeline:
             self.ranks.on_first(partial(check_codes, self.experiment))
             self.ranks.on_first(partial(adopt_run_directory, self.experiment, changed))
             self._adopt_data(changed)
+            held.push(self._close_wandb)
             for stage in stages:
                 self._stop_if_asked()
                 try:
@@ -95,6 +99,10 @@ class Pipeline:
             self._stop_if_asked()
             if only is None:
                 self._evaluate()
+
+    def _close_wandb(self, kind: Any, error: BaseException | None, details: Any) -> None:
+        if self.wandb is not None:
+            self.wandb.finish(0 if error is None else EXIT_CODE if isinstance(error, Stopped) else 1)
 
     def _stop_if_asked(self) -> None:
         """Between stages."""
@@ -172,7 +180,10 @@ class Pipeline:
         seed_everything(derive_seed(self.experiment.seed, stage.name), verbose=False)
         made = stage.model()
         results = made.run(context) if isinstance(made, PlainStage) else self._train(stage, made, context, clock)
-        self.ranks.on_first(partial(mark_done, folder, {"seconds": clock.seconds, **results}))
+        figures = {"seconds": clock.seconds, **results}
+        if self.wandb is not None:
+            self.ranks.on_first(partial(self.wandb.finish_stage, stage.name, figures, folder / BEST_CHECKPOINT))
+        self.ranks.on_first(partial(mark_done, folder, figures))
         for path in folder.glob("error*.txt"):
             path.unlink(missing_ok=True)
         self.say(f"{stage.name}: done in {clock.seconds:.1f} s")
@@ -188,6 +199,13 @@ class Pipeline:
             self.ranks.on_first(partial(mark_done, run.dir / EVALUATE, {"seconds": clock.seconds, **results}))
         if not (unless_reported and self.ranks.on_first(partial(is_written, run))):
             self.ranks.on_first(partial(write_report, run, data, self.ranks.device))
+            if self.wandb is not None:
+                self.ranks.on_first(partial(self._log_report, self.wandb, data))
+
+    def _log_report(self, wandb: WandbRun, data: Any) -> None:
+        test = {f"test/{name}": value for name, value in summarize(self.result, data).get("test", {}).items()}
+        stages = list(self.result.stage_figures())
+        wandb.log_report(stages, test, *plain_table(self.result, data), self.result.dir / REPORT)
 
     def _open(self, stage: PlannedStage) -> None:
         # What was evaluated before this stage ran stays true if the stage leaves nothing, as those that only compare.
@@ -250,7 +268,6 @@ class Pipeline:
                 raise
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from ended
-        close_wandb()
         # Circuits are built anew for the best epoch: of the type that they were trained in.
         with trainer.precision_plugin.module_init_context() if module.em else nullcontext():
             return self.ranks.on_first(partial(self._finish, module, context, checkpoint))
@@ -284,9 +301,12 @@ class Pipeline:
             from lvd_lightning.strategies import EMStrategy
 
             arguments["strategy"] = EMStrategy()
+        loggers = [metrics, *arguments.get("logger", [])]
+        if self.wandb is not None and stage.wandb is not None:
+            loggers.append(StageLogger(self.wandb, stage.name))
         defaults = {"num_sanity_val_steps": 0, "enable_model_summary": sys.stdout.isatty()}
         trainer = Trainer(
-            **{**self.experiment.devices, **defaults, **arguments, "logger": [metrics, *arguments.get("logger", [])]},
+            **{**self.experiment.devices, **defaults, **arguments, "logger": loggers},
             callbacks=[own[0], RankAgreement(stage.name), *callbacks, *own[1:]],
             default_root_dir=folder,
             use_distributed_sampler=False,
@@ -326,13 +346,6 @@ def mark_done(folder: Path, results: dict[str, Any]) -> None:
     """Write the marker that says that a folder is complete, with figures for the report."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / DONE_MARKER, results, indent=2)
-
-
-def close_wandb() -> None:
-    """End the W&B run of a stage, or that of the next one would be taken for it."""
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        wandb.finish()
 
 
 def _quieten_lightning() -> None:

@@ -24,6 +24,7 @@ from lvd_lightning.units import Unit
 
 __all__ = [
     "is_written",
+    "plain_table",
     "print_table",
     "summarize",
     "table_rows",
@@ -194,6 +195,12 @@ def worse_than_uniform(rows: Sequence[Row], unit: Unit) -> str:
         f"validation {unit.name} {side} {unit.uniform:g}, worse than a uniform distribution: {', '.join(bad)}; train "
         "for longer, on more examples, or with another learning rate"
     )
+
+
+def plain_table(run: Run, data: Data) -> tuple[list[str], list[list[Any]]]:
+    """The table as columns and rows of numbers; None for what is not known."""
+    keys = ["model", *_SPLITS, "parameters", "seconds"]
+    return _columns(data.unit), [[row[key] for key in keys] for row in table_rows(run, data.unit)]
 
 
 def _columns(unit: Unit) -> list[str]:

@@ -1,8 +1,6 @@
 """What a stage's Trainer is told: checked before any stage runs, made into arguments when its stage runs."""
 
 import inspect
-import os
-import secrets
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -12,7 +10,6 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
-from lvd_lightning.files import write_atomically
 from lvd_lightning.runs.objects import make, parsed, subclass_parser
 from lvd_lightning.stages.stage import StageModule
 
@@ -25,6 +22,7 @@ __all__ = [
     "make_callbacks",
     "not_for",
     "trainer_arguments",
+    "wandb_settings",
 ]
 
 # Where the pipeline decides, and why.
@@ -78,7 +76,7 @@ def check_trainer(stage: str, trainer: Mapping[str, Any], top: Mapping[str, Any]
     except ValueError as error:
         raise ValueError(f"stages.{stage}.trainer: {error}") from error
     for logger in _logger_configs(trainer):
-        parsed(subclass_parser(Logger), {"object": logger}, f"stages.{stage}: trainer.logger: ")
+        parsed(subclass_parser(Logger), {"object": _placed(logger, Path(stage))}, f"stages.{stage}: trainer.logger: ")
 
 
 def check_precision(stage: str, precision: Any, model: str = "circuits") -> None:
@@ -124,15 +122,33 @@ def not_for(kind: type[StageModule]) -> tuple[str, ...]:
     return _CLIPPING if kind.accumulates else (*_CLIPPING, ACCUMULATE)
 
 
-def trainer_arguments(trainer: Mapping[str, Any], experiment: str, folder: Path) -> dict[str, Any]:
-    """Arguments of the Trainer, with callbacks and loggers made afresh; folder: the stage's own."""
+def trainer_arguments(trainer: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Arguments of the Trainer, with callbacks and loggers made afresh; folder: the stage's own.
+
+    W&B is not among the loggers: see `wandb_settings`.
+    """
     parser = _trainer_parser()
     made = parser.instantiate(parsed(parser, {"trainer": _without_loggers(trainer)})).trainer
     arguments = {key: made[key] for key in trainer if key in made}
     if arguments.get("callbacks") is not None:
         arguments["callbacks"] = _as_list(arguments["callbacks"])
-    loggers = [make(Logger, _placed(logger, experiment, folder)) for logger in _logger_configs(trainer)]
-    return {**arguments, "logger": loggers}
+    configs = [config for config in _logger_configs(trainer) if not _is_wandb(config)]
+    return {**arguments, "logger": [make(Logger, _placed(config, folder)) for config in configs]}
+
+
+def wandb_settings(trainer: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The arguments of the WandbLogger that the Trainer is told of; None if there is none."""
+    found = [config for config in _logger_configs(trainer) if _is_wandb(config)]
+    return dict(found[0].get("init_args") or {}) if found else None
+
+
+def _placed(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A logger's configuration, with the folder that some of them do not work without."""
+    return {**config, "init_args": {"save_dir": str(folder), **(config.get("init_args") or {})}}
+
+
+def _is_wandb(config: Mapping[str, Any]) -> bool:
+    return str(config["class_path"]).endswith("WandbLogger")
 
 
 def make_callbacks(trainer: Mapping[str, Any]) -> list[Any]:
@@ -159,26 +175,6 @@ def _logger_configs(trainer: Mapping[str, Any]) -> list[dict[str, Any]]:
         for logger in listed
         if isinstance(logger, (str, dict))
     ]
-
-
-def _placed(config: Mapping[str, Any], experiment: str, folder: Path) -> dict[str, Any]:
-    """A logger's configuration with what it does not say: its folder and, for W&B, its names and how it goes on.
-
-    Weights & Biases continues a run only under an id that was stored, and asks for an account unless it is offline.
-    """
-    arguments: dict[str, Any] = {"save_dir": str(folder)}
-    if str(config["class_path"]).endswith("WandbLogger"):
-        account = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
-        arguments |= {"name": f"{experiment}/{folder.name}", "group": experiment}
-        arguments |= {"offline": not account, "id": _stored_id(folder)}
-    return {**config, "init_args": {**arguments, **(config.get("init_args") or {})}}
-
-
-def _stored_id(folder: Path) -> str:
-    path = folder / "wandb_id.txt"
-    if not path.is_file():
-        write_atomically(path, secrets.token_hex(4))
-    return path.read_text()
 
 
 @cache
