@@ -106,7 +106,12 @@ class WandbRun:
             self.run.log_artifact(artifact, aliases=["best"])
 
     def log_report(
-        self, stages: Sequence[str], figures: Mapping[str, Any], columns: Sequence[str], rows: list[list[Any]], folder: Path
+        self,
+        stages: Sequence[str],
+        figures: Mapping[str, Any],
+        columns: Sequence[str],
+        rows: list[list[Any]],
+        folder: Path,
     ) -> None:
         """The final table, the pictures of the report, and figures for the summary; once for these stages."""
         if _read_state(self.run_dir / STATE).get("reported") == list(stages):

@@ -123,7 +123,7 @@ def _write_pyjuice(conditional: pc.Circuit, folder: Path) -> None:
 
     folder.mkdir()
     for number, root in enumerate(roots):
-        pyjuice.save(root, str(folder / f"conditional_{number}.jpc"))
+        pyjuice.save(str(folder / f"conditional_{number}.jpc"), root)
 
 
 def _figures(summary: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Run directories with a random circuit over small pictures, as a finished run leaves them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -43,12 +44,22 @@ def random_circuit(
     return AssembledCircuit(pc.Circuit(prior), pc.Circuit(graphs), parts)
 
 
-def trained_run(folder: Path, color: str = "ycocg_r", seed: int = 0, side: int = 8, patch: int = 4) -> Trained:
-    """A run directory `folder` over pictures of `side` pixels; color "grey": those of scikit-learn's digits."""
+def trained_run(
+    folder: Path,
+    color: str = "ycocg_r",
+    seed: int = 0,
+    side: int = 8,
+    patch: int = 4,
+    family: Callable[[int], pc.Distribution] = pc.DiscretizedLogistic,
+) -> Trained:
+    """A run directory `folder` over pictures of `side` pixels; color "grey": those of scikit-learn's digits.
+
+    family: of the leaves, by the number of values.
+    """
     codes = ImageCodes("grey", num_levels=17) if color == "grey" else ImageCodes(color)
     numbers = [17] if color == "grey" else [256, 511, 511] if color == "ycocg_r" else [256] * 3
     parts = ImagePatches((len(numbers), side, side), patch, numbers)
-    leaf: list[pc.Distribution] = [pc.DiscretizedLogistic(n) for n in numbers for _ in range(patch**2)]
+    leaf: list[pc.Distribution] = [family(n) for n in numbers for _ in range(patch**2)]
     folder.mkdir(parents=True)
     data = "datamodules.Digits" if codes.is_grey else "datamodules.Photos"
     more = "" if codes.is_grey else f", image_size: {side}, color: {color}"

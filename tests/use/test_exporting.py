@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.trained_runs import random_pictures, trained_run
 
+import lvd_lightning.circuits as pc
 from lvd_lightning.use.exporting import export
 from lvd_lightning.use.folders import new_folder
 from lvd_lightning.use.trained import from_pretrained, open_trained
@@ -80,3 +81,21 @@ def test_circuits_for_pyjuice(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="DiscretizedLogistic"):
         export(trained, tmp_path / "out", pyjuice=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_pyjuice_reads_what_is_written_for_it(tmp_path: Path) -> None:
+    """Circuits and heads are the same ones."""
+    pyjuice = pytest.importorskip("pyjuice")
+    trained = trained_run(tmp_path / "run", "grey", side=8, patch=2, family=pc.Categorical)
+    export(trained, tmp_path / "out", pyjuice=True)
+    conditional = trained.circuit.conditional
+    x = torch.randint(17, (5, 4), generator=torch.Generator().manual_seed(0))
+    for number, structure in enumerate(conditional.structures):
+        loaded = pyjuice.load(str(tmp_path / "out" / "pyjuice" / f"conditional_{number}.jpc"))
+        back = pc.Circuit(pc.from_pyjuice(loaded))
+        assert back.num_heads == structure.num_heads
+        for head in range(structure.num_heads):
+            heads_GB = torch.zeros(conditional.num_circuits, len(x), dtype=torch.int64)
+            heads_GB[number] = head
+            expected = conditional.log_prob(x.expand(conditional.num_circuits, -1, -1), head=heads_GB)[number]
+            torch.testing.assert_close(back.log_prob(x, head=head).flatten(), expected.flatten())
