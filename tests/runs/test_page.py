@@ -17,6 +17,14 @@ from lvd_lightning.runs.run import Run
 
 VOID = {"meta", "img", "br", "input", "link", "hr"}
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
+#: Leaves one curve, points at its first number, and sorts the models by bits per dimension, the largest first.
+READER = """
+for (const box of document.querySelectorAll("#choices input")) if (box.value !== "val/bpd" && box.checked) box.click();
+document.querySelector("#curves circle").dispatchEvent(new MouseEvent("mouseenter"));
+const byBits = document.querySelectorAll("th.sortable")[1];
+byBits.click();
+byBits.click();
+"""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
 
 
@@ -93,14 +101,29 @@ def test_nothing_is_loaded_from_elsewhere(page: Path) -> None:
     assert not re.search(r"fetch\(|XMLHttpRequest|import\(|@import|url\(", text)
 
 
-def test_a_browser_draws_the_curves(page: Path) -> None:
+def in_browser(page: Path, script: str = "") -> str:
+    """The page as a browser that reaches no network has it, after a script that does what a reader would do."""
     browser = next((found for found in map(shutil.which, BROWSERS) if found), None)
     if browser is None:
         pytest.skip(f"no browser here: none of {', '.join(BROWSERS)}")
+    used = page.with_name("used.html")
+    used.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"--user-data-dir={page.parent / 'profile'}"]
-    shown = subprocess.run([browser, *flags, page.as_uri()], capture_output=True, text=True, timeout=60).stdout
+    offline = "--host-resolver-rules=MAP * ~NOTFOUND"
+    return subprocess.run([browser, *flags, offline, used.as_uri()], capture_output=True, text=True, timeout=60).stdout
+
+
+def test_a_browser_draws_the_curves(page: Path) -> None:
+    shown = in_browser(page)
     assert shown.count("<polyline") == 2
     assert '<option value="finetune">' in shown
+
+
+def test_a_reader_chooses_curves_and_sorts_the_table(page: Path) -> None:
+    shown = in_browser(page, READER)
+    assert shown.count("<polyline") == 1
+    assert "val/bpd: 8.7 after epoch 1, 2 s" in shown
+    assert Page(shown).cells[:4] == ["baseline, EM", "10.2500", "finetuned </script> circuit", "8.5000"]
 
 
 def test_the_command_makes_a_page_for_an_older_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
