@@ -100,6 +100,24 @@ class ImageDataModule(GlobalLoaders):
     def load(self) -> Mapping[Split, Tensor | ImageRows]:
         """Read every split, limited with `limit`, as integers (N, C, H, W)."""
 
+    @property
+    def published_counts(self) -> tuple[int, int, int] | None:
+        """Images of train, val and test, as the data are published; None where only reading tells."""
+        return None
+
+    def published(self) -> tuple[dict[str, int], ImagePatches] | None:
+        """The number of examples of every split, and their parts, known before anything is read; None if they are not.
+
+        For plans: what is read counts.
+        """
+        if self.published_counts is None:
+            return None
+        most = math.inf if self.max_examples is None else self.max_examples
+        counts = [int(min(count, most)) for count in self.published_counts]
+        if self.flip:
+            counts[0] = int(min(2 * counts[0], most))
+        return dict(zip(SPLITS, counts)), self.parts
+
     def limit(self, count: int) -> Rows:
         """Which rows of a split of `count` examples to keep under `max_examples`."""
         return subset(count, self.max_examples)

@@ -46,6 +46,11 @@ class CIFAR10(RGBDataModule):
         self.path = path
         self.num_val = num_val
 
+    @property
+    @override
+    def published_counts(self) -> tuple[int, int, int]:
+        return 50_000 - self.num_val, self.num_val, 10_000
+
     @override
     def load(self) -> Mapping[Split, Tensor]:
         root = resolve(self.path)

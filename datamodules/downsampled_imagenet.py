@@ -48,6 +48,11 @@ class DownsampledImageNet(RGBDataModule):
         self.path = path
         self.num_val = num_val
 
+    @property
+    @override
+    def published_counts(self) -> tuple[int, int, int]:
+        return 1_281_167 - self.num_val, self.num_val, 50_000
+
     @override
     def load(self) -> Mapping[Split, Tensor | ImageRows]:
         train_files, test_file = self._files()

@@ -106,6 +106,13 @@ class LanguageDataModule(GlobalLoaders):
     def known_vocabulary(self, words: list[str]) -> Vocabulary:
         """The vocabulary of words that were kept."""
 
+    def published(self) -> tuple[dict[str, int], Tokens] | None:
+        """The number of windows of every split, and their parts, known before anything is read; None if they are not.
+
+        For plans: what is read counts.
+        """
+        return None
+
     @override
     def prepare_data(self) -> None:
         """Tokenize the text, so that other processes of this machine find it done."""

@@ -57,6 +57,11 @@ class MNIST(ImageDataModule):
     def image_shape(self) -> tuple[int, int, int]:
         return 1, SIDE, SIDE
 
+    @property
+    @override
+    def published_counts(self) -> tuple[int, int, int] | None:
+        return 60_000 - self.num_val, self.num_val, 10_000
+
     @override
     def load(self) -> Mapping[Split, Tensor]:
         known, test = (self._read(self.files[name]) for name in ("train", "test"))
@@ -129,6 +134,11 @@ class EMNIST(MNIST):
         self.files = {  # type: ignore[misc]
             name: f"emnist-{subset}-{name}-images-idx3-ubyte" for name in ("train", "test")
         }
+
+    @property
+    @override
+    def published_counts(self) -> None:
+        return None  # other numbers in every subset
 
     @override
     def upright(self, images: Tensor) -> Tensor:

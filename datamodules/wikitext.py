@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,19 @@ from typing_extensions import override
 
 from datamodules.files import require, resolve
 from datamodules.language import LanguageDataModule
-from datamodules.splits import Split
+from datamodules.splits import SPLITS, Split
 from datamodules.text_files import TextFile, read_texts
-from datamodules.token_streams import Tokenized
+from datamodules.token_streams import Tokenized, starts_of_windows
 from datamodules.vocabulary import END, Vocabulary
+from lvd_lightning.parts import Tokens
 
 __all__ = ["WikiText"]
 
+#: Tokens of the three files, and words of the vocabulary, by the name of the folder.
+PUBLISHED = {
+    "wikitext-2": (2_088_628, 217_646, 245_569, 33_278),
+    "wikitext-103": (103_227_021, 217_646, 245_569, 267_735),
+}
 FILES: dict[Split, str] = {"train": "wiki.train.tokens", "val": "wiki.valid.tokens", "test": "wiki.test.tokens"}
 EXPECTED = (
     "WikiText: expected a folder with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, as the archive "
@@ -60,6 +67,19 @@ class WikiText(LanguageDataModule):
     def __init__(self, path: str = "data/wikitext-2", **common: Any) -> None:
         super().__init__(**common)
         self.path = path
+
+    @override
+    def published(self) -> tuple[dict[str, int], Tokens] | None:
+        found = PUBLISHED.get(Path(self.path).name)
+        if found is None:
+            return None
+        *tokens, words = found
+        counts = {}
+        for split, count in zip(SPLITS, tokens):
+            stride = self.stride if split == "train" else self.length
+            windows = len(starts_of_windows(np.array([count]), self.length, stride))
+            counts[str(split)] = windows if self.max_examples is None else min(windows, self.max_examples)
+        return counts, Tokens(self.length, words)
 
     @property
     @override

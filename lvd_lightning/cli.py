@@ -35,6 +35,7 @@ _COMMANDS = {
     "fit": "run every stage of an experiment that is not finished, then evaluate and write the report",
     "validate": "print what a finished run's model reaches on the validation examples",
     "test": "print what a finished run's model reaches on the test examples",
+    "plan": "print what every stage will take on so many processes: memory, messages, files, hours",
     "infill": "fill in the words that are <mask> in a text, with the model of a finished run on texts",
     **{name: command.text for name, command in COMMANDS.items()},
 }
@@ -90,6 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from lvd_lightning.runs.configuration import experiment_from
 
             stop_if_requested()
+            if command == "plan":
+                from lvd_lightning.runs.plan import print_plan
+
+                print_plan(experiment_from(config), **options)
+                return 0
             try:
                 run(command, experiment_from(config), **options)
             except Exception as error:

@@ -22,6 +22,9 @@ from lvd_lightning.stages.stage import Stage
 
 __all__ = ["parse_arguments"]
 
+#: Options that are not part of a configuration.
+OPTIONS = ("stage", "changed", "ranks", "rates", "write_rates")
+
 # Not Any, for which jsonargparse takes every class_path for one to resolve, and fills in all its defaults.
 _Plain = bool | int | float | str | list | dict | None
 
@@ -60,7 +63,7 @@ def parse_arguments(
     configs = [*map(str, files), *(f"{{stages: {{{name}: null}}}}" for name in dropped), *referring]
     parser = _parser(command, description, names)
     chosen: Namespace = parser.parse_args([*(f"--config={config}" for config in configs), *rest])
-    options = {key: chosen.pop(key) for key in ("stage", "changed") if key in chosen}
+    options = {key: chosen.pop(key) for key in OPTIONS if key in chosen}
     run = chosen.pop("run", None)
     chosen.pop("config", None)
     dumped = parser.dump(chosen, skip_validation=True)
@@ -205,6 +208,14 @@ def _plain_parser(command: str, description: str) -> ArgumentParser:
             choices=CHANGED,
             default=CHANGED[0],
             help="what to do when the run was begun with another config",
+        )
+    if command == "plan":
+        parser.add_argument("--ranks", type=int, default=1, help="processes of the job, on all machines together")
+        parser.add_argument(
+            "--rates", type=str | None, help="a YAML file of measured rates, as --write_rates writes it"
+        )
+        parser.add_argument(
+            "--write_rates", type=str | None, help="write what the finished stages of the run reached, for --rates"
         )
     parser.add_argument("--name", type=str | None, help="in run_dir")
     parser.add_argument("--run_dir", type=str, default="runs", help="where runs are kept")

@@ -31,9 +31,11 @@ from lvd_lightning.models.leaves import LeafChoice
 from lvd_lightning.models.priors import chow_liu_prior, edge_kinds, latent_tree
 from lvd_lightning.models.shared_routing import route_batch
 from lvd_lightning.models.structures import PartStructure, StructureName
+from lvd_lightning.planning import PlanRequest, StagePlan
 from lvd_lightning.ranks import check_agreement, from_first
 from lvd_lightning.shares import part_order
 from lvd_lightning.stages.em_student import EMStudent, Rule
+from lvd_lightning.stages.plans.students import conditional_plan
 
 __all__ = ["ConditionalStudent"]
 
@@ -117,6 +119,10 @@ class ConditionalStudent(EMStudent):
     @override
     def check_data(self, data: Data) -> None:
         self.leaf.over(data.parts.leaf)
+
+    @override
+    def plan(self, request: PlanRequest) -> StagePlan:
+        return conditional_plan(self.hparams, self.structure, self.leaf.over(request.data.parts.leaf), request)
 
     @override
     def begin_stage(self, context: StageContext) -> None:

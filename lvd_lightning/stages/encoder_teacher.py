@@ -16,7 +16,9 @@ from lvd_lightning import teachers
 from lvd_lightning.checks import check_choice, check_counts
 from lvd_lightning.context import Data, StageContext
 from lvd_lightning.parts import Tokens
+from lvd_lightning.planning import PlanRequest, StagePlan
 from lvd_lightning.ranks import on_first
+from lvd_lightning.stages.plans.texts import encoder_plan
 from lvd_lightning.stages.stage import PlainStage
 
 __all__ = ["EncoderTeacher"]
@@ -70,6 +72,10 @@ class EncoderTeacher(PlainStage):
     @override
     def check_data(self, data: Data) -> None:
         _words(data)
+
+    @override
+    def plan(self, request: PlanRequest) -> StagePlan:
+        return encoder_plan(self.encoder)
 
     @override
     def run(self, context: StageContext) -> dict[str, float]:

@@ -20,7 +20,9 @@ from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.models.evidence import Candidates, CircuitGroups, EvidenceCache
 from lvd_lightning.models.evidence_source import EvidenceSource, load_candidate_table
 from lvd_lightning.models.posterior_loss import conditional_loss
+from lvd_lightning.planning import PlanRequest, StagePlan
 from lvd_lightning.stages.em_student import EMStudent, Rule
+from lvd_lightning.stages.plans.students import finetune_plan
 
 __all__ = ["FinetuneStudent"]
 
@@ -75,6 +77,10 @@ class FinetuneStudent(EMStudent):
         expect(margin is None or margin > 0, "margin", margin, "more than 0 nats, or null for no limit")
         check_share(posterior_floor=posterior_floor)
         check_above(0, slots=slots)
+
+    @override
+    def plan(self, request: PlanRequest) -> StagePlan:
+        return finetune_plan(self.hparams, request)
 
     @override
     def begin_stage(self, context: StageContext) -> None:

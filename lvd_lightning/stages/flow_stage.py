@@ -31,8 +31,10 @@ from lvd_lightning.context import Data, StageContext, VisibleData
 from lvd_lightning.metrics import MeanLikelihood
 from lvd_lightning.normalizing_flows.faults import first_fault
 from lvd_lightning.parts import Columns, ImagePatches
+from lvd_lightning.planning import PlanRequest, StagePlan
 from lvd_lightning.seeds import derive_seed
 from lvd_lightning.stages.mae_teacher import save_picture
+from lvd_lightning.stages.plans.networks import network_plan, teacher_left
 from lvd_lightning.stages.schedules import warmup_cosine
 from lvd_lightning.stages.stage import StageModule
 from lvd_lightning.teachers.batch_noise import batch_noise
@@ -94,6 +96,20 @@ class FlowStage(StageModule):
         self.average = AveragedModel(self.model, multi_avg_fn=self._blend)
         self.average.requires_grad_(False)
         self.train_likelihood, self.val_likelihood = self._likelihood(), self._likelihood()
+
+    @override
+    def plan(self, request: PlanRequest) -> StagePlan:
+        self.begin_stage(request.context)
+        self.log = lambda *_, **__: None  # type: ignore[method-assign]  # there is no Trainer
+        files, features = teacher_left(self.averaged, request)
+        return network_plan(
+            request,
+            self.model,
+            lambda examples: self.loss(examples, torch.Generator().manual_seed(0))[0],
+            files=files,
+            leaves=dict.fromkeys(self.leaves, features),
+            averaged=True,
+        )
 
     def first_examples(self, context: StageContext) -> Tensor:
         """Training examples, spread evenly over all, that a new flow is standardised on."""

@@ -22,6 +22,7 @@ from lvd_lightning.latents.assignments import read_assignments
 from lvd_lightning.models.hmm_counts import HMMCounts
 from lvd_lightning.models.hmm_graph import HMMTables
 from lvd_lightning.models.language import HiddenMarkovModel
+from lvd_lightning.planning import PlanRequest, StagePlan
 from lvd_lightning.ranks import rank_and_size
 from lvd_lightning.shares import drawn_for_batch
 from lvd_lightning.stages.em_student import EMStudent
@@ -35,6 +36,7 @@ from lvd_lightning.stages.hmm_settings import (
     two_phases,
     words_of,
 )
+from lvd_lightning.stages.plans.texts import hmm_plan
 
 __all__ = ["HMMStudent"]
 
@@ -127,6 +129,10 @@ class HMMStudent(EMStudent):
     @override
     def check_data(self, data: Data) -> None:
         words_of(data, type(self).__name__)
+
+    @override
+    def plan(self, request: PlanRequest) -> StagePlan:
+        return hmm_plan(self.hparams, request)
 
     @override
     def begin_stage(self, context: StageContext) -> None:

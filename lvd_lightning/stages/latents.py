@@ -10,7 +10,9 @@ from lvd_lightning.latents.assignments import load_latents_info
 from lvd_lightning.latents.clusters import write_clusters
 from lvd_lightning.latents.encode import encode_splits, remove_features
 from lvd_lightning.latents.settings import LatentsSettings
+from lvd_lightning.planning import PlanRequest, StagePlan
 from lvd_lightning.ranks import on_first
+from lvd_lightning.stages.plans.latents import latents_plan
 from lvd_lightning.stages.stage import PlainStage
 
 __all__ = ["Latents"]
@@ -43,6 +45,10 @@ class Latents(LatentsSettings, PlainStage):
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         """Codes are those of a teacher."""
         return ("features",) if self.method == "codes" else ()
+
+    @override
+    def plan(self, request: PlanRequest) -> StagePlan:
+        return latents_plan(self, request)
 
     @override
     def run(self, context: StageContext) -> dict[str, float]:

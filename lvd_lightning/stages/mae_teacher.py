@@ -20,8 +20,10 @@ from typing_extensions import override
 from lvd_lightning import teachers
 from lvd_lightning.checks import check_between, check_share
 from lvd_lightning.context import StageContext, VisibleData
+from lvd_lightning.planning import PlanRequest, StagePlan
 from lvd_lightning.seeds import derive_seed
 from lvd_lightning.shares import drawn_for_batch
+from lvd_lightning.stages.plans.networks import network_plan, teacher_left
 from lvd_lightning.stages.schedules import warmup_cosine
 from lvd_lightning.stages.stage import StageModule, image_patches
 
@@ -103,6 +105,18 @@ class MAETeacher(StageModule):
             )
         self.train_loss = MeanMetric()
         self._context = context
+
+    @override
+    def plan(self, request: PlanRequest) -> StagePlan:
+        self.begin_stage(request.context)
+        files, features = teacher_left(self.teacher, request)
+        mean = (self.hparams["mask_min"] + self.hparams["mask_max"]) / 2
+
+        def loss(images: Tensor) -> Tensor:
+            noise_BP = torch.rand(len(images), self.teacher.num_patches)
+            return self.teacher(images, mean, noise_BP).loss.mean()
+
+        return network_plan(request, self.teacher, loss, files=files, leaves={"features": features})
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -23,9 +23,11 @@ from lvd_lightning.models.evidence import CHUNK_IMAGES, Candidates, CircuitGroup
 from lvd_lightning.models.evidence_source import EvidenceSource, images_within, save_candidate_table
 from lvd_lightning.models.head_index import HeadIndex
 from lvd_lightning.models.priors import chow_liu_prior, clusters_tree, edge_kinds, hidden_prior
+from lvd_lightning.planning import PlanRequest, StagePlan
 from lvd_lightning.ranks import on_first, wait
 from lvd_lightning.shares import own_chunks
 from lvd_lightning.stages.em_student import EMStudent, Rule
+from lvd_lightning.stages.plans.students import prior_plan
 
 __all__ = ["PriorStudent"]
 
@@ -90,6 +92,10 @@ class PriorStudent(EMStudent):
         check_above(0, counts_pseudocount=counts_pseudocount)
         check_at_least(0, shrinkage=shrinkage)
         check_share(prune_threshold=prune_threshold)
+
+    @override
+    def plan(self, request: PlanRequest) -> StagePlan:
+        return prior_plan(self.hparams, request)
 
     @override
     def begin_stage(self, context: StageContext) -> None:

@@ -14,6 +14,7 @@ from lvd_lightning.circuits import Circuit
 from lvd_lightning.context import Data, StageContext
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.parts import ImagePatches
+from lvd_lightning.planning import PlanRequest, StagePlan
 from lvd_lightning.ranks import rank_and_size
 from lvd_lightning.shares import batch_total
 from lvd_lightning.units import Unit
@@ -55,6 +56,13 @@ class Stage:
 
         Called before any stage runs, with a datamodule that has not read anything yet.
         """
+
+    def plan(self, request: PlanRequest) -> StagePlan | None:
+        """What the stage will take on so many ranks, told without training; None: nobody has said.
+
+        Called with stand-in data, in the order of the stages; see `PlanRequest` and `train.py plan`.
+        """
+        return None
 
     @classmethod
     def load_model(cls, folder: Path) -> nn.Module:

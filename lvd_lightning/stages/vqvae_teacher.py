@@ -18,8 +18,10 @@ from lvd_lightning import teachers
 from lvd_lightning.checks import check_above, check_at_least, check_between, check_share
 from lvd_lightning.color import unpatchify
 from lvd_lightning.context import StageContext, VisibleData
+from lvd_lightning.planning import PlanRequest, StagePlan
 from lvd_lightning.seeds import derive_seed
 from lvd_lightning.stages.mae_teacher import save_picture
+from lvd_lightning.stages.plans.networks import network_plan, teacher_left
 from lvd_lightning.stages.schedules import warmup_cosine
 from lvd_lightning.stages.stage import StageModule, image_patches
 from lvd_lightning.teachers.batch_noise import batch_noise
@@ -109,6 +111,21 @@ class VQVAETeacher(StageModule):
         self.teacher.start_from(context.data.batch("train", torch.linspace(0, count - 1, min(count, 500)).long()))
         self.train_scores, self.val_scores = self._scores(context), self._scores(context)
         self._context = context
+
+    @override
+    def plan(self, request: PlanRequest) -> StagePlan:
+        self.begin_stage(request.context)
+        codebook = self.teacher.codebook.codes
+        files, features = teacher_left(self.teacher, request)
+        return network_plan(
+            request,
+            self.teacher,
+            lambda images: self.train_scores.losses(self.teacher(images)).mean(),
+            files=files,
+            leaves={"features": {**features, "num_codes": len(codebook)}},
+            beside=codebook.numel() * 4 + len(codebook) * 4,
+            counted=codebook.numel(),
+        )
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:

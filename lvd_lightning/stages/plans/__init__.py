@@ -1,0 +1,1 @@
+"""What stages will take, by kinds of models: circuits, networks, texts."""
