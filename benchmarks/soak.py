@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+MACHINE = "machine/"
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
     "--data.image_size=8",
@@ -64,7 +65,16 @@ EXPERIMENTS = {
 }
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
 #: Nothing in these but times.
-TIMES = ("spent.json", "summary.md", "summary.json", "training.png", "config.yaml", "index.html", "lock")
+TIMES = (
+    "spent.json",
+    "summary.md",
+    "summary.json",
+    "training.png",
+    "config.yaml",
+    "index.html",
+    "lock",
+    "events.jsonl",
+)
 
 
 def command(name: str, folder: Path, run: str, ranks: int) -> list[str]:
@@ -129,7 +139,8 @@ def content(path: Path) -> Any:
 
 def plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items() if "second" not in str(key)}
+        kept = {key: item for key, item in value.items() if "second" not in str(key) and MACHINE not in str(key)}
+        return {key: plain(item) for key, item in kept.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value.tolist() if isinstance(value, torch.Tensor) else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lvd_lightning.checks import check_counts, expect
+from lvd_lightning.events import record
 from lvd_lightning.stages.conditional import ConditionalStudent
 
 __all__ = ["StructureEdit"]
@@ -80,7 +82,10 @@ class StructureEdit(Callback, ABC):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, ConditionalStudent) or not self.should_act(trainer.current_epoch):
             return
-        figures = {f"{type(self).__name__}/{name}": value for name, value in self.edit(trainer, pl_module).items()}
+        name, found = type(self).__name__, self.edit(trainer, pl_module)
+        figures = {f"{name}/{key}": value for key, value in found.items()}
+        stage = Path(trainer.default_root_dir).name
+        record("edit", stage=stage, edit=name, epoch=trainer.current_epoch, step=trainer.global_step, **found)
         for logger in trainer.loggers:
             logger.log_metrics({"epoch": trainer.current_epoch, **figures}, step=trainer.global_step)
 

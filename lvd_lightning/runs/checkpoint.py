@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
 from lvd_lightning.circuits import Circuit
+from lvd_lightning.events import record
 from lvd_lightning.files import errors_naming, put_in_place, temporary_name
 
 __all__ = ["BEST_CHECKPOINT", "LAST_CHECKPOINT", "EpochCheckpoint", "link_or_copy"]
@@ -74,6 +75,8 @@ class EpochCheckpoint(Checkpoint):
             if better:
                 link_or_copy(self.best_path, self.last_path)
         trainer.strategy.barrier()
+        facts = {"epoch": trainer.current_epoch, "step": trainer.global_step, "best": better, self.monitor: score}
+        record("checkpoint", stage=self.folder.name, file=target.name, **facts)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torchmetrics import Metric
 
+from lvd_lightning import __version__
 from lvd_lightning.context import DONE_MARKER, StageContext, missing_need
+from lvd_lightning.events import record, recording
 from lvd_lightning.files import unreadable, write_atomically, write_json
 from lvd_lightning.ranks import Ranks, stop_together
 from lvd_lightning.runs.checkpoint import BEST_CHECKPOINT, EpochCheckpoint
@@ -28,6 +30,7 @@ from lvd_lightning.runs.epoch_seed import EpochSeed
 from lvd_lightning.runs.evaluation import evaluate_run, is_evaluated, mean_likelihood
 from lvd_lightning.runs.experiment import Experiment, PlannedStage
 from lvd_lightning.runs.lock import locked
+from lvd_lightning.runs.machine import MachineLog, peak_memory
 from lvd_lightning.runs.metrics_file import MetricsFile
 from lvd_lightning.runs.old_codes import check_codes
 from lvd_lightning.runs.progress import EpochLines, Noted, ProgressBar
@@ -43,6 +46,7 @@ from lvd_lightning.runs.wandb_run import StageLogger, WandbRun
 from lvd_lightning.seeds import derive_seed
 from lvd_lightning.stages.stage import PlainStage, Stage, StageModule
 from lvd_lightning.stopping import EXIT_CODE, Stopped
+from lvd_lightning.traffic import TRAFFIC
 
 __all__ = ["Pipeline"]
 
@@ -83,6 +87,9 @@ class Pipeline:
         models = [stage for stage in stages if "model" in stage.kind.leaves]
         with ExitStack() as held:
             self.ranks.on_first(partial(held.enter_context, locked(self.experiment.run_dir)))
+            held.enter_context(recording(self.experiment.run_dir, self.ranks.rank))
+            held.push(_record_end)
+            record("start", version=__version__, ranks=self.ranks.world_size, stage=only)
             self.ranks.on_first(partial(check_codes, self.experiment))
             self.ranks.on_first(partial(adopt_run_directory, self.experiment, changed))
             self._adopt_data(changed)
@@ -173,7 +180,8 @@ class Pipeline:
             return
         self.ranks.on_first(partial(self._open, stage))
         self.say(f"{stage.name}: starts")
-        clock = Stopwatch()
+        record("stage_begins", stage=stage.name)
+        clock, sent = Stopwatch(), TRAFFIC.seconds
         context = self._context(stage)
         self.ranks.on_first(partial(record_data, folder, context.data))
         # After the datamodule was made, which draws random numbers only in the first stage of each process.
@@ -184,6 +192,8 @@ class Pipeline:
         if self.wandb is not None:
             self.ranks.on_first(partial(self.wandb.finish_stage, stage.name, figures, folder / BEST_CHECKPOINT))
         self.ranks.on_first(partial(mark_done, folder, figures))
+        used = {"memory_mib": peak_memory(), "communication_seconds": TRAFFIC.seconds - sent}
+        record("stage_ends", stage=stage.name, **used, figures=figures)
         for path in folder.glob("error*.txt"):
             path.unlink(missing_ok=True)
         self.say(f"{stage.name}: done in {clock.seconds:.1f} s")
@@ -193,12 +203,14 @@ class Pipeline:
         run, data = self.result, self.datamodule()
         if not self.ranks.on_first(partial(is_evaluated, run)):
             self.say("evaluate: the circuits on all splits")
+            record("evaluate")
             clock = Stopwatch()
             results = evaluate_run(run, data, self.ranks)
             self.ranks.on_first(partial(shutil.rmtree, run.dir / REPORT, ignore_errors=True))  # of other models
             self.ranks.on_first(partial(mark_done, run.dir / EVALUATE, {"seconds": clock.seconds, **results}))
         if not (unless_reported and self.ranks.on_first(partial(is_written, run))):
             self.ranks.on_first(partial(write_report, run, data, self.ranks.device))
+            record("report")
             if self.wandb is not None:
                 self.ranks.on_first(partial(self._log_report, self.wandb, data))
 
@@ -250,6 +262,7 @@ class Pipeline:
         self.ranks.on_first(partial(metrics.keep, begun.last_epoch, begun.step))
         if begun.path is not None:
             self.say(f"{stage.name}: {begun.said}")
+            record("resume", stage=stage.name, file=begun.path.name, epoch=begun.last_epoch + 1, step=begun.step)
         noted = Noted(context.data.unit.name, context.data.protocol)
         steps = StepCheckpoint(context.dir, self.experiment.checkpoint_minutes)
         trainer = self._trainer(stage, module, (clock, checkpoint, steps), metrics, noted)
@@ -307,13 +320,23 @@ class Pipeline:
         defaults = {"num_sanity_val_steps": 0, "enable_model_summary": sys.stdout.isatty()}
         trainer = Trainer(
             **{**self.experiment.devices, **defaults, **arguments, "logger": loggers},
-            callbacks=[own[0], RankAgreement(stage.name), *callbacks, *own[1:]],
+            callbacks=[own[0], RankAgreement(stage.name), MachineLog(stage.name), *callbacks, *own[1:]],
             default_root_dir=folder,
             use_distributed_sampler=False,
             enable_progress_bar=any(isinstance(callback, AnyProgressBar) for callback in callbacks),
         )
         leave_signals_alone(trainer)
         return trainer
+
+
+def _record_end(kind: Any, error: BaseException | None, details: Any) -> None:
+    """How the work on a run ended."""
+    if isinstance(error, Stopped):
+        record("signal", signal=signal.Signals(error.signal).name)
+    elif error is not None:
+        record("error", kind=type(error).__name__, message=str(error)[:1000])
+    else:
+        record("end")
 
 
 def leave_signals_alone(trainer: Trainer) -> None:

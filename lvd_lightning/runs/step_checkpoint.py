@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torchmetrics import Metric
 from typing_extensions import override
 
+from lvd_lightning.events import record
 from lvd_lightning.files import errors_naming, put_in_place, temporary_name
 from lvd_lightning.ranks import highest, stop_together, summed
 from lvd_lightning.stopping import Stopped, requested
@@ -146,6 +147,8 @@ class StepCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             put_in_place(temporary, self.path)
         trainer.strategy.barrier()
+        facts = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        record("checkpoint", stage=self.folder.name, file=STEP_CHECKPOINT, **facts)
         self._last = time.monotonic()
 
 

@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 
+from lvd_lightning.runs.machine import MACHINE
+
 __all__ = ["content", "without_times"]
 
 _CHECKPOINT = ("state_dict", "growing", "optimizer_states", "lr_schedulers", "epoch", "global_step")
 
 
 def without_times(value: Any) -> Any:
-    """Plain values to compare, without what a clock said."""
+    """Plain values to compare, without what a clock said, or the machine's load."""
     if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if "second" not in str(key)}
+        kept = {key: item for key, item in value.items() if "second" not in str(key) and MACHINE not in str(key)}
+        return {key: without_times(item) for key, item in kept.items()}
     if isinstance(value, (list, tuple)):
         return [without_times(item) for item in value]
     return value.tolist() if isinstance(value, torch.Tensor) else value
@@ -31,4 +34,6 @@ def content(path: Path) -> Any:
             return without_times(list(csv.DictReader(file)))
     if path.suffix == ".json":
         return without_times(json.loads(path.read_text()))
+    if path.suffix == ".jsonl":  # events
+        return None
     return path.read_bytes()

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.processes import as_script, exit_codes
+from helpers.run_content import without_times
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
@@ -22,6 +23,7 @@ from torchmetrics import MeanMetric
 
 from lvd_lightning import circuits as pc
 from lvd_lightning.context import StageContext
+from lvd_lightning.events import events_path, read_events
 from lvd_lightning.ranks import Ranks
 from lvd_lightning.runs.checkpoint import EpochCheckpoint
 from lvd_lightning.runs.experiment import Experiment, PlannedStage
@@ -193,7 +195,9 @@ def record(run_dir: Path) -> dict[str, Any]:
         if path.name == "done.json":
             found[key] = {name: value for name, value in json.loads(path.read_text()).items() if name != "seconds"}
         elif path.name == "metrics.csv":
-            found[key] = [{name: v for name, v in row.items() if name != "seconds"} for row in read_metrics(path)]
+            found[key] = without_times(read_metrics(path))
+        elif path.suffix == ".jsonl":
+            continue  # what happened when
         elif path.suffix in (".ckpt", ".pt"):
             content = torch.load(path, weights_only=True)
             found[key] = {name: value.tolist() for name, value in content.get("state_dict", content).items()}
@@ -437,12 +441,24 @@ class TestFaultsAreNotSaved:
         assert not list(tmp_path.iterdir())
 
 
+RATE = "machine/examples_per_second"
+
+
 def test_two_processes_make_one_run(tmp_path: Path) -> None:
     first = as_script(__file__, str(tmp_path), "two processes")
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("done in") == len(KILLS)
     assert all((tmp_path / "run" / name / "done.json").is_file() for name, _ in KILLS)
     assert [row["epoch"] for row in read_metrics(tmp_path / "run/tuned/metrics.csv") if row["val/bpd"]] == list("012")
+    (row,) = [row for row in read_metrics(tmp_path / "run/tuned/metrics.csv") if row["epoch"] == "2" and row[RATE]]
+    assert float(row[RATE]) > 0
+    assert float(row["machine/memory_mib"]) > 1
+    assert float(row["machine/communication_share"]) > 0  # of gradients that torch averages
+    for rank in (0, 1):
+        told = read_events(events_path(tmp_path / "run", rank))
+        assert {line["rank"] for line in told} == {rank}
+        assert [line["stage"] for line in told if line["event"] == "stage_ends"] == [name for name, _ in KILLS]
+        assert told[-1]["event"] == "end"
     (tmp_path / "run/tuned/done.json").unlink()
     again = as_script(__file__, str(tmp_path), "two processes")
     assert again.returncode == 0, again.stderr
@@ -456,6 +472,10 @@ def test_killed_in_every_stage_equals_uninterrupted(tmp_path: Path) -> None:
     assert json.loads(result.stdout.splitlines()[-1]) == {"killed": [-signal.SIGKILL] * len(KILLS) + [0], "whole": [0]}
     whole, killed = record(tmp_path / "whole/run"), record(tmp_path / "killed/run")
     assert len(list((tmp_path / "killed").glob("killed-*"))) == len(KILLS)
+    events = [line["event"] for line in read_events(events_path(tmp_path / "killed/run"))]
+    assert events.count("start") == len(KILLS) + 1
+    assert events.count("end") == events.count("report") == 1
+    assert events.count("resume") > 0
     assert list(whole) == list(killed)
     for name in whole:
         assert whole[name] == killed[name], name

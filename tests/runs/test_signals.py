@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -16,8 +17,9 @@ import pytest
 import torch
 from helpers.interrupting import signal_once
 from helpers.processes import as_script, exit_codes, fork_ranks
-from helpers.run_content import content
+from helpers.run_content import content, without_times
 
+from lvd_lightning.events import events_path, read_events
 from lvd_lightning.runs.metrics_file import read_metrics
 from lvd_lightning.stopping import EXIT_CODE
 
@@ -128,6 +130,24 @@ def test_a_run_that_was_stopped_everywhere_ends_as_one_that_was_not(
             assert content(path) == content(stopped[name]), name
 
 
+def test_what_happened_when_is_told(runs: tuple[Path, dict[str, list[int]], str]) -> None:
+    told = read_events(events_path(runs[0] / "stopped"))
+    count = Counter(line["event"] for line in told)
+    assert count["start"] == len(PLACES) + 1
+    assert count["signal"] == len(PLACES)
+    assert count["end"] == 1
+    assert count["report"] == 2  # before the baseline, and completed after it
+    assert {line["signal"] for line in told if line["event"] == "signal"} == {"SIGTERM", "SIGUSR1"}
+    assert {line["stage"] for line in told if line["event"] == "resume"} >= set(TRAINED) - {"baseline"}
+    assert {line["edit"] for line in told if line["event"] == "edit"} == {"Prune"}
+    saved = {(line["stage"], line["file"]) for line in told if line["event"] == "checkpoint"}
+    assert {("conditional", "step.ckpt"), ("conditional", "best.ckpt"), ("mae", "step.ckpt")} <= saved
+    epochs = [line["epoch"] for line in told if line["event"] == "epoch" and line["stage"] == "vqvae"]
+    assert epochs == [0, 1]
+    row = read_metrics(runs[0] / "whole" / "conditional" / "metrics.csv")[-1]
+    assert "machine/step_seconds" in row
+
+
 def test_a_signal_to_one_rank_stops_both_and_one_process_goes_on(
     runs: tuple[Path, dict[str, list[int]], str],
 ) -> None:
@@ -136,9 +156,10 @@ def test_a_signal_to_one_rank_stops_both_and_one_process_goes_on(
     one, two = (read_metrics(folder / name / "conditional" / "metrics.csv") for name in ("whole", "stopped2"))
     assert len(one) == len(two)
     for row, other in zip(one, two, strict=True):
-        assert {name: float(value) for name, value in other.items() if value and name != "seconds"} == pytest.approx(
-            {name: float(value) for name, value in row.items() if value and name != "seconds"}, rel=1e-4
+        one_row, other_row = (
+            {name: float(value) for name, value in found.items() if value} for found in map(without_times, (row, other))
         )
+        assert other_row == pytest.approx(one_row, rel=1e-4)
 
 
 def two_ranks(folder: Path) -> list[int]:
