@@ -2,9 +2,12 @@
 
     python benchmarks/outliers.py --run runs/photos_pg --images 200
     python benchmarks/outliers.py --run runs/cifar --others digits.zip -o roc.png
+    python benchmarks/outliers.py --run runs/photos_pg --folders sets
+    python train.py score --run runs/photos_pg sets/test sets/stripes
 
 The others are made of the test images and by chance: their inverse, their grey, horizontal stripes of random widths and
-colours, uniform noise, and scikit-learn's handwritten digits enlarged; and the pictures of `--others`.
+colours, uniform noise, and scikit-learn's handwritten digits enlarged; and the pictures of `--others`. With `--folders`
+every set is written as PNG files, for the command `score`, and nothing is scored here.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch.nn.functional import interpolate
 from lvd_lightning.seeds import generator_for
 from lvd_lightning.use.pictures import PictureSet, fitted
 from lvd_lightning.use.roc import auroc, roc_curve
+from lvd_lightning.use.sampling import write_png
 from lvd_lightning.use.scoring import bits_per_dimension
 from lvd_lightning.use.trained import Trained, open_trained
 
@@ -49,6 +53,15 @@ def in_grey(pixels: Tensor) -> Tensor:
     return ((299 * red + 587 * green + 114 * blue + 500) // 1000).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
 
 
+def write_folders(folder: Path, sets: dict[str, Tensor]) -> None:
+    for name, pixels in sets.items():
+        place = folder / name.split(",")[0]
+        place.mkdir(parents=True)
+        for number, picture in enumerate(pixels):
+            write_png(place / f"{number:04}.png", picture)
+        print(f"{place}: {len(pixels)} pictures")
+
+
 def scores(trained: Trained, pixels: Tensor) -> list[float]:
     return [bits_per_dimension(trained, one[None])[0] for one in pixels]
 
@@ -58,6 +71,7 @@ def main() -> None:
     parser.add_argument("--run", required=True)
     parser.add_argument("--images", type=int, default=200, help="of every set")
     parser.add_argument("--others", nargs="*", default=[], help="folders or archives of other pictures")
+    parser.add_argument("--folders", type=Path, help="a new folder: write the sets there as pictures, one folder each")
     parser.add_argument("-o", "--out", type=Path, help="the picture")
     chosen = parser.parse_args()
     trained = open_trained(chosen.run)
@@ -77,6 +91,9 @@ def main() -> None:
         with PictureSet([source]) as pictures:
             place = torch.linspace(0, len(pictures) - 1, min(count, len(pictures))).long().tolist()
             sets[Path(source).stem] = torch.cat([fitted(pictures[n], trained.size, "resize") for n in place])
+    if chosen.folders:
+        write_folders(chosen.folders, {"test": test, **sets})
+        return
     inside = scores(trained, test)
     print(f"test images of {trained.name}: {count}, {sum(inside) / count:.3f} bits per dimension\n")
     print("| other images | bits per dimension | AUROC |\n|---|---:|---:|")
@@ -92,7 +109,7 @@ def main() -> None:
         axes = figure.add_subplot(xlabel="share of the test images", ylabel="share of the others")
         for name, curve in curves.items():
             axes.plot(*curve, label=name)
-        axes.legend()
+        figure.legend(loc="outside upper center", ncols=3)
         figure.savefig(chosen.out)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from typing_extensions import override
 
@@ -20,7 +20,7 @@ from datamodules.images import Pixels
 from datamodules.rgb import RGBDataModule
 from datamodules.splits import SPLITS, Split, check_fractions, position_of_name, split_of_name
 from lvd_lightning.archives import check_members, open_archive
-from lvd_lightning.broken_images import BROKEN_IMAGE
+from lvd_lightning.broken_images import BROKEN_IMAGE, why_broken
 from lvd_lightning.image_names import EXTENSIONS, ImageNames, names_in_archive, names_in_folder
 
 __all__ = ["Folder", "decode_image"]
@@ -142,7 +142,7 @@ class Folder(RGBDataModule):
                     digests[row] = digest(contents)
                     pixels[row] = decode_image(contents, self.image_size)
                 except BROKEN_IMAGE as error:
-                    unusable[source.root, stored] = "its contents are no image" if _is_no_image(error) else str(error)
+                    unusable[source.root, stored] = why_broken(error)
 
         with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
             for _ in pool.map(decode_block, range(0, len(used), DECODE_BLOCK)):
@@ -180,10 +180,6 @@ def decode_image(data: bytes, image_size: int) -> Pixels:
     if side > image_size:
         square = square.resize((image_size, image_size), Image.Resampling.LANCZOS)
     return np.asarray(square).transpose(2, 0, 1)
-
-
-def _is_no_image(error: Exception) -> bool:
-    return isinstance(error, UnidentifiedImageError)  # its own message names an object in memory
 
 
 def _open(opened: ExitStack, argument: str, path: str) -> _Source:

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from lvd_lightning.context import DONE_MARKER
-from lvd_lightning.files import unreadable, write_atomically
+from lvd_lightning.files import write_atomically
 from lvd_lightning.runs.checkpoint import LAST_CHECKPOINT
 from lvd_lightning.runs.experiment import Experiment, PlannedStage
 from lvd_lightning.runs.objects import class_of
@@ -158,7 +158,9 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         found = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, ValueError, OSError) as error:  # OmegaConf has an OSError for a file of one word
-        raise unreadable(path, error) from error
+        raise ValueError(
+            f"{path}: is no configuration ({error}): put back the one that the run was made with, or begin another run"
+        ) from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds no configuration")
     return {str(key): value for key, value in found.items()}

@@ -22,6 +22,7 @@ from lvd_lightning.coding.archive import Archive, Entry, pack
 from lvd_lightning.coding.frequencies import FrequencyTables
 from lvd_lightning.coding.ranges import RangeWriter, Words
 from lvd_lightning.files import write_atomically
+from lvd_lightning.use.folders import check_place
 from lvd_lightning.use.pictures import Picture, PictureSet, fitted
 from lvd_lightning.use.progress import tracked
 from lvd_lightning.use.trained import Trained
@@ -82,6 +83,7 @@ def compress(
     """
     check_counts(batch=batch)
     check_choice(("tile",), fit=fit)
+    check_place(path, of_file=True)
     if not trained.codes.is_lossless:
         raise ValueError(
             f"{trained.folder}: models {trained.codes.region} pictures in {trained.codes.color}, which cannot be "

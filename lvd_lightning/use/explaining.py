@@ -22,6 +22,7 @@ from lvd_lightning.runs.pictures import growth_picture
 from lvd_lightning.use.explained_heads import HeadTree, draw_heads, heads_of
 from lvd_lightning.use.explained_leaves import LEAF_COLUMNS, LeafUnits, draw_leaves, leaf_lines, leaf_rows, leaf_units
 from lvd_lightning.use.explained_patches import draw_clusters
+from lvd_lightning.use.folders import check_place
 from lvd_lightning.use.progress import tracked
 from lvd_lightning.use.trained import Trained
 
@@ -61,6 +62,7 @@ def explain(trained: Trained, out: Path, *, num_clusters: int = 24, num_samples:
         ValueError: a number is out of range, or a file of the run is damaged.
     """
     check_counts(num_clusters=num_clusters, num_samples=num_samples)
+    check_place(out)
     out.mkdir(parents=True, exist_ok=True)
     circuit = trained.circuit
     shares_PK = latent_shares(circuit).cpu()

@@ -19,6 +19,7 @@ from lvd_lightning.files import write_atomically
 from lvd_lightning.models.decoding import max_product
 from lvd_lightning.runs.pictures import grid, save_image
 from lvd_lightning.seeds import generator_for
+from lvd_lightning.use.folders import check_place
 from lvd_lightning.use.pictures import Picture, fitted, joined, tiled
 from lvd_lightning.use.progress import tracked
 from lvd_lightning.use.sampling import write_png
@@ -85,6 +86,7 @@ def inpaint(
         ValueError: the picture or the mask do not fit, or a number is out of range.
     """
     check_counts(num_samples=num_samples)
+    check_place(out)
     check_at_least(0, seed=seed)
     check_choice(ANIMATIONS, animation=animation)
     tiles = fitted(picture, trained.size, fit)

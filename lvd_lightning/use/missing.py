@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lvd_lightning.broken_images import BROKEN_IMAGE, why_broken
 from lvd_lightning.checks import check_choice
 from lvd_lightning.use.pictures import read_picture
 
@@ -24,10 +25,12 @@ def missing_in(path: Path, size: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: there is no such file, it is no picture, has another size, or nothing or everything of it is bright.
     """
+    if not path.is_file():
+        raise ValueError(f"mask: {path}: there is no such file; expected a picture whose bright pixels are missing")
     try:
         pixels = read_picture(path.name, path.read_bytes()).pixels
-    except (OSError, ValueError) as error:
-        raise ValueError(f"mask: {path} cannot be read as a picture ({error})") from error
+    except BROKEN_IMAGE as error:
+        raise ValueError(f"mask: {path} cannot be read as a picture ({why_broken(error)})") from error
     if tuple(pixels.shape[1:]) != size:
         raise ValueError(
             f"mask: {path} has {pixels.shape[2]} x {pixels.shape[1]} pixels, expected {size[1]} x {size[0]}, those of "

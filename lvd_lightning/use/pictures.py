@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lvd_lightning.archives import check_members, open_archive
-from lvd_lightning.broken_images import BROKEN_IMAGE
+from lvd_lightning.broken_images import BROKEN_IMAGE, why_broken
 from lvd_lightning.checks import check_choice
 from lvd_lightning.image_names import EXTENSIONS, names_in_archive, names_in_folder
 
@@ -100,7 +100,9 @@ class PictureSet:
         try:
             return read_picture(name, read())
         except BROKEN_IMAGE as error:
-            raise ValueError(f"{where}: cannot be read as a picture ({error}): remove or replace it") from error
+            raise ValueError(
+                f"{where}: cannot be read as a picture ({why_broken(error)}): remove or replace it"
+            ) from error
 
     @property
     def names(self) -> list[str]:

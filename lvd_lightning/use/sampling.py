@@ -13,6 +13,7 @@ from lvd_lightning.checks import check_at_least, check_counts
 from lvd_lightning.files import write_atomically
 from lvd_lightning.runs.pictures import grid, save_image
 from lvd_lightning.seeds import generator_for
+from lvd_lightning.use.folders import check_place
 from lvd_lightning.use.progress import tracked
 from lvd_lightning.use.trained import Trained
 
@@ -41,6 +42,7 @@ def sample(trained: Trained, num_samples: int, out: Path, *, seed: int = 0) -> T
         ValueError: a number is out of range.
     """
     check_counts(num_samples=num_samples)
+    check_place(out)
     check_at_least(0, seed=seed)
     starts = range(0, num_samples, _BATCH)
     drawn = [

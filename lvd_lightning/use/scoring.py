@@ -20,6 +20,7 @@ from lvd_lightning.files import write_atomically, write_json
 from lvd_lightning.models.surprise import part_surprise, pixel_surprise
 from lvd_lightning.runs.pictures import grid, save_image
 from lvd_lightning.seeds import generator_for
+from lvd_lightning.use.folders import check_place
 from lvd_lightning.use.pictures import Picture, PictureSet, fitted, joined
 from lvd_lightning.use.progress import tracked
 from lvd_lightning.use.roc import auroc, roc_curve
@@ -94,6 +95,7 @@ def score(
         ValueError: more than two sets, a picture that does not fit, or a number out of range.
     """
     check_counts(max_images=max_images)
+    check_place(out)
     check_at_least(0, num_shown=num_shown, seed=seed)
     if not 1 <= len(sets) <= 2:
         raise ValueError(f"score: got {len(sets)} sets of pictures, expected one or two")

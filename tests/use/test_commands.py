@@ -1,7 +1,10 @@
 """The commands as they are typed; a mistake is one line that says what to do."""
 
 import json
+import re
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,17 @@ from lvd_lightning.cli import main
 from lvd_lightning.use.commands import COMMANDS
 
 
+def bomb() -> bytes:
+    """A PNG file of some hundred bytes that says it has 60,000 x 60,000 pixels."""
+    chunks = [
+        b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0),
+        b"IDAT" + zlib.compress(bytes(9)),
+        b"IEND",
+    ]
+    packed = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run `run`, an unfinished one `begun`, pictures in `in` and larger ones in `large`."""
@@ -18,6 +32,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trained_run(folder / "run")
     shutil.copytree(folder / "run", folder / "begun")
     (folder / "begun" / "finetune" / "done.json").unlink()
+    (folder / "badly").mkdir()
+    (folder / "badly" / "config.yaml").write_text("stages: [")
+    (folder / "fake.png").write_text("a letter")
+    (folder / "bomb.png").write_bytes(bomb())
     picture_folder(folder / "in", random_pictures(4))
     picture_folder(folder / "large", random_pictures(2, side=12))
     return folder
@@ -75,14 +93,28 @@ def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> N
         ("inpaint --run RUN IN/00.png --mask LARGE/00.png", "has 12 x 12 pixels, expected 8 x 8"),
         ("compress --run RUN LARGE -o a.lvd", "the circuit's pictures have 8 x 8: say --fit"),
         ("compress --run RUN IN", "arguments are required: -o/--out"),
+        ("compress --run RUN IN -o IN", "in: is a folder; give the name of a file in it"),
+        ("sample --run RUN -o IN/00.png", "00.png is a file, expected a folder; give another place"),
+        ("score --run RUN IN -o IN/00.png/deep", "00.png is a file, expected a folder; give another place"),
+        ("export --run RUN -o IN/00.png/deep", "00.png is a file, expected a folder; give another place"),
+        (
+            "score --run RUN FAKE",
+            "fake.png: cannot be read as a picture (its contents are no image): remove or replace",
+        ),
+        ("inpaint --run RUN IN/00.png --mask FAKE", "fake.png cannot be read as a picture (its contents are no image)"),
+        ("inpaint --run RUN IN/00.png --mask BOMB", "could be decompression bomb"),
+        ("inpaint --run RUN IN/00.png --mask nowhere.png", "mask: nowhere.png: there is no such file"),
+        ("score --run BADLY IN", "config.yaml: is no configuration"),
         ("decompress --run RUN IN/00.png -o new", "00.png: is no file of `train.py compress`"),
         ("decompress --run RUN nowhere.lvd -o new", "nowhere.lvd: there is no such file"),
         ("inpaint --run RUN IN --half top", "holds 4 pictures, expected one"),
     ],
 )
 def test_mistakes_are_one_line(place: Path, capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
-    for name in ("run", "begun", "in", "large"):
-        words = words.replace(name.upper(), str(place / name))
+    files = {name.upper(): place / name for name in ("run", "begun", "badly", "in", "large")}
+    files |= {"FAKE": place / "fake.png", "BOMB": place / "bomb.png"}
+    for name, path in files.items():
+        words = re.sub(rf"\b{name}\b", str(path), words)
     assert main(words.split()) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error
