@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.trained_runs import picture_folder, random_pictures, trained_run
 
 from lvd_lightning.cli import main
@@ -65,6 +66,30 @@ def test_compress_and_decompress(place: Path, tmp_path: Path, capsys: pytest.Cap
     assert "bits per dimension, of which the circuit promises" in capsys.readouterr().out
     assert main(["decompress", *run, file, "-o", str(tmp_path / "back"), "--batch", "3"]) == 0
     assert [path.name for path in (tmp_path / "back").iterdir()] == ["00.png"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "sample -n 3",
+        "score IN --shown 1 --max-images 2",
+        "inpaint IN/00.png --half left --samples 2",
+        "explain --clusters 2",
+        "export",
+    ],
+)
+def test_a_seed_gives_the_same_files_twice(place: Path, tmp_path: Path, words: str) -> None:
+    """With another number of threads, too; another seed gives other files."""
+    name, *rest = words.replace("IN", str(place / "in")).split()
+    written = []
+    for number, (seed, threads) in enumerate(((5, 1), (5, 2), (7, 1))):
+        torch.set_num_threads(threads)
+        out = tmp_path / str(number)
+        assert main([name, "--run", str(place / "run"), *rest, "--seed", str(seed), "-o", str(out)]) == 0
+        written.append({path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()})
+    torch.set_num_threads(1)
+    assert written[0] == written[1]
+    assert written[0] != written[2]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
