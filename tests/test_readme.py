@@ -1,4 +1,4 @@
-"""What the README shows is run: its Python as it stands, its commands up to the experiment that they describe."""
+"""What the README and the pages behind it show is run: Python as it stands, commands up to their experiment."""
 
 import re
 import shlex
@@ -16,6 +16,7 @@ from lvd_lightning.cli import CONFIG_FOLDER, parse
 from lvd_lightning.runs.configuration import experiment_from
 
 README = ROOT / "README.md"
+EXPERIMENTS, LIBRARY = ROOT / "docs" / "experiments.md", ROOT / "docs" / "circuits.md"
 
 
 def test_python() -> None:
@@ -23,12 +24,12 @@ def test_python() -> None:
     graphs = [pc.hclt(torch.tensor([-1, 0, 1]), 4, pc.Categorical(8)) for _ in range(2)]
     names = {"x": torch.randint(256, (300, 6)), "mask": torch.rand(8, 6) < 0.5}
     names |= {"graph_0": graphs[0], "graph_1": graphs[1]}
-    (code,) = blocks("python", README)
-    exec(compile(code, str(README), "exec"), names)
+    (code,) = blocks("python", LIBRARY)
+    exec(compile(code, str(LIBRARY), "exec"), names)
     assert names["larger"].num_heads == 2
 
 
-@pytest.mark.parametrize("command", commands(README))
+@pytest.mark.parametrize("command", commands(EXPERIMENTS))
 def test_commands(command: str) -> None:
     _, _, *arguments = shlex.split(command)
     if "--run" in arguments:  # docs/test_stages.py does that with a run
@@ -42,13 +43,13 @@ def test_commands(command: str) -> None:
 
 
 def test_there_are_commands() -> None:
-    assert len(commands(README)) >= 8
-    assert any("--stage " in command for command in commands(README))
+    assert len(commands(EXPERIMENTS)) >= 8
+    assert any("--stage " in command for command in commands(EXPERIMENTS))
 
 
 def test_the_map_names_every_folder() -> None:
     """And nothing that is not there. Folders of the library are two spaces in, those of circuits four."""
-    (text,) = [block for block in blocks("", README) if "train.py" in block]
+    (text,) = [block for block in blocks("", ROOT / "CONTRIBUTING.md") if "train.py" in block]
     named: set[str] = set()
     above: list[str] = []
     for line in text.splitlines():
@@ -72,7 +73,7 @@ def test_headline_figures_are_those_of_the_results() -> None:
 
 def test_installation(tmp_path: Path) -> None:
     """It puts the whole library in its place, and the library alone; dependencies are left out here."""
-    (line,) = [line for block in blocks("sh", README) for line in block.splitlines() if line.startswith("pip ")]
+    (line,) = [line for block in blocks("sh", LIBRARY) for line in block.splitlines() if line.startswith("pip ")]
     copy, site = tmp_path / "copy", tmp_path / "site"
     for name in ("lvd_lightning", "callbacks", "datamodules"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -87,3 +88,12 @@ def test_installation(tmp_path: Path) -> None:
             for place in (copy, site)
         ]
         assert files[0] == files[1] != set()
+
+
+def test_it_is_a_screen_and_a_table() -> None:
+    """All else is on pages that it leads to."""
+    lines = README.read_text().splitlines()
+    assert len([line for line in lines if not line.startswith("|")]) <= 50
+    assert {"docs/use.md", "docs/experiments.md", "docs/circuits.md"} <= set(
+        re.findall(r"\]\(([^)]+)\)", README.read_text())
+    )
