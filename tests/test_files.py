@@ -2,14 +2,13 @@
 
 import errno
 import json
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.full_disk import full_disk
 from safetensors.torch import load_file
 
 from lvd_lightning.files import (
@@ -30,20 +29,6 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "array": lambda path: write_array(path, np.zeros(100_000)),
     "tensors": lambda path: write_tensors(path, {"x": torch.zeros(100_000)}),
 }
-
-
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """No file may grow beyond 4 KiB: writing more fails as it does on a full disk, without the name of the file.
-
-    For the writing alone: what pytest prints may go to a file as well.
-    """
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_written_whole(tmp_path: Path) -> None:

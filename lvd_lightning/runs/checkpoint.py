@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lvd_lightning.circuits import Circuit
 from lvd_lightning.events import record
 from lvd_lightning.files import errors_naming, put_in_place, temporary_name
 
-__all__ = ["BEST_CHECKPOINT", "LAST_CHECKPOINT", "EpochCheckpoint", "link_or_copy"]
+__all__ = ["BEST_CHECKPOINT", "LAST_CHECKPOINT", "EpochCheckpoint", "link_or_copy", "save_whole"]
 
 LAST_CHECKPOINT = "last.ckpt"
 BEST_CHECKPOINT = "best.ckpt"
@@ -67,13 +68,9 @@ class EpochCheckpoint(Checkpoint):
             self.best_score = score
         # The best file goes first: if the process dies between the two, the epoch is done again and writes both.
         target = self.best_path if better else self.last_path
-        temporary = temporary_name(target)
-        with errors_naming(target):
-            trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            put_in_place(temporary, target)
-            if better:
-                link_or_copy(self.best_path, self.last_path)
+        save_whole(trainer, target)
+        if trainer.is_global_zero and better:
+            link_or_copy(self.best_path, self.last_path)
         trainer.strategy.barrier()
         facts = {"epoch": trainer.current_epoch, "step": trainer.global_step, "best": better, self.monitor: score}
         record("checkpoint", stage=self.folder.name, file=target.name, **facts)
@@ -85,6 +82,25 @@ class EpochCheckpoint(Checkpoint):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score = state_dict["best_score"]
+
+
+def save_whole(trainer: Trainer, target: Path) -> None:
+    """Write a checkpoint, whole or not at all; all ranks call, the first writes.
+
+    Raises:
+        OSError: it could not be written; the error names `target`, and what was there before still is. Nothing of the
+            new one is left: it may have filled the disk.
+    """
+    temporary = temporary_name(target)
+    try:
+        with errors_naming(target):
+            trainer.save_checkpoint(temporary)
+            if trainer.is_global_zero:
+                put_in_place(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _first_fault(module: LightningModule) -> str | None:

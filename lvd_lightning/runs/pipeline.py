@@ -41,6 +41,7 @@ from lvd_lightning.runs.run import Run
 from lvd_lightning.runs.run_directory import adopt_run_directory, check_trained_with, record_stage
 from lvd_lightning.runs.settings import EVALUATE, REPORT
 from lvd_lightning.runs.step_checkpoint import StepCheckpoint
+from lvd_lightning.runs.still_there import StillThere
 from lvd_lightning.runs.stopwatch import Stopwatch
 from lvd_lightning.runs.wandb_run import StageLogger, WandbRun
 from lvd_lightning.seeds import derive_seed
@@ -320,7 +321,14 @@ class Pipeline:
         defaults = {"num_sanity_val_steps": 0, "enable_model_summary": sys.stdout.isatty()}
         trainer = Trainer(
             **{**self.experiment.devices, **defaults, **arguments, "logger": loggers},
-            callbacks=[own[0], RankAgreement(stage.name), MachineLog(stage.name), *callbacks, *own[1:]],
+            callbacks=[
+                own[0],
+                RankAgreement(stage.name),
+                MachineLog(stage.name),
+                StillThere(folder),
+                *callbacks,
+                *own[1:],
+            ],
             default_root_dir=folder,
             use_distributed_sampler=False,
             enable_progress_bar=any(isinstance(callback, AnyProgressBar) for callback in callbacks),

@@ -16,8 +16,8 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lvd_lightning.events import record
-from lvd_lightning.files import errors_naming, put_in_place, temporary_name
 from lvd_lightning.ranks import highest, stop_together, summed
+from lvd_lightning.runs.checkpoint import save_whole
 from lvd_lightning.stopping import Stopped, requested
 
 __all__ = ["STEP_CHECKPOINT", "WITHIN", "StepCheckpoint"]
@@ -137,15 +137,11 @@ class StepCheckpoint(Checkpoint):
     _is_resumed = False
 
     def _save(self, trainer: Trainer) -> None:
-        temporary = temporary_name(self.path)
         self._is_saving = True
         try:
-            with errors_naming(self.path):
-                trainer.save_checkpoint(temporary)
+            save_whole(trainer, self.path)
         finally:
             self._is_saving = False
-        if trainer.is_global_zero:
-            put_in_place(temporary, self.path)
         trainer.strategy.barrier()
         facts = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         record("checkpoint", stage=self.folder.name, file=STEP_CHECKPOINT, **facts)
