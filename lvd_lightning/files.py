@@ -12,6 +12,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import struct
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "ARRAY_ERRORS",
     "errors_naming",
+    "load_npy",
+    "parse_json",
     "put_in_place",
     "read_array",
     "read_json",
@@ -34,6 +41,13 @@ __all__ = [
     "write_json",
     "write_tensors",
 ]
+
+
+#: What NumPy raises on damaged files, on sizes that no memory holds, and on archives that Python cannot read.
+ARRAY_ERRORS = (
+    *(ValueError, EOFError, KeyError, TypeError, SyntaxError, MemoryError, OverflowError, struct.error),
+    *(NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
@@ -93,19 +107,35 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 def read_json(path: Path) -> Any:
     """The values in a JSON file; a ValueError that names it if it is damaged."""
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_text())
     except ValueError as error:  # no JSON, or no text at all
         raise unreadable(path, error) from error
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The values in a JSON text; a ValueError for what is none, nested too deeply included."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def read_array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
     """The array in a NumPy file; a ValueError that names it if it is damaged."""
+    try:
+        return load_npy(path, mmap_mode)
+    except ARRAY_ERRORS as error:
+        raise unreadable(path, error) from error
+
+
+def load_npy(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    """The array in a .npy file, without pickled objects; raises one of `ARRAY_ERRORS` or an OSError if it is none."""
     import numpy as np
 
-    try:
-        found: np.ndarray = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise unreadable(path, error) from error
+    found = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    if not isinstance(found, np.ndarray):  # NumPy goes by the content: an archive has no shape
+        found.close()
+        raise ValueError("it is an archive of arrays (.npz), expected one array (.npy)")
     return found
 
 

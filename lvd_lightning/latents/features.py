@@ -3,7 +3,6 @@
 Shapes: N images, P patches, E features, m rows.
 """
 
-import json
 import math
 import os
 import time
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvd_lightning.files import put_in_place, read_json, temporary_name, write_json
+from lvd_lightning.files import ARRAY_ERRORS, load_npy, parse_json, put_in_place, read_json, temporary_name, write_json
 from lvd_lightning.ranks import on_first, rank_and_size, wait
 from lvd_lightning.shares import own_chunks
 from lvd_lightning.stopping import requested, stop_if_requested
@@ -90,7 +89,7 @@ class ComputedFeatures:
         vectors_NPE = torch.empty(len(images), *self.shape[1:])
         for first in range(0, len(images), self._chunk_size):
             rows = slice(first, first + self._chunk_size)
-            vectors_NPE[rows] = _rounded(self._compute(images[rows]), start + first)
+            vectors_NPE[rows] = _rounded(self._compute(images[rows]), images[rows])
         return vectors_NPE
 
     def gather(self, images: Tensor, positions: Tensor) -> Tensor:
@@ -102,7 +101,7 @@ class ComputedFeatures:
             else:
                 distinct, place = images[rows].unique(return_inverse=True)
                 found = self._compute(distinct).cpu()[place, positions[rows]]
-            vectors_mE[rows] = _rounded(found, int(images[first]))
+            vectors_mE[rows] = _rounded(found, images[rows], positions[rows])
         return vectors_mE
 
 
@@ -121,8 +120,8 @@ class FeatureStore:
         self.path = Path(path)
         self.shape, self.key, self.seconds = _read_sidecar(self.path)
         try:
-            array = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+            array: Any = load_npy(self.path, "r")
+        except (OSError, *ARRAY_ERRORS) as error:
             raise ValueError(f"{self.path} holds no readable features ({error}): {_REMEDY}") from error
         if array.shape != self.shape or array.dtype != _DTYPE:
             raise ValueError(
@@ -262,7 +261,7 @@ def _write_slice(
                 raise ValueError(
                     f"compute gave features of shape {tuple(features.shape)}, expected {(last - first, *shape[1:])}"
                 )
-            _check_finite(features, first, last)
+            _check_finite(features, torch.arange(first, last))
             file.seek(offset + first * row_bytes)
             file.write(features.numpy().astype(_DTYPE, copy=False).tobytes())
             mark.move(last - starts.start, file, at_once=requested() is not None)
@@ -272,19 +271,23 @@ def _write_slice(
         mark.move(stop - starts.start, file, at_once=True)
 
 
-def _rounded(features: Tensor, first: int) -> Tensor:
+def _rounded(features: Tensor, images: Tensor, positions: Tensor | None = None) -> Tensor:
     """To the precision of float16, as float32 on the CPU."""
     found = features.cpu().to(torch.float16)
-    _check_finite(found, first, first + len(found))
+    _check_finite(found, images, positions)
     return found.float()
 
 
-def _check_finite(features: Tensor, first: int, last: int) -> None:
-    if not features.isfinite().all():
-        raise ValueError(
-            f"features of examples {first} to {last} hold NaN or values beyond float16: "
-            "the teacher has diverged; train it with a lower learning rate"
-        )
+def _check_finite(features: Tensor, examples: Tensor, positions: Tensor | None = None) -> None:
+    """Of the examples of some numbers: all their parts, or the one of each that `positions` names."""
+    if features.isfinite().all():
+        return
+    row, *rest = (~features.isfinite()).nonzero()[0].tolist()
+    part = rest[0] if positions is None else int(positions[row])
+    raise ValueError(
+        f"features hold NaN or values beyond float16, first those of example {int(examples[row])}, part {part}: "
+        "the teacher has diverged; train it with a lower learning rate"
+    )
 
 
 _REMEDY = "delete it, and it is computed again"
@@ -300,7 +303,7 @@ def _read_sidecar(path: Path) -> tuple[tuple[int, int, int], str, float | None]:
     if not sidecar.is_file() or not path.is_file():
         raise FileNotFoundError(f"{path} holds no complete features: run stage latents first")
     try:
-        content = json.loads(sidecar.read_text())
+        content = parse_json(sidecar.read_text())
         num_images, num_patches, num_features = content["shape"]
         shape = (int(num_images), int(num_patches), int(num_features))
         return shape, str(content["key"]), content.get("seconds")

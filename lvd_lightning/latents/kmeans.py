@@ -63,8 +63,11 @@ def fit_centroids(
         >>> fit_centroids(torch.tensor([[0.0], [1.0], [10.0], [12.0]]), 2).sort(0).values.flatten()
         tensor([ 0.5000, 11.0000])
     """
-    if points.dim() != 2 or not points.isfinite().all():
-        raise ValueError(f"points: got shape {tuple(points.shape)}, or not all finite; expected finite (N, E)")
+    if points.dim() != 2:
+        raise ValueError(f"points: got shape {tuple(points.shape)}, expected (N, E)")
+    if not points.isfinite().all():
+        row, column = (~points.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"points: got {float(points[row, column])} at [{row}, {column}], expected finite values")
     fits = 1 <= num_clusters <= len(points)
     expect(fits, "num_clusters", num_clusters, f"1 to the number of points, {len(points)}")
     if first is None:

@@ -151,7 +151,11 @@ class EMStudent(StageModule, ABC):
         if self.num_added < self.batches_per_step and not self.trainer.is_last_batch:
             return
         self.num_added = 0
-        optimizer.step()
+        try:
+            optimizer.step()
+        except ValueError as error:
+            where = f"stage {self._context.stage}, epoch {self.current_epoch + 1}, step {self.global_step}"
+            raise ValueError(f"{where}: {error}") from error
         optimizer.zero_grad()
         schedule = self.lr_schedulers()
         assert isinstance(schedule, LambdaLR)

@@ -28,8 +28,8 @@ from lvd_lightning.checks import (
     check_share,
 )
 from lvd_lightning.context import Data, StageContext, VisibleData
+from lvd_lightning.faults import first_fault
 from lvd_lightning.metrics import MeanLikelihood
-from lvd_lightning.normalizing_flows.faults import first_fault
 from lvd_lightning.parts import Columns, ImagePatches
 from lvd_lightning.planning import PlanRequest, StagePlan
 from lvd_lightning.seeds import derive_seed

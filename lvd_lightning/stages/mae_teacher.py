@@ -5,6 +5,7 @@ Shapes: B images of a batch, P patches.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,6 +24,7 @@ from lvd_lightning.context import StageContext, VisibleData
 from lvd_lightning.planning import PlanRequest, StagePlan
 from lvd_lightning.seeds import derive_seed
 from lvd_lightning.shares import drawn_for_batch
+from lvd_lightning.stages.finite_losses import check_losses
 from lvd_lightning.stages.plans.networks import network_plan, teacher_left
 from lvd_lightning.stages.schedules import warmup_cosine
 from lvd_lightning.stages.stage import StageModule, image_patches
@@ -143,7 +145,13 @@ class MAETeacher(StageModule):
         share = self.share_of_batch(len(images))
         if not len(images):  # the other ranks have the whole batch; any image does for a gradient of zero
             images, noise_BP = images.new_zeros(1, *images.shape[1:]), noise_BP.new_zeros(1, num_patches)
-        loss = self.teacher(images, low + (high - low) * ratio, noise_BP.to(images.device)).loss.mean()
+        share_hidden, noise_BP = low + (high - low) * ratio, noise_BP.to(images.device)
+        loss_B = self.teacher(images, share_hidden, noise_BP).loss
+        if len(batch[0]):
+            again = partial(self.teacher, images, share_hidden, noise_BP)
+            losses = {"reconstruction": loss_B}
+            check_losses(self, self._context.stage, self.teacher, losses, batch[1], again)
+        loss = loss_B.mean()
         self.train_loss.update(loss.detach(), weight=len(batch[0]))
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
         return loss * share

@@ -5,6 +5,7 @@ Shapes: B images, P patches, K codes.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from lvd_lightning.color import unpatchify
 from lvd_lightning.context import StageContext, VisibleData
 from lvd_lightning.planning import PlanRequest, StagePlan
 from lvd_lightning.seeds import derive_seed
+from lvd_lightning.stages.finite_losses import check_losses
 from lvd_lightning.stages.mae_teacher import save_picture
 from lvd_lightning.stages.plans.networks import network_plan, teacher_left
 from lvd_lightning.stages.schedules import warmup_cosine
@@ -146,6 +148,14 @@ class VQVAETeacher(StageModule):
         with batch_noise(count):
             output = self.teacher(images)
         generator = self._context.generator("codes", self.current_epoch, batch_idx, 0)
+        if count:
+            losses = {
+                "reconstruction": output.log_likelihood,
+                "prior": output.log_prior,
+                "commitment": output.commitment,
+            }
+            again = partial(self.teacher, images)
+            check_losses(self, self._context.stage, self.teacher, losses, batch[1], again)
         self.teacher.codebook.update(output.features[:count], output.codes[:count], generator)
         loss_B = self._log(output, "train", self.train_scores) if count else self.train_scores.losses(output)
         return loss_B.mean() * share

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -118,8 +119,23 @@ def test_features_without_room_on_disk_are_computed(alone: bool) -> None:
     images, positions = torch.tensor([10, 0, 10, 3, 4]), torch.tensor([3, 1, 3, 0, 2])
     assert torch.equal(vectors.gather(images, positions), _truth()[images, positions])
     assert len(asked) == (3 if alone else 5)
-    with pytest.raises(ValueError, match="examples 0 to 4 hold NaN or values beyond float16"):
-        ComputedFeatures(SHAPE, lambda images: _truth()[images] * 1e6, chunk_size=4).read(0, 11)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda vectors: vectors.read(0, 11),
+        lambda vectors: vectors.gather(torch.tensor([5, 2, 2]), torch.tensor([0, 0, 1])),
+    ],
+)
+def test_the_first_value_that_is_not_finite_is_named(read: Callable[[ComputedFeatures], Tensor]) -> None:
+    def explode(images: Tensor) -> Tensor:
+        found = _truth()[images]
+        found[images == 2, 1] = 1e6
+        return found
+
+    with pytest.raises(ValueError, match="NaN or values beyond float16, first those of example 2, part 1:"):
+        read(ComputedFeatures(SHAPE, explode, chunk_size=4))
 
 
 def test_an_interrupted_replacement_leaves_nothing_that_passes_for_new_or_old(tmp_path: Path) -> None:

@@ -26,6 +26,13 @@ def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def test_a_point_that_is_not_finite_is_named() -> None:
+    points = torch.zeros(5, 3)
+    points[3, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"points: got nan at \[3, 1\], expected finite values"):
+        fit_centroids(points, 1)
+
+
 def test_the_assignment_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     points, centroids = _blobs(), torch.randn(13, 5, generator=_generator()) * 5
     nearest = (points[:, None].double() - centroids.double()).square().sum(2).argmin(1)

@@ -165,6 +165,22 @@ def test_pictures_are_written_every_epoch(tmp_path: Path) -> None:
     assert Image.open(paths[0]).size == (3 * 8, 3 * 8)
 
 
+def test_one_that_explodes_says_which_loss_and_where(tmp_path: Path) -> None:
+    class Explodes(MAETeacher):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                with torch.no_grad():
+                    next(self.teacher.parameters()).fill_(torch.nan)
+
+    context, module = _context(tmp_path), Explodes(**SMALL)
+    module.begin_stage(context)
+    expected = (
+        r"^stage teacher: loss 'reconstruction' is nan in step 1 \(epoch 1\), first for training example 16 \(\w+"
+    )
+    with pytest.raises(ValueError, match=expected):
+        _trainer(tmp_path, 1).fit(module, datamodule=context.data)
+
+
 def test_pictures_go_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "disabled")

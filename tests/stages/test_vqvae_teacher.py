@@ -126,6 +126,22 @@ def test_pictures_are_written_every_epoch(run: Any, decoder: str) -> None:
     assert pictures == expected
 
 
+@pytest.mark.parametrize(
+    ("part", "loss", "layer"), [("prior", "prior", "prior"), ("decoder", "reconstruction", "decoder")]
+)
+def test_one_that_explodes_says_which_loss_and_where(run: Any, part: str, loss: str, layer: str) -> None:
+    class Explodes(VQVAETeacher):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                with torch.no_grad():
+                    next(getattr(self.teacher, part).parameters()).fill_(torch.inf)
+
+    module = Explodes(**SMALL)
+    expected = rf"^stage teacher: loss '{loss}' is .* in step 1 \(epoch 1\), first for training example \d+ \({layer}"
+    with pytest.raises(ValueError, match=expected):
+        run.train("teacher", module)
+
+
 def test_pictures_go_to_wandb(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "disabled")

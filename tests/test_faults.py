@@ -2,8 +2,8 @@
 
 import torch
 
+from lvd_lightning.faults import first_fault
 from lvd_lightning.normalizing_flows import Glow, TabularFlow
-from lvd_lightning.normalizing_flows.faults import first_fault
 
 
 def test_the_first_layer_that_gives_a_nan_is_named() -> None:

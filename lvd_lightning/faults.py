@@ -1,4 +1,4 @@
-"""Where a flow that is not finite any more broke first."""
+"""Where a network that is not finite any more broke first."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
