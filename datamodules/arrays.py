@@ -1,9 +1,6 @@
 """Images in .npy or .npz files."""
 
-import struct
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,9 @@ from datamodules.files import require, resolve
 from datamodules.images import ImageRows, Pixels, encode_images
 from datamodules.rgb import RGBDataModule
 from datamodules.splits import SPLITS, Rows, Split, check_fractions, divide
+from lvd_lightning.archives import check_size
 from lvd_lightning.checks import expect
+from lvd_lightning.files import ARRAY_ERRORS, load_npy
 
 __all__ = ["Arrays", "MappedImages"]
 
@@ -24,11 +23,7 @@ EXPECTED = (
     "Arrays: expected .npy files or .npz archives of uint8 images with shape (N, S, S, 3) or (N, 3, S, S): "
     "one file (path) that is divided, or three (train, val, test)."
 )
-# What numpy raises on damaged files, and on archives that are encrypted or packed in a way that Python cannot read.
-READ_ERRORS = (
-    *(OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, MemoryError, OverflowError, struct.error),
-    *(NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError),
-)
+READ_ERRORS = (OSError, *ARRAY_ERRORS)
 
 
 class MappedImages:
@@ -47,7 +42,7 @@ class MappedImages:
     def __init__(self, file: Path, image_size: int, color: str, region: str) -> None:
         self._settings = (file, image_size, color, region)
         try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
+            array = load_npy(file, "r")
         except READ_ERRORS as error:
             raise ValueError(f"{file}: cannot be read as a .npy file ({error})") from error
         self._pixels = _channels_first(array, file, image_size)
@@ -169,6 +164,9 @@ def _read_archive(file: Path, key: str | None) -> Pixels:
     if key is None and len(names) == 1:
         key = names[0]
     expect(key in names, "key", key, f"one of the arrays in {file}: {', '.join(names)}")
+    with zipfile.ZipFile(file) as members:
+        for info in members.infolist():
+            check_size(info, file)
     try:
         with np.load(file, allow_pickle=False) as archive:
             return archive[key]

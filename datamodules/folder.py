@@ -19,7 +19,7 @@ from datamodules.identity import digest, identity_of_files
 from datamodules.images import Pixels
 from datamodules.rgb import RGBDataModule
 from datamodules.splits import SPLITS, Split, check_fractions, position_of_name, split_of_name
-from lvd_lightning.archives import check_members, open_archive
+from lvd_lightning.archives import check_members, open_archive, read_member
 from lvd_lightning.broken_images import BROKEN_IMAGE, why_broken
 from lvd_lightning.image_names import EXTENSIONS, ImageNames, names_in_archive, names_in_folder
 
@@ -192,7 +192,7 @@ def _open(opened: ExitStack, argument: str, path: str) -> _Source:
     archive = opened.enter_context(open_archive(root))
     names = names_in_archive(archive)
     check_members(archive, root, names.stored.values())
-    return _Source(root, names, archive.read)
+    return _Source(root, names, lambda name: read_member(archive, root, name))
 
 
 def _complaint(unusable: Mapping[tuple[Path, str], str], count: int) -> str:

@@ -1,7 +1,8 @@
 """MNIST and the sets in its file format: Fashion-MNIST and EMNIST."""
 
 import gzip
-import tempfile
+import math
+import struct
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torchvision.datasets.mnist import read_image_file
 from typing_extensions import override
 
 from datamodules.base import ImageDataModule
@@ -20,6 +20,9 @@ from lvd_lightning.checks import check_choice, expect
 __all__ = ["EMNIST", "MNIST", "FashionMNIST"]
 
 SIDE = 28
+# The header of an idx file of images: its kind (bytes, three dimensions), then their number, rows and columns.
+HEADER, IMAGES = struct.Struct(">4I"), 0x00000803
+MOST_BYTES = 1 << 31
 EMNIST_SETS = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
 
 
@@ -146,21 +149,24 @@ class EMNIST(MNIST):
 
 
 def read_idx(file: Path) -> Tensor:
-    """The images of an idx file, uint8 (N, 28, 28); torchvision's reader takes files that are not compressed.
+    """The images of an idx file, uint8 (N, 28, 28); of a compressed one no more is unpacked than its header says.
 
     Raises:
         ValueError: the file is damaged, or holds something else; the message names it.
     """
     try:
-        if file.suffix != ".gz":
-            images = read_image_file(str(file))
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                plain = Path(folder) / file.stem
-                plain.write_bytes(gzip.decompress(file.read_bytes()))
-                images = read_image_file(str(plain))
-    except (AssertionError, ValueError, TypeError, KeyError, RuntimeError, EOFError, OSError, zlib.error) as error:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as content:
+            kind, *shape = HEADER.unpack(content.read(HEADER.size))
+            if kind != IMAGES:
+                raise ValueError(f"it begins with {kind:#010x}, not {IMAGES:#010x}")
+            if shape[1:] != [SIDE, SIDE]:
+                raise ValueError(f"holds images of {shape[1]} x {shape[2]}, expected {SIDE} x {SIDE}")
+            size = math.prod(shape)
+            if size > MOST_BYTES:
+                raise ValueError(f"says that it holds {shape[0]:,} images, expected at most {MOST_BYTES // SIDE**2:,}")
+            pixels = content.read(size + 1)
+            if len(pixels) != size:
+                raise ValueError(f"it holds {'more' if len(pixels) > size else 'less'} than its {shape[0]:,} images")
+    except (ValueError, EOFError, OSError, struct.error, zlib.error) as error:
         raise ValueError(f"{file}: damaged or no idx file of images ({error})") from error
-    if images.shape[1:] != (SIDE, SIDE):
-        raise ValueError(f"{file}: holds images of {tuple(images.shape[1:])}, expected {SIDE} x {SIDE}")
-    return images
+    return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(shape) if size else torch.zeros(shape).byte()

@@ -1,6 +1,7 @@
 """Pickled image batches (CIFAR-10, downsampled ImageNet), read without running any code that a pickle may hold."""
 
 import pickle
+import pickletools
 import struct
 from pathlib import Path
 from typing import IO, Any
@@ -54,6 +55,8 @@ def load_pickle(path: Path) -> Any:
     """
     with path.open("rb") as file:
         try:
+            _check_numbers(file, path.stat().st_size)
+            file.seek(0)
             return RestrictedUnpickler(file, path).load()
         except ValueError as error:
             if str(path) in str(error):
@@ -89,6 +92,13 @@ def read_pixels(path: Path, image_size: int) -> Pixels:
         )
     # A pickle may hand out memory that cannot be written to, which torch does not accept.
     return np.require(data, requirements=["C", "W"]).reshape(-1, 3, image_size, image_size)
+
+
+def _check_numbers(file: IO[bytes], size: int) -> None:
+    """Raise a ValueError for a place in the memo that no pickle of this size needs: it would be made room for."""
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > size:
+            raise ValueError(f"asks for place {argument} of the memo in {size} bytes")
 
 
 def _numpy_core() -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from datamodules.files import require
 from datamodules.identity import digest
-from lvd_lightning.archives import check_members, open_archive
+from lvd_lightning.archives import check_members, open_archive, read_member
 from lvd_lightning.image_names import names_in_archive, names_in_folder
 
 __all__ = ["TEXT_EXTENSIONS", "TextFile", "decode_text", "read_texts"]
@@ -90,7 +90,7 @@ def _read_archive(path: Path) -> tuple[list[tuple[str, bytes]], dict[str, int]]:
         contents = []
         for _, stored in sorted(names.stored.items()):
             try:
-                contents.append((f"{path}: {stored}", archive.read(stored)))
+                contents.append((f"{path}: {stored}", read_member(archive, path, stored)))
             except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
                 raise ValueError(f"{path}: {stored} cannot be read ({error}): pack the archive again") from error
     return contents, names.left_out

@@ -18,6 +18,7 @@ from datamodules.files import resolve
 from datamodules.splits import Split
 from datamodules.tables import Table, TableDataModule, standardized
 from lvd_lightning.checks import check_choice
+from lvd_lightning.files import ARRAY_ERRORS, load_npy
 
 __all__ = ["UCITable"]
 
@@ -162,8 +163,8 @@ def _one_of(folder: Path, table: str, *names: str) -> Path:
 
 def _array(path: Path, columns: int | None) -> Table:
     try:
-        found = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        found = load_npy(path)
+    except (OSError, *ARRAY_ERRORS) as error:
         raise ValueError(f"{path}: cannot be read as a .npy file ({error})") from error
     return _checked(found, path, columns)
 

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["check_members", "open_archive"]
+__all__ = ["check_members", "check_size", "open_archive", "read_member"]
 
 # Kinds of compression by their numbers in the format.
 COMPRESSIONS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "XZ", 96: "JPEG", 98: "PPMd", 99: "AES"}
 # Bits of a member's flags: encrypted, patched data, strongly encrypted.
 ENCRYPTED, PATCHED, STRONGLY_ENCRYPTED = 0x1, 0x20, 0x40
+# A member that unpacks to more than this many bytes, and to so many times what it takes packed, is no data.
+MOST_BYTES, MOST_RATIO = 1 << 28, 200
 REMEDY = "unpack it and give the folder, or pack it again in the ordinary way (zip -r)"
 
 
@@ -54,6 +56,25 @@ def check_members(archive: zipfile.ZipFile, path: Path, names: Iterable[str], of
     if unreadable:
         first, obstacle = next(iter(unreadable.items()))
         raise ValueError(f"{path}: {len(unreadable)} of its {of} are {obstacle}, {first} for one: {REMEDY}")
+
+
+def read_member(archive: zipfile.ZipFile, path: Path, name: str) -> bytes:
+    """The contents of a member; never more than its entry says.
+
+    Raises:
+        ValueError: it unpacks to far more than it takes packed: a few bytes would fill all memory.
+    """
+    check_size(archive.getinfo(name), path)
+    return archive.read(name)
+
+
+def check_size(info: zipfile.ZipInfo, path: Path) -> None:
+    """Raise a ValueError for a member that unpacks to far more than it takes packed."""
+    if info.file_size > max(MOST_BYTES, MOST_RATIO * info.compress_size):
+        raise ValueError(
+            f"{path}: {info.filename} unpacks from {info.compress_size:,} to {info.file_size:,} bytes, expected at "
+            f"most {MOST_BYTES:,} or {MOST_RATIO} times as many: if it is no trap, unpack it and give what is in it"
+        )
 
 
 def _obstacle(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:

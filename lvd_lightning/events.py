@@ -17,6 +17,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from lvd_lightning.files import parse_json
+
 __all__ = ["events_path", "read_events", "record", "recording"]
 
 _BEGUN = time.monotonic()
@@ -78,7 +80,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in path.read_bytes().splitlines():
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError:
             continue
         if isinstance(value, dict):

@@ -22,10 +22,13 @@ from typing import Any
 import numpy as np
 
 from lvd_lightning.coding.ranges import Words
+from lvd_lightning.files import parse_json
 
 __all__ = ["Archive", "Entry", "pack", "unpack"]
 
 MAGIC, VERSION = b"LVDA", 1
+# Of one file: bytes of its header, pictures that are coded in turn, pixels of a side.
+_MOST_HEADER, _MOST_GROUP, _MOST_SIDE = 1 << 26, 1 << 10, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,28 @@ def unpack(contents: bytes, path: Path) -> Archive:
     body, checksum = contents[:-32], contents[-32:]
     if len(contents) < 41 or hashlib.sha256(body).digest() != checksum:
         raise ValueError(f"{path}: was cut short or changed (its checksum is that of other contents): get it again")
+    try:
+        return _unpacked(body, path)
+    except (ValueError, TypeError, KeyError, AttributeError, struct.error, zlib.error) as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(
+            f"{path}: is no file of `train.py compress`, though its checksum is right ({error})"
+        ) from error
+
+
+def _unpacked(body: bytes, path: Path) -> Archive:
+    """Whoever writes such a file can write the checksum too: nothing in it is taken on trust."""
     (length,) = struct.unpack_from("<I", body, 5)
-    found = json.loads(zlib.decompress(body[9 : 9 + length]))
+    inflating = zlib.decompressobj()
+    header = inflating.decompress(body[9 : 9 + length], _MOST_HEADER)
+    if inflating.unconsumed_tail:
+        raise ValueError(f"its header unpacks to more than {_MOST_HEADER:,} bytes")
+    found = parse_json(header)
     entries = [Entry(*entry) for entry in found.pop("entries")]
     for entry in entries:
+        if not isinstance(entry.name, str) or not (_is_side(entry.height) and _is_side(entry.width)):
+            raise ValueError(f"it holds the picture {str(entry)[:80]}")
         parts = PurePosixPath(entry.name).parts
         if not parts or ".." in parts or entry.name.startswith("/") or "\\" in entry.name or ":" in entry.name:
             raise ValueError(f"{path}: holds the name {entry.name!r}, which leads out of a folder; it is not unpacked")
@@ -95,4 +116,11 @@ def unpack(contents: bytes, path: Path) -> Archive:
         (count,) = struct.unpack_from("<I", body, place)
         groups.append(np.frombuffer(body, "<u4", count, place + 4).astype(np.uint32))
         place += 4 + 4 * count
+    if type(found.get("group")) is not int or not 1 <= found["group"] <= _MOST_GROUP or not entries:
+        raise ValueError(f"it holds {len(entries)} pictures in groups of {str(found.get('group'))[:40]}")
     return Archive(**found, entries=entries, groups=groups)
+
+
+def _is_side(value: Any) -> bool:
+    """A number of pixels."""
+    return type(value) is int and 1 <= value <= _MOST_SIDE

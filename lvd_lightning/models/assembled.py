@@ -5,7 +5,6 @@ Shapes: B examples, P parts (positions), D variables of a part, K latent values,
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lvd_lightning import circuits as pc
-from lvd_lightning.files import write_json
+from lvd_lightning.files import parse_json, write_json
 from lvd_lightning.models.head_index import HeadIndex
 from lvd_lightning.models.routing import route_in_passes
 from lvd_lightning.models.tree_lookup import TreeLookup
@@ -230,7 +229,7 @@ class AssembledCircuit(nn.Module):
             raise ValueError(f"{folder}: holds no assembled circuit ({path.name} is missing); run its stage first")
         try:
             prior, conditional = pc.load(folder / "prior"), pc.load(folder / "conditional")
-            return cls(prior, conditional, _parts_in(json.loads(path.read_text())))
+            return cls(prior, conditional, _parts_in(parse_json(path.read_text())))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder}: holds no complete assembled circuit ({error}); run its stage again") from error
 

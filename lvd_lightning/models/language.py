@@ -5,14 +5,13 @@ Shapes: B windows, T positions, K states, V words; L tokens of a sequence that m
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lvd_lightning import circuits as pc
-from lvd_lightning.files import write_json
+from lvd_lightning.files import parse_json, write_json
 from lvd_lightning.models.hmm_graph import HMMTables, hmm_from_tables, tables_of
 from lvd_lightning.parts import Tokens, describe_parts, parts_from
 
@@ -178,7 +177,7 @@ class HiddenMarkovModel(nn.Module):
         if not path.is_file():
             raise ValueError(f"{folder}: holds no hidden Markov model ({path.name} is missing); run its stage first")
         try:
-            saved = json.loads(path.read_text())
+            saved = parse_json(path.read_text())
             model = cls(pc.load(folder / "hmm"), saved["reserved"])
             if parts_from(saved["parts"]).arguments != model.parts.arguments:
                 raise ValueError(f"{path.name} is of {saved['parts']}, the circuit of {model.parts.arguments}")

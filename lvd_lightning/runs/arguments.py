@@ -18,6 +18,7 @@ from lvd_lightning.runs.renamed import check_renamed
 from lvd_lightning.runs.run_directory import CHANGED
 from lvd_lightning.runs.settings import check_stage_name
 from lvd_lightning.runs.shared_values import check_shared
+from lvd_lightning.runs.yaml_files import plain_yaml
 from lvd_lightning.stages.stage import Stage
 
 __all__ = ["parse_arguments"]
@@ -101,7 +102,7 @@ def _help(
 def _content(path: Path) -> dict[str, Any]:
     """A config's values as they are written; nothing of a file that is no YAML, which the parser will say."""
     try:
-        found = yaml.safe_load(path.read_text())
+        found = plain_yaml(path)
     except yaml.YAMLError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import warnings
 import zipfile
 import zlib
@@ -16,6 +17,11 @@ from lvd_lightning.runs.step_checkpoint import STEP_CHECKPOINT, WITHIN
 
 __all__ = ["Resumption", "where_to_resume"]
 
+# What zipfile, zlib and torch raise on files that were cut short or garbled.
+DAMAGED = (
+    *(RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, OverflowError, AttributeError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
 _INSTEAD = "an earlier one is taken, or the stage starts again"
 
 
@@ -71,7 +77,7 @@ def _read(path: Path) -> Resumption | None:
     """What is in a checkpoint; None, and a warning, if it is damaged."""
     if not path.is_file():
         return None
-    if not zipfile.is_zipfile(path):
+    if not _is_archive(path):
         warnings.warn(f"{path} is not a complete checkpoint: {_INSTEAD}", stacklevel=3)
         return None
     try:
@@ -84,8 +90,19 @@ def _read(path: Path) -> Resumption | None:
         return (
             Resumption(epoch - 1, path, int(content["global_step"])) if WITHIN in content else Resumption(epoch, path)
         )
-    except pickle.UnpicklingError:
-        raise  # a module that puts more than plain types into its checkpoints
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: holds more than tensors and plain values, which could run code when it is loaded "
+            f"({str(error).splitlines()[0]}): a module may not put such things into its checkpoints; if the file is "
+            f"not yours, remove {path.parent} and run the stage again"
+        ) from error
+    except DAMAGED as error:
         warnings.warn(f"{path} cannot be read ({error}): {_INSTEAD}", stacklevel=3)
         return None
+
+
+def _is_archive(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # its last bytes speak of several disks
+        return False

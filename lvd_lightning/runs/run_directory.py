@@ -14,6 +14,7 @@ from lvd_lightning.runs.checkpoint import LAST_CHECKPOINT
 from lvd_lightning.runs.experiment import Experiment, PlannedStage
 from lvd_lightning.runs.objects import class_of
 from lvd_lightning.runs.settings import EVALUATE, REPORT
+from lvd_lightning.runs.yaml_files import plain_yaml
 from lvd_lightning.stages.stage import Stage
 
 __all__ = [
@@ -156,6 +157,7 @@ def check_trained_with(experiment: Experiment, stage: str) -> None:
 def read_config(path: Path) -> dict[str, Any]:
     """A configuration as it was written into a run directory."""
     try:
+        plain_yaml(path)
         found = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, ValueError, OSError) as error:  # OmegaConf has an OSError for a file of one word
         raise ValueError(

@@ -11,12 +11,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from lvd_lightning.files import write_atomically, write_tensors
+from lvd_lightning.files import parse_json, write_atomically, write_tensors
 
 __all__ = ["ARGUMENTS_FILE", "WEIGHTS_FILE", "load_teacher", "register_teacher", "save_teacher"]
 
 ARGUMENTS_FILE = "teacher.json"
 WEIGHTS_FILE = "teacher.safetensors"
+
+# A number in a teacher's arguments may be as large, however small its weights are.
+_ANY_SIZE = 1 << 12
 
 Teacher = TypeVar("Teacher", bound=type[nn.Module])
 
@@ -93,11 +96,26 @@ def load_teacher(stage_dir: str | os.PathLike[str]) -> nn.Module:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}: run stage {folder.name} first")
     try:
-        teacher = _build(json.loads((folder / ARGUMENTS_FILE).read_text()))
+        description = parse_json((folder / ARGUMENTS_FILE).read_text())
+        _check_sizes(description["init_args"], (folder / WEIGHTS_FILE).stat().st_size)
+        teacher = _build(description)
         teacher.load_state_dict(load_file(folder / WEIGHTS_FILE))
-    except (KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, RuntimeError, SafetensorError, MemoryError, OverflowError) as error:
         raise ValueError(f"the teacher in {folder} cannot be read ({error!r}): train it again") from error
     return teacher.eval().requires_grad_(False)
+
+
+def _check_sizes(arguments: Any, num_bytes: int) -> None:
+    """Raise a TypeError for a number that stands for more parameters than the weights' file has bytes."""
+    found = [arguments]
+    while found:
+        value = found.pop()
+        if isinstance(value, dict):
+            found += value.values()
+        elif isinstance(value, list):
+            found += value
+        elif isinstance(value, int) and abs(value) > max(num_bytes, _ANY_SIZE):
+            raise TypeError(f"{value} in {ARGUMENTS_FILE}, but {WEIGHTS_FILE} has {num_bytes:,} bytes")
 
 
 def _build(description: dict[str, Any]) -> nn.Module:

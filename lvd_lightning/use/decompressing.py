@@ -70,6 +70,8 @@ def _write(trained: Trained, tables: FrequencyTables, archive: Archive, folder: 
         for entry in archive.entries
     ]
     total, waiting, written = sum(counts), list[Tensor](), []
+    if math.ceil(total / archive.group) != len(archive.groups):
+        raise ValueError(f"its {total:,} pieces are not those of {len(archive.groups):,} groups of {archive.group:,}")
     entries = iter(zip(archive.entries, counts, strict=True))
     entry, count = next(entries)
     for number, words in enumerate(tracked(archive.groups, "groups", len(archive.groups))):

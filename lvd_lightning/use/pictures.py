@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from lvd_lightning.archives import check_members, open_archive
+from lvd_lightning.archives import check_members, open_archive, read_member
 from lvd_lightning.broken_images import BROKEN_IMAGE, why_broken
 from lvd_lightning.checks import check_choice
 from lvd_lightning.image_names import EXTENSIONS, names_in_archive, names_in_folder
@@ -212,7 +212,7 @@ def _members(source: Path, opened: ExitStack) -> list[tuple[str, str, Callable[[
     _check_any(source, len(found.stored))
     check_members(archive, source, found.stored.values())
     return [
-        (name, f"{source}/{file}", lambda file=file: archive.read(file))  # type: ignore[misc]
+        (name, f"{source}/{file}", lambda file=file: read_member(archive, source, file))  # type: ignore[misc]
         for name, file in sorted(found.stored.items())
     ]
 

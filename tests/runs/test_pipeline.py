@@ -388,6 +388,17 @@ def test_of_damaged_checkpoints_the_one_before_is_taken(tmp_path: Path) -> None:
     assert checkpoint.last_path.read_bytes() == checkpoint.best_path.read_bytes()
 
 
+def test_a_checkpoint_that_speaks_of_several_disks_is_damaged(tmp_path: Path) -> None:
+    checkpoint = EpochCheckpoint(tmp_path, "val/bpd")
+    torch.save({"epoch": 1, "global_step": 1}, checkpoint.last_path)
+    content = checkpoint.last_path.read_bytes()
+    end = content.rindex(b"PK\x05\x06")
+    locator = b"PK\x06\x07" + bytes(12) + b"\x09\x00\x00\x00"
+    checkpoint.last_path.write_bytes(content[:end] + locator + content[end:])
+    with pytest.warns(UserWarning, match=r"last\.ckpt is not a complete checkpoint"):
+        assert where_to_resume(checkpoint) == Resumption()
+
+
 def test_a_checkpoint_within_an_epoch_that_is_done_is_of_no_use(tmp_path: Path) -> None:
     checkpoint = EpochCheckpoint(tmp_path, "val/bpd")
     torch.save({"epoch": 2, "global_step": 12}, checkpoint.last_path)
