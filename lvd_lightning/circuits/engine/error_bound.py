@@ -30,13 +30,13 @@ TOLERANCE = 1e-6
 
 @dataclass
 class _Level:
-    """One layer: its nodes are low..high; their factors (F, C) among sum nodes (N: none) and inputs (L: none)."""
+    """One layer: its nodes are low..high; their factors (F, C) among sum nodes and inputs (-1: none)."""
 
     low: int
     high: int
     sums: Tensor
     inputs: Tensor
-    losses: Tensor  # (F, 1)
+    losses: Tensor  # (F, 1), float64
 
 
 class ErrorBound:
@@ -53,10 +53,10 @@ class ErrorBound:
             factors = [_factors(structures[g], g, index) for g, index in layer.nodes]
             sums = [[number[key] for key in found if key in number] for found in factors]
             inputs = [[leaf[key] for key in found if key in leaf] for found in factors]
-            losses = torch.tensor([[float(len(found) + layer.inner_units)] for found in factors], device=device)
+            counts = [[len(found) + layer.inner_units] for found in factors]
+            losses = torch.tensor(counts, dtype=torch.float64, device=device)
             high = low + len(layer.nodes)
-            level = _Level(low, high, _padded(sums, len(keys), device), _padded(inputs, len(leaf), device), losses)
-            self.levels.append(level)
+            self.levels.append(_Level(low, high, _padded(sums, device), _padded(inputs, device), losses))
             low = high
 
     def error(self, peak_NB: Tensor, largest_NB: Tensor, largest_input_LB: Tensor) -> Tensor:
@@ -75,7 +75,8 @@ class ErrorBound:
         for level in self.levels:
             at = slice(level.low, level.high)
             log_bound_FB = log_largest[level.sums].sum(1) + log_input[level.inputs].sum(1) - peak_NB[at].log2()
-            error_FB = log_bound_FB.exp2() * share[level.sums].sum(1) + level.losses * (smallest / peak_NB[at])
+            lost_FB = level.losses.to(peak_NB.dtype) * (smallest / peak_NB[at])
+            error_FB = log_bound_FB.exp2() * share[level.sums].sum(1) + lost_FB
             share[at] = error_FB / largest_NB[at]
         return share[self.roots] * largest_NB[self.roots]
 
@@ -86,6 +87,6 @@ def _factors(graph: CircuitGraph, g: int, index: int) -> list[tuple[int, int]]:
     return [(g, found) for found in (node.children if node.kind == "product" else (child,))]
 
 
-def _padded(rows: list[list[int]], fill: int, device: torch.device) -> Tensor:
+def _padded(rows: list[list[int]], device: torch.device) -> Tensor:
     width = max(1, max(map(len, rows)))
-    return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=torch.int64, device=device)
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int64, device=device)

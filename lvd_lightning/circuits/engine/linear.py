@@ -18,13 +18,13 @@ from lvd_lightning.circuits.engine.error_bound import TOLERANCE
 from lvd_lightning.circuits.engine.kernels.cpu.passes import FusedWorkspace
 from lvd_lightning.circuits.engine.layers import BITS_PER_NAT, TINY
 from lvd_lightning.circuits.engine.plan import LOG_ZERO
+from lvd_lightning.circuits.engine.workspace import LinearWorkspace
 
 if TYPE_CHECKING:
     from lvd_lightning.circuits.engine.batch import Batch
     from lvd_lightning.circuits.engine.engine import Engine
-    from lvd_lightning.circuits.engine.workspace import LinearWorkspace
 
-__all__ = ["inexact", "run_linear"]
+__all__ = ["inexact", "largest_inputs", "run_linear"]
 
 
 def run_linear(
@@ -65,14 +65,18 @@ def inexact(
     matters_GHB = (engine.roots != LOG_ZERO)[..., None]
     if wanted_GHB is not None:
         matters_GHB = matters_GHB & wanted_GHB
-    peaks_NB, inputs_LB = space.peaks_of_nodes(), largest_inputs(engine, batch, tables, space)
-    error_G1B = engine.error_bound().error(peaks_NB, space.largest(), inputs_LB)[:, None]
+    bound, inputs_LB = engine.error_bound(), largest_inputs(engine, batch, tables, space)
+    if isinstance(space, FusedWorkspace):
+        error_GB = space.error(bound, inputs_LB)
+    else:
+        error_GB = bound.error(space.peaks, space.largest(), inputs_LB)
+    error_G1B = error_GB[:, None]
     heads_GHB = space.heads(engine.roots)
     bad_GHB = matters_GHB & ~(error_G1B <= TOLERANCE * heads_GHB)
     if threshold_GB is not None:
         bad_GHB &= ~(heads_GHB + error_G1B < threshold_GB[:, None])
     bad_GB = bad_GHB.any(1)
-    if space.keep and not float(peaks_NB.amin()) >= TINY[dtype]:
+    if isinstance(space, LinearWorkspace) and space.keep and not float(space.peaks.amin()) >= TINY[dtype]:
         space.make_finite()
     return bad_GB if bool(bad_GB.any()) else None
 
@@ -86,8 +90,8 @@ def largest_inputs(
         if leaf.distribution.is_table:
             table_FC = tables[leaf.group].amax(1)[leaf.parameter_rows]
             largest_FB = table_FC.gather(1, batch.values[number])
-        elif isinstance(space, FusedWorkspace):
-            largest_FB = space.largest_input(number)
+        elif isinstance(space, FusedWorkspace) and (noted := space.largest_FB[number]) is not None:
+            largest_FB = noted
         else:
             largest_FB = leaf.largest(tables[leaf.group], batch.values[number])
         observed = None if batch.observed is None else batch.observed[number]

@@ -190,7 +190,7 @@ def _compute_again(
     few, g, column, place = _take_pairs(engine, batch, bad_GB)
     if _can_widen(engine, tables):
         lease: Lease[Any] = Lease(engine, WideWorkspace, few.size, keep)
-        log_GHS, _ = lease.space.forward(few, tables, bad_GB.any(1))
+        log_GHS, _ = lease.space.forward(few, tables, bad_GB.sum(1))
         wanted_GHS = torch.zeros_like(log_GHS, dtype=torch.bool)
         wanted_GHS.transpose(1, 2)[g, place] = True
         bad_GS = inexact(engine, few, lease.space.wide, lease.space, wanted_GHS)

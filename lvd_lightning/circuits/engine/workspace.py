@@ -177,10 +177,6 @@ class LinearWorkspace:
         """Values of the heads, (G, H, B)."""
         return self.values[roots]
 
-    def peaks_of_nodes(self) -> Tensor:
-        """What the inner units of every sum node were divided by, (N, B)."""
-        return self.peaks
-
     def largest(self) -> Tensor:
         """The largest unit of every sum node, (N, B); units of 0 become positive, so that gradients can be divided."""
         self.sums.clamp_min_(torch.finfo(self.sums.dtype).tiny)

@@ -9,7 +9,7 @@ from helpers.cases import few_structures
 import lvd_lightning.circuits as pc
 from lvd_lightning.circuits.engine import log_prob
 from lvd_lightning.circuits.engine.kernels.cpu import passes
-from lvd_lightning.circuits.engine.linear import inexact, run_linear
+from lvd_lightning.circuits.engine.linear import inexact, largest_inputs, run_linear
 from lvd_lightning.circuits.engine.log_prob import Lease
 from lvd_lightning.circuits.engine.workspace import LinearWorkspace
 
@@ -266,3 +266,68 @@ def test_circuits_without_such_examples_are_left_out(monkeypatch: pytest.MonkeyP
             torch.testing.assert_close(flow.double(), expected_flow, rtol=1e-4, atol=1e-4)
     assert sizes
     assert max(sizes) < len(few)
+
+
+def wide_batch(size: int) -> tuple[pc.Circuit, torch.Tensor]:
+    """Three random trees over values of which some lie far out in the tails of all units."""
+    torch.manual_seed(0)
+    graphs = [pc.hclt(torch.tensor([-1, 0, 0, 1, 2, 2]), 5, pc.DiscretizedLogistic(256), num_heads=2) for _ in range(3)]
+    circuit = pc.Circuit(graphs)
+    x = torch.randint(0, 256, (3, size, 6))
+    x[:, ::3] = 128
+    return circuit, x
+
+
+def needs_kernels(circuit: pc.Circuit) -> None:
+    if not passes.applies(circuit.engine, circuit.probabilities()):
+        pytest.skip("there are no compiled kernels")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_bound_of_the_error_is_the_same_in_the_kernels(dtype: torch.dtype, masked: bool) -> None:
+    torch.set_default_dtype(dtype)
+    circuit, x = wide_batch(70)
+    needs_kernels(circuit)
+    observed = torch.rand(x.shape) < 0.8 if masked else None
+    engine, batch = circuit.engine, circuit.prepare(x, observed)
+    tables = [table.detach() for table in circuit.probabilities()]
+    fused = Lease(engine, passes.FusedWorkspace, 70, keep=False).space
+    run_linear(engine, batch, tables, fused)
+    inputs = largest_inputs(engine, batch, tables, fused)
+    found = fused.error(engine.error_bound(), inputs)
+    peaks, largest = fused._columns(fused.peaks_JNC), fused._columns(fused.largest_JNC)
+    expected = engine.error_bound().error(peaks.double(), largest.double(), inputs.double())
+    smallest = torch.finfo(dtype).tiny / torch.finfo(torch.float64).tiny
+    torch.testing.assert_close(found, expected * smallest, rtol=1e-6, atol=0)
+    assert bool((found > 0).all())
+    assert inputs.shape == (3 * 6, 70)
+    if masked:
+        hidden = torch.cat([~seen for seen in batch.observed])
+        assert bool((inputs[hidden] == 1).all())
+
+
+def test_circuits_compute_the_columns_that_they_need() -> None:
+    """The first of 130 examples: all, three, none; the rest counts for nothing in the gradients."""
+    torch.set_default_dtype(torch.float32)
+    circuit, x = wide_batch(130)
+    needs_kernels(circuit)
+    engine, batch = circuit.engine, circuit.prepare(x, None)
+    tables = [table.detach() for table in circuit.probabilities()]
+    columns, wanted = torch.tensor([130, 3, 0]), torch.zeros(3, 2, 130)
+    for g, count in enumerate(columns.tolist()):
+        wanted[g, :, :count] = torch.rand(2, count)
+    found = []
+    for counts in (None, columns):
+        space = Lease(engine, passes.WideWorkspace, 130, keep=True).space
+        for buffer in (space.sums_JVC, space.inner_JEC, space.scaled_JVC, space.peaks_JNC):
+            buffer.fill_(torch.nan if counts is not None else 0.0)
+        log_p, _ = space.forward(batch, tables, counts)
+        grads = [torch.empty_like(table) for table in tables]
+        sums = [engine.statistics_of(layer.group, tables[layer.group]) for layer in engine.leaf_layers()]
+        space.backward(batch, tables, grads, wanted, sums)
+        found.append((log_p.where(wanted > 0, 0.0), grads))
+    (log_p, grads), (fewer_log_p, fewer_grads) = found
+    assert torch.equal(log_p, fewer_log_p)
+    for grad, fewer in zip(grads, fewer_grads, strict=True):
+        torch.testing.assert_close(grad, fewer, rtol=1e-6, atol=1e-30)

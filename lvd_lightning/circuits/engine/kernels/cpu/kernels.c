@@ -261,6 +261,7 @@ typedef struct { /* input nodes: a table of probabilities or, with `values`, dis
     real *rows_grad; /* (F * K, B), for tied nodes */
     const int64_t *circuit; /* (F) */
     int32_t *shift; /* (F, B): 2 to this power times p(x | unit) is what units of logistics have */
+    real *largest; /* (F, B): the largest of these among the units that are read, of logistics */
     double *sums; /* (F * K, SUMS), of logistics; or null */
     double last; /* value of logistics */
 } Leaf;
@@ -287,12 +288,12 @@ typedef struct {
     const Leaf *leaves;
     const Layer *layers;
     const int64_t *circuit_of_node;
-    const uint8_t *active; /* (num_circuits): which circuits are computed; null: all */
+    const int64_t *columns; /* (num_circuits): how many of the first examples each computes, by whole blocks; null: all */
     const int64_t *head_rows; /* (num_circuits * num_heads), value rows; below first_sum: the circuit has fewer heads */
     real *sums, *scaled; /* (blocks, num_sums, WIDTH): values; their gradients divided by the values */
     real *inner; /* (blocks, num_edges, WIDTH), products divided by the largest of each node; null: no backward pass */
     real *peaks; /* (blocks, num_nodes, WIDTH): what they were divided by */
-    real *lowest; /* (blocks, num_nodes, WIDTH): the smallest sum among factors */
+    real *lowest, *largest; /* (blocks, num_nodes, WIDTH): the smallest sum among factors; the largest of the node's own */
     real *scratch; /* scratch_size numbers for every thread */
 } Space;
 
@@ -308,11 +309,20 @@ static const Leaf *leaf_of(const Space *space, int64_t row) {
     return leaf;
 }
 
-static int is_active(const Space *space, int64_t circuit) { return !space->active || space->active[circuit]; }
-
 static int64_t columns_of(const Space *space, int64_t block) {
     const int64_t left = space->batch - block * WIDTH;
     return left < WIDTH ? left : WIDTH;
+}
+
+/* How many of the first blocks a circuit computes. */
+static int64_t blocks_of(const Space *space, int64_t circuit) {
+    return space->columns ? (space->columns[circuit] + WIDTH - 1) / WIDTH : space->blocks;
+}
+
+/* Gradients are divided by sums, which may be 0. */
+static real positive(real value) {
+    const real tiny = sizeof(real) == 4 ? (real)1.17549435e-38 : (real)2.2250738585072014e-308;
+    return value < tiny ? tiny : value;
 }
 
 /* ---- discretised logistic distributions: see logistic.py ---- */
@@ -414,6 +424,10 @@ static void look_up(const Space *space, int64_t row, int64_t block, real *restri
     if (leaf->observed)
         for (int64_t c = 0; c < n; c++) out[c] = leaf->observed[place + c] ? out[c] : 1;
     for (int64_t c = n; c < WIDTH; c++) out[c] = 1;
+    if (leaf->values) {
+        real *restrict largest = leaf->largest + place;
+        for (int64_t c = 0; c < n; c++) largest[c] = out[c] > largest[c] ? out[c] : largest[c];
+    }
 }
 
 /* The product of the rows that an inner unit reads; `lowest` follows the smallest sum among them. */
@@ -457,10 +471,10 @@ static void forward_item(const void *job, int64_t item, real *scratch) {
     real *restrict inner = space->inner ? space->inner + edge * WIDTH : scratch;
     real *restrict peak = space->peaks + node * WIDTH, *restrict lowest = space->lowest + node * WIDTH;
     real *out = space->sums + (block * space->num_sums + layer->first_row + fold * layer->outer) * WIDTH;
-    real inverse[WIDTH];
+    real inverse[WIDTH], *restrict largest = space->largest + node * WIDTH;
     for (int c = 0; c < WIDTH; c++) lowest[c] = (real)__builtin_inff();
-    if (!is_active(space, space->circuit_of_node[layer->first_node + fold])) {
-        for (int c = 0; c < WIDTH; c++) peak[c] = 1;
+    if (block >= blocks_of(space, space->circuit_of_node[layer->first_node + fold])) {
+        for (int c = 0; c < WIDTH; c++) peak[c] = largest[c] = 1;
         for (int64_t i = 0; i < layer->outer * WIDTH; i++) out[i] = 1;
         return;
     }
@@ -479,6 +493,9 @@ static void forward_item(const void *job, int64_t item, real *scratch) {
         multiply_edges(layer->outer, layer->edge_start + fold * layer->outer, layer->edge_column, 0, weight, inner, out);
     else
         multiply(layer->outer, WIDTH, units, weight, units, 1, inner, WIDTH, out, WIDTH, 0);
+    memcpy(largest, out, WIDTH * sizeof(real));
+    for (int64_t h = 1; h < layer->outer; h++)
+        for (int c = 0; c < WIDTH; c++) largest[c] = out[h * WIDTH + c] > largest[c] ? out[h * WIDTH + c] : largest[c];
 }
 
 /* One fold of logistics: where a value lies far out in the tails of all units, how far it does from the nearest one. */
@@ -488,11 +505,11 @@ static void shift_item(const void *job, int64_t fold, real *scratch) {
     const int64_t batch = pass->space->batch;
     const real last = (real)leaf->last;
     (void)scratch;
-    if (!is_active(pass->space, leaf->circuit[fold])) return;
-    for (int64_t low = 0; low < batch; low += WIDTH) {
-        const int64_t n = batch - low < WIDTH ? batch - low : WIDTH, place = fold * batch + low;
+    for (int64_t block = 0; block < blocks_of(pass->space, leaf->circuit[fold]); block++) {
+        const int64_t n = columns_of(pass->space, block), place = fold * batch + block * WIDTH;
         real x[WIDTH], nearest[WIDTH], no_low[WIDTH], no_high[WIDTH]; /* 0: no tail, for all beyond counts as well */
         read_values(leaf, place, n, x);
+        memset(leaf->largest + place, 0, n * sizeof(real));
         for (int c = 0; c < WIDTH; c++) {
             nearest[c] = (real)1e30;
             no_low[c] = x[c] <= 0 ? 0 : 1;
@@ -581,33 +598,61 @@ double finish(const Space *space, real *fraction, int32_t *exponent, real *heads
     return (double)peak * (double)sum;
 }
 
-/* The largest value among the units of each fold of logistics, (F, B). */
-typedef struct {
-    const Leaf *leaf;
-    int64_t batch;
-    real *out;
-} Largest;
+/* ---- what numbers that were too small can have led astray: see error_bound.py ---- */
 
-static void largest_item(const void *job, int64_t fold, real *scratch) {
-    const Largest *largest = job;
-    const Leaf *leaf = largest->leaf;
+typedef struct { /* sum nodes of one level: what they are products of */
+    int64_t folds, first_node, sums_width, inputs_width; /* F */
+    const int64_t *sums, *inputs; /* (F, sums_width), nodes; (F, inputs_width), rows of `largest_input`; filled with -1 */
+    const double *losses; /* (F) */
+} Level;
+
+typedef struct {
+    const Space *space;
+    const Level *level;
+    const real *largest_input; /* (L, B) */
+    double smallest, *share; /* (blocks, num_nodes, WIDTH): the bound, relative to the largest unit */
+} Bound;
+
+static void bound_item(const void *job, int64_t item, real *scratch) {
+    const Bound *bound = job;
+    const Space *space = bound->space;
+    const Level *level = bound->level;
+    const int64_t fold = item / space->blocks, block = item % space->blocks, node = level->first_node + fold;
+    const int64_t n = columns_of(space, block), first = block * space->num_nodes;
+    const real *peak = space->peaks + (first + node) * WIDTH, *own = space->largest + (first + node) * WIDTH;
+    double product[WIDTH], sum[WIDTH] = {0}, *restrict share = bound->share + (first + node) * WIDTH;
     (void)scratch;
-    for (int64_t low = 0; low < largest->batch; low += WIDTH) {
-        const int64_t n = largest->batch - low < WIDTH ? largest->batch - low : WIDTH;
-        real x[WIDTH], nats[WIDTH], found[WIDTH], best[WIDTH] = {0};
-        read_values(leaf, fold * largest->batch + low, n, x);
-        read_shifts(leaf, fold * largest->batch + low, n, nats);
-        for (int64_t unit = fold * leaf->units; unit < (fold + 1) * leaf->units; unit++) {
-            logistic(leaf->table + leaf->table_row[unit] * leaf->size, (real)leaf->last, x, nats, found);
-            for (int c = 0; c < WIDTH; c++) best[c] = found[c] > best[c] ? found[c] : best[c];
-        }
-        memcpy(largest->out + fold * largest->batch + low, best, n * sizeof(real));
+    if (block >= blocks_of(space, space->circuit_of_node[node])) return;
+    for (int c = 0; c < WIDTH; c++) product[c] = 1 / (double)peak[c];
+    for (int64_t i = 0; i < level->sums_width; i++) {
+        const int64_t child = level->sums[fold * level->sums_width + i];
+        if (child < 0) continue;
+        const real *restrict largest = space->largest + (first + child) * WIDTH;
+        const double *restrict below = bound->share + (first + child) * WIDTH;
+        for (int c = 0; c < WIDTH; c++) product[c] *= positive(largest[c]), sum[c] += below[c];
     }
+    for (int64_t i = 0; i < level->inputs_width; i++) {
+        const int64_t input = level->inputs[fold * level->inputs_width + i];
+        if (input < 0) continue;
+        const real *restrict largest = bound->largest_input + input * space->batch + block * WIDTH;
+        for (int64_t c = 0; c < n; c++) product[c] *= largest[c];
+    }
+    for (int c = 0; c < WIDTH; c++)
+        share[c] = (product[c] * sum[c] + level->losses[fold] * bound->smallest / peak[c]) / positive(own[c]);
 }
 
-void largest_inputs(const Leaf *leaf, int64_t folds, int64_t batch, real *out, int threads) {
-    const Largest largest = {leaf, batch, out};
-    run_items(largest_item, &largest, folds, folds * leaf->units * batch, threads, 0, 0);
+/* By how much the heads of circuits may be too small, (num_circuits, B); of their roots, which are nodes. */
+void bound_error(const Space *space, const Level *levels, int64_t count, const real *largest_input, double smallest,
+                 const int64_t *roots, double *share, double *out, int threads) {
+    for (const Level *level = levels; level < levels + count; level++) {
+        const Bound bound = {space, level, largest_input, smallest, share};
+        run_items(bound_item, &bound, level->folds * space->blocks, level->folds * space->batch, threads, 0, 0);
+    }
+    for (int64_t g = 0; g < space->num_circuits; g++)
+        for (int64_t b = 0; b < space->batch; b++) {
+            const int64_t place = (b / WIDTH * space->num_nodes + roots[g]) * WIDTH + b % WIDTH;
+            out[g * space->batch + b] = b / WIDTH < blocks_of(space, g) ? share[place] * positive(space->largest[place]) : 0;
+        }
 }
 
 static void scatter(const int64_t *restrict x, const real *restrict value, int64_t n, real *restrict out) {
@@ -625,7 +670,7 @@ static void pass_down(const Space *space, int64_t row, int64_t block, real *rest
         const int64_t place = (block * space->num_sums + row - space->first_sum) * WIDTH;
         const real *restrict sum = space->sums + place;
         real *restrict scaled = space->scaled + place;
-        for (int c = 0; c < WIDTH; c++) scaled[c] = grad[c] / sum[c];
+        for (int c = 0; c < WIDTH; c++) scaled[c] = grad[c] / positive(sum[c]);
         return;
     }
     const Leaf *leaf = leaf_of(space, row);
@@ -644,8 +689,8 @@ static void pass_down(const Space *space, int64_t row, int64_t block, real *rest
 }
 
 /* Gradients for all rows that a fold reads, from examples of blocks low..high. `raw` has those of its inner units,
-   divided by them, for these blocks only. */
-static void pass_all_down(const Space *space, const Layer *layer, int64_t fold, int64_t low, int64_t high,
+   divided by them, for these blocks only; `is_last`: no others follow. */
+static void pass_all_down(const Space *space, const Layer *layer, int64_t fold, int64_t low, int64_t high, int is_last,
                           const real *restrict raw) {
     real grad[WIDTH];
     for (int32_t t = layer->target_start[fold]; t < layer->target_start[fold + 1]; t++) {
@@ -666,7 +711,7 @@ static void pass_all_down(const Space *space, const Layer *layer, int64_t fold, 
             }
             pass_down(space, row, block, grad);
         }
-        if (leaf && leaf->table_grad && high == space->blocks)
+        if (leaf && leaf->table_grad && is_last)
             divide_by(leaf->table + place, leaf->size, leaf->table_grad + place);
     }
 }
@@ -715,7 +760,8 @@ static void backward_item(const void *job, int64_t fold, real *scratch) {
     const Layer *layer = ((const Pass *)job)->layer;
     const int64_t units = layer->units, outer = layer->outer, *start = layer->edge_start;
     real *raw = scratch, *transposed = scratch + BLOCKS_AT_ONCE * units * WIDTH, *weight_grad = 0;
-    if (!is_active(space, space->circuit_of_node[layer->first_node + fold])) return;
+    const int64_t blocks = blocks_of(space, space->circuit_of_node[layer->first_node + fold]);
+    if (!blocks) return;
     if (layer->weight_grad && start) {
         weight_grad = layer->weight_grad + first_weight(layer, fold);
         memset(weight_grad, 0, (start[(fold + 1) * outer] - start[fold * outer]) * sizeof(real));
@@ -723,13 +769,13 @@ static void backward_item(const void *job, int64_t fold, real *scratch) {
         weight_grad = layer->weight_grad + layer->grad_rows[fold] * outer * units;
         memset(weight_grad, 0, outer * units * sizeof(real));
     }
-    for (int64_t low = 0; low < space->blocks; low += BLOCKS_AT_ONCE) {
-        const int64_t high = low + BLOCKS_AT_ONCE < space->blocks ? low + BLOCKS_AT_ONCE : space->blocks;
+    for (int64_t low = 0; low < blocks; low += BLOCKS_AT_ONCE) {
+        const int64_t high = low + BLOCKS_AT_ONCE < blocks ? low + BLOCKS_AT_ONCE : blocks;
         if (start)
             backward_sparse(space, layer, fold, low, high, raw, weight_grad);
         else
             backward_dense(space, layer, fold, low, high, raw, weight_grad, transposed);
-        pass_all_down(space, layer, fold, low, high, raw);
+        pass_all_down(space, layer, fold, low, high, high == blocks, raw);
     }
 }
 
@@ -741,7 +787,7 @@ void backward(const Space *space, const real *grad, int threads) {
             const int64_t place = (block * space->num_sums + row) * WIDTH, n = columns_of(space, block);
             const real *from = grad + h * space->batch + block * WIDTH;
             for (int64_t c = 0; c < WIDTH; c++)
-                space->scaled[place + c] = c < n ? from[c] / space->sums[place + c] : 0;
+                space->scaled[place + c] = c < n ? from[c] / positive(space->sums[place + c]) : 0;
         }
     }
     for (const Layer *layer = space->layers + space->num_layers - 1; layer >= space->layers; layer--) {
@@ -841,11 +887,6 @@ static void settle(const Update *update, int64_t n, real *restrict theta, const 
     }
     if (update->floor)
         for (int64_t i = 0; i < n; i++) theta[i] = theta[i] > 0 && theta[i] < SMALLEST ? SMALLEST : theta[i];
-}
-
-static real positive(real value) {
-    const real tiny = sizeof(real) == 4 ? (real)1.17549435e-38 : (real)2.2250738585072014e-308;
-    return value < tiny ? tiny : value;
 }
 
 /* (1 - s) theta + s (F + a / |ch|) / (sum F + a). Rows without flow stay; NaN spreads. */

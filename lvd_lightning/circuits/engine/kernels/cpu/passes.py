@@ -30,6 +30,7 @@ from lvd_lightning.circuits.engine.plan import LOG_ZERO, LayerPlan
 if TYPE_CHECKING:
     from lvd_lightning.circuits.engine.batch import Batch
     from lvd_lightning.circuits.engine.engine import Engine
+    from lvd_lightning.circuits.engine.error_bound import ErrorBound
     from lvd_lightning.circuits.engine.layers import InputLayer, Layer
 
 __all__ = ["FusedWorkspace", "LayerIndex", "WideWorkspace", "applies"]
@@ -52,7 +53,7 @@ class _Leaf(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("start", "units", "size", "folds")),
         *((name, c_void_p) for name in ("fold", "table_row", "table", "x", "values", "observed")),
-        *((name, c_void_p) for name in ("table_grad", "rows_grad", "circuit", "shift", "sums")),
+        *((name, c_void_p) for name in ("table_grad", "rows_grad", "circuit", "shift", "largest", "sums")),
         ("last", c_double),
     )
 
@@ -71,8 +72,15 @@ class _Space(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("batch", "blocks", "first_sum", "num_sums", "num_edges", "num_nodes")),
         *((name, c_int64) for name in ("num_leaves", "num_layers", "scratch_size", "num_circuits", "num_heads")),
-        *((name, c_void_p) for name in ("leaves", "layers", "circuit_of_node", "active", "head_rows")),
-        *((name, c_void_p) for name in ("sums", "scaled", "inner", "peaks", "lowest", "scratch")),
+        *((name, c_void_p) for name in ("leaves", "layers", "circuit_of_node", "columns", "head_rows")),
+        *((name, c_void_p) for name in ("sums", "scaled", "inner", "peaks", "lowest", "largest", "scratch")),
+    )
+
+
+class _Level(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("folds", "first_node", "sums_width", "inputs_width")),
+        *((name, c_void_p) for name in ("sums", "inputs", "losses")),
     )
 
 
@@ -118,7 +126,7 @@ class FusedWorkspace:
         self.index = engine.layer_index()
         self.size, self.keep = size, keep
         self.least = 0.0  # of all peaks and sums, multiplied
-        self.active_G: Tensor | None = None
+        self.columns_G: Tensor | None = None
         self.blocks = -(-size // WIDTH)
         self.circuit_of_node = engine.circuit_of_node
         like = engine.like() if dtype is None else engine.like().to(dtype)
@@ -135,6 +143,8 @@ class FusedWorkspace:
         self.inner_JEC = like.new_empty(self.blocks, num_edges if keep else 0, WIDTH)
         self.peaks_JNC = like.new_empty(self.blocks, num_nodes, WIDTH)
         self.lowest_JNC = torch.empty_like(self.peaks_JNC)
+        self.largest_JNC = torch.empty_like(self.peaks_JNC)
+        self.share_JNC = like.new_empty(0)
         self.scratch = like.new_empty(0)
         widest = max(layer.inner_units for layer in self.layers)
         self.scratch_size = (BLOCKS_AT_ONCE * widest + -(-widest // LARGEST_STRIP) * LARGEST_STRIP) * WIDTH
@@ -153,6 +163,10 @@ class FusedWorkspace:
             None if is_table else torch.zeros(leaf.num_folds, size, dtype=torch.int32)
             for leaf, is_table in zip(self.leaves, is_table, strict=True)
         ]
+        self.largest_FB = [
+            None if is_table else like.new_zeros(leaf.num_folds, size)
+            for leaf, is_table in zip(self.leaves, is_table, strict=True)
+        ]
         self.prepared: list[Tensor | None] = [None] * len(self.leaves)  # parameters as the kernels want them
         self.values: list[Tensor | None] = [None] * len(self.leaves)
         self.parameter_rows = [layer.parameter_rows for layer in self.layers]
@@ -167,10 +181,12 @@ class FusedWorkspace:
 
     def _bind(self) -> None:
         """Fill in what stays the same."""
-        parts = zip(self.leaf_structs, self.leaves, self.leaf_rows, self.rows_grad, self.shift_FB, strict=True)
-        for leaf_struct, leaf, (fold, table_row), rows, shift in parts:
+        logistic = zip(self.shift_FB, self.largest_FB, strict=True)
+        parts = zip(self.leaf_structs, self.leaves, self.leaf_rows, self.rows_grad, logistic, strict=True)
+        for leaf_struct, leaf, (fold, table_row), rows, (shift, largest) in parts:
             leaf_struct.circuit = leaf.circuits.data_ptr()
             leaf_struct.shift = None if shift is None else shift.data_ptr()
+            leaf_struct.largest = None if largest is None else largest.data_ptr()
             leaf_struct.start, leaf_struct.units = leaf.start, leaf.num_units
             leaf_struct.size, leaf_struct.folds = leaf.distribution.size, leaf.num_folds
             if isinstance(leaf.distribution, DiscretizedLogistic):
@@ -196,18 +212,20 @@ class FusedWorkspace:
         self.space.leaves, self.space.layers = ctypes.addressof(self.leaf_structs), ctypes.addressof(self.layer_structs)
         self.space.circuit_of_node = self.circuit_of_node.data_ptr()
         self.space.head_rows = self.head_rows_GH.data_ptr()
-        for name, buffer in (("sums", self.sums_JVC), ("peaks", self.peaks_JNC), ("lowest", self.lowest_JNC)):
+        self.space.sums = self.sums_JVC.data_ptr()
+        for name, buffer in (("peaks", self.peaks_JNC), ("lowest", self.lowest_JNC), ("largest", self.largest_JNC)):
             setattr(self.space, name, buffer.data_ptr())
         if self.scaled_JVC.numel():
             self.space.scaled, self.space.inner = self.scaled_JVC.data_ptr(), self.inner_JEC.data_ptr()
 
-    def forward(self, batch: Batch, tables: Sequence[Tensor], active_G: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, tables: Sequence[Tensor], columns_G: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """log p of all heads in nats, (G, H, B), and what their values were divided by, (G, B); see `run_linear`.
 
-        active_G: bool; circuits of which it is False are left out, in a backward pass as well, and have any values.
+        columns_G: how many of the first examples each circuit needs; others are left out, in a backward pass as well,
+        and have any values.
         """
-        self.active_G = None if active_G is None else active_G.to(torch.uint8).contiguous()
-        self.space.active = None if self.active_G is None else self.active_G.data_ptr()
+        self.columns_G = None if columns_G is None else columns_G.to(torch.int64).contiguous()
+        self.space.columns = None if self.columns_G is None else self.columns_G.data_ptr()
         self._point(batch, tables, [None] * len(tables), [None] * len(self.layers))
         self.library.forward(ctypes.byref(self.space), self._threads())
         value_GHB = self.sums_JVC.new_empty(*self.head_rows_GH.shape, self.size)
@@ -239,7 +257,7 @@ class FusedWorkspace:
             grad = grads[leaf.group]
             if grad is not None and not is_read:
                 grad.zero_()
-        if self.active_G is not None:  # what is left out is not written
+        if self.columns_G is not None:  # what is left out is not written
             for buffer in (*self.rows_grad, *(sums for sums in self.sums_FK4 if sums is not None)):
                 buffer.zero_()
         grad_GHB = grad_GHB.contiguous()
@@ -292,37 +310,33 @@ class FusedWorkspace:
         return threads
 
     def is_large(self, tiny: float) -> bool:
-        """See `LinearWorkspace`, as are the next four."""
+        """See `LinearWorkspace`."""
         return bool(self.least >= tiny)
 
     def heads(self, roots: Tensor) -> Tensor:
+        """See `LinearWorkspace`."""
         first = self.space.first_sum
         rows = roots.clamp_min(first) - first  # what a circuit has not is looked up somewhere
         return self._columns(self.sums_JVC[:, rows.flatten()]).view(*roots.shape, self.size)
 
-    def peaks_of_nodes(self) -> Tensor:
-        return self._columns(self.peaks_JNC)
-
-    def largest(self) -> Tensor:
-        self.sums_JVC.clamp_min_(torch.finfo(self.sums_JVC.dtype).tiny)
-        found = []
-        for struct in self.layer_structs:
-            rows_JVC = self.sums_JVC.narrow(1, struct.first_row, struct.folds * struct.outer)
-            found.append(rows_JVC.unflatten(1, (struct.folds, struct.outer)).amax(2))
-        return self._columns(torch.cat(found, 1))
-
-    def largest_input(self, number: int) -> Tensor:
-        """The largest p(x | unit) among the units of each logistic input of this layer, (F, B), of the last batch."""
-        leaf = self.leaves[number]
-        out_FB = self.sums_JVC.new_empty(leaf.num_folds, self.size)
-        struct = ctypes.byref(self.leaf_structs, number * ctypes.sizeof(_Leaf))
-        self.library.largest_inputs(struct, leaf.num_folds, self.size, out_FB.data_ptr(), self._threads())
-        return out_FB
-
-    def make_finite(self) -> None:
-        for buffer in (self.sums_JVC, self.inner_JEC):
-            buffer.nan_to_num_(nan=0.0, posinf=0.0)
-        self.sums_JVC.clamp_min_(torch.finfo(self.sums_JVC.dtype).tiny)
+    def error(self, bound: ErrorBound, largest_input_LB: Tensor) -> Tensor:
+        """See `ErrorBound.error`; of the last batch, in double precision."""
+        levels = (_Level * len(bound.levels))()
+        for struct, level in zip(levels, bound.levels, strict=True):
+            struct.folds, struct.first_node = len(level.sums), level.low
+            struct.sums_width, struct.inputs_width = level.sums.shape[1], level.inputs.shape[1]
+            for name in ("sums", "inputs", "losses"):
+                setattr(struct, name, getattr(level, name).data_ptr())
+        if not len(self.share_JNC):
+            self.share_JNC = torch.empty(self.peaks_JNC.shape, dtype=torch.float64)
+        out_GB = torch.empty(len(bound.roots), self.size, dtype=torch.float64)
+        largest_input_LB, smallest = largest_input_LB.contiguous(), torch.finfo(self.peaks_JNC.dtype).tiny
+        found = (largest_input_LB.data_ptr(), smallest, bound.roots.data_ptr(), self.share_JNC.data_ptr())
+        size = len(bound.levels)
+        self.library.bound_error(
+            ctypes.byref(self.space), ctypes.addressof(levels), size, *found, out_GB.data_ptr(), self._threads()
+        )
+        return out_GB
 
     def _columns(self, blocks_JRC: Tensor) -> Tensor:
         """Rows by blocks of columns to (rows, B)."""
@@ -362,9 +376,9 @@ class WideWorkspace(FusedWorkspace):
         super().__init__(engine, size, keep, torch.float64)
         self.wide: list[Tensor] = []
 
-    def forward(self, batch: Batch, tables: Sequence[Tensor], active_G: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, tables: Sequence[Tensor], columns_G: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.wide = [table.double() for table in tables]
-        return super().forward(batch, self.wide, active_G)
+        return super().forward(batch, self.wide, columns_G)
 
     def backward(
         self,
