@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from floors import Step, Work, copy_rate, matmul_rate, timed, two_digits
+from roofline import PLANNED, compared, launches_of
 from rounding import Error, emulated_errors, error_of, error_table
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
@@ -236,6 +237,16 @@ def count_launches(step: Step, batch: Tensor) -> int:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
+def kernel_times(step: Step, batch: Tensor) -> dict[str, float]:
+    """Seconds on the device that a step spends in each kernel."""
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        step(batch)
+        torch.cuda.synchronize()
+    on_device = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return {event.key: event.self_device_time_total / 1e6 for event in on_device}
+
+
 def exact_log_prob(circuit: pc.Circuit, x: Tensor) -> Tensor:
     """In double precision, a few examples at a time."""
     double = copy.deepcopy(circuit).double()
@@ -325,7 +336,21 @@ def on_gpu(x: Tensor, tree: Tensor, num_latents: int, settings: argparse.Namespa
     levels = f"{circuit.plan.num_levels} levels, {len(circuit.plan.layers)} sum layers"
     title = f"## {num_latents} latents, batch {size}: {circuit.num_parameters:,} parameters, {levels}"
     floors = floor_table(circuit, contenders, num_latents, size)
-    return [title, "", *time_table(contenders, size, x.shape[1]), "", *floors, ""]
+    return [title, "", *time_table(contenders, size, x.shape[1]), "", *floors, "", *kernel_tables(circuit, x, size)]
+
+
+def kernel_tables(circuit: pc.Circuit, x: Tensor, size: int) -> list[str]:
+    """What the profiler measures for every kernel beside what `roofline.py` expects, for two precisions."""
+    if not triton_kernels.applies(circuit.device, circuit.dtype):
+        return []
+    launches, name = list(launches_of(circuit.plan, PLANNED, size)), torch.cuda.get_device_name(x.device)
+    lines = []
+    for precision in ("ieee", "tf32"):
+        step = ours(circuit, precision).step
+        assert step is not None
+        measured = kernel_times(step, draw(x, 0, size))
+        lines += [f"Kernels, {precision}:", "", *compared(measured, launches, precision, name), ""]
+    return lines
 
 
 def tune(circuit: pc.Circuit, x: Tensor, size: int) -> None:

@@ -408,7 +408,7 @@ def test_two_processes_at_once(fresh_build: Path) -> None:
         for _ in range(2)
     ]
     for process in running:
-        out, _ = process.communicate(timeout=120)
+        out, _ = process.communicate(timeout=300)
         assert process.returncode == 0
         assert float(out) == pytest.approx(1.0, abs=1e-5)
     (path,) = fresh_build.iterdir()

@@ -553,3 +553,44 @@ def test_a_step_can_be_captured() -> None:
         train(other, x, optimizer, head, observed)
     for a, b in zip(circuit.tables, other.tables, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@interpreted
+def test_the_roofline_knows_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`benchmarks/roofline.py` counts the launches that a step really makes, kernel by kernel."""
+    from lvd_lightning.circuits.engine.kernels.triton import layer_kernels, table_kernels
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks"))
+    monkeypatch.setenv("LVD_LIGHTNING_NATIVE", "0")  # or the kernels for the CPU do the M-step
+    import roofline
+
+    made: list[str] = []
+
+    class Counted:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            made.append(self.name)
+            return self.kernel[grid]
+
+    for module, names in ((layer_kernels, layer_kernels.__all__), (table_kernels, table_kernels.__all__)):
+        for name in set(names) - {"sum_of_rows"}:
+            monkeypatch.setattr(module, name, Counted(name, getattr(module, name)))
+    graph = pc.hclt(torch.tensor([-1, 0, 0, 1]), roofline.PLANNED, pc.Categorical(4))
+    circuit = pc.Circuit(graph).float()
+    optimizer = pc.CircuitEM(circuit, lr=0.5)
+    for _ in range(2):  # before the first one kernels are checked
+        made.clear()
+        optimizer.zero_grad()
+        (-circuit.log_prob(torch.randint(0, 4, (8, 4)), head=0).sum()).backward()
+        optimizer.step()
+    expected = [launch.kernel for launch in roofline.launches_of(circuit.plan, roofline.PLANNED, 8)]
+    assert sorted(made) == sorted(name for name in expected if name != "zero")
+    wider = list(roofline.launches_of(circuit.plan, 2 * roofline.PLANNED, 8))
+    same = pc.Circuit(pc.hclt(torch.tensor([-1, 0, 0, 1]), 2 * roofline.PLANNED, pc.Categorical(4)))
+    assert wider == list(roofline.launches_of(same.plan, 2 * roofline.PLANNED, 8))
+    lines = roofline.compared({"mix": 1.0, "fill": 2.0}, wider, "tf32", "NVIDIA H200")
+    assert len(lines) == 4
+    assert "H200" in lines[0]
+    assert "| everything else | 2000.000 |" in lines[-1]
