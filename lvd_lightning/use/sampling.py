@@ -22,12 +22,15 @@ __all__ = ["sample", "write_png"]
 #: Samples that are drawn together, each such batch by a generator of its own: the first ones do not depend on how many
 #: follow.
 _BATCH = 32
+#: Samples in the grid at most.
+_IN_GRID = 1024
 
 
 def sample(trained: Trained, num_samples: int, out: Path, *, seed: int = 0) -> Tensor:
     """Draw pictures, and write them into a folder: `grid.png`, each as PNG in `samples/`, all in `samples.npz`.
 
-    The archive holds `rgb`, uint8 (n, 3, H, W), and `codes`, the values that the circuit drew, (n, C, H, W).
+    The grid shows 1,024 at most. The archive holds `rgb`, uint8 (n, 3, H, W), and `codes`, the values that the circuit
+    drew, int16 (n, C, H, W) unless leaves are densities. In memory a picture takes as much.
 
     Args:
         trained: see `open_trained`.
@@ -46,7 +49,7 @@ def sample(trained: Trained, num_samples: int, out: Path, *, seed: int = 0) -> T
     check_at_least(0, seed=seed)
     starts = range(0, num_samples, _BATCH)
     drawn = [
-        trained.circuit.sample(_BATCH, generator=generator_for(seed, "sample", start, device=trained.device)).cpu()
+        _small(trained.circuit.sample(_BATCH, generator=generator_for(seed, "sample", start, device=trained.device)))
         for start in tracked(starts, "samples", len(starts))
     ]
     codes = torch.cat(drawn)[:num_samples]
@@ -57,8 +60,14 @@ def sample(trained: Trained, num_samples: int, out: Path, *, seed: int = 0) -> T
         write_png(out / "samples" / f"{number:0{digits}}.png", picture)
     arrays = {"rgb": rgb.numpy(), "codes": codes.numpy()}
     write_atomically(out / "samples.npz", lambda target: np.savez_compressed(target, **arrays))  # type: ignore[arg-type]
-    save_image(out / "grid.png", grid(rgb, math.ceil(math.sqrt(num_samples))), rgb.shape[-1])
+    shown = rgb[:_IN_GRID]
+    save_image(out / "grid.png", grid(shown, math.ceil(math.sqrt(len(shown)))), rgb.shape[-1])
     return rgb
+
+
+def _small(codes: Tensor) -> Tensor:
+    """On the CPU, whole numbers in two bytes each: no code has more than 511 values."""
+    return codes.cpu() if codes.is_floating_point() else codes.cpu().to(torch.int16)
 
 
 def write_png(path: Path, picture: Tensor, is_grey: bool = False) -> None:

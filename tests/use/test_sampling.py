@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.trained_runs import trained_run
 
+from lvd_lightning.use import sampling
 from lvd_lightning.use.pictures import PictureSet
 from lvd_lightning.use.sampling import sample
 
@@ -20,8 +21,18 @@ def test_files_hold_what_was_drawn(tmp_path: Path, color: str) -> None:
         assert torch.equal(torch.stack([picture.pixels for picture in pictures]), rgb)
     arrays = np.load(tmp_path / "out" / "samples.npz")
     assert np.array_equal(arrays["rgb"], rgb.numpy())
+    assert arrays["codes"].dtype == np.int16
     assert torch.equal(trained.codes.to_rgb(torch.from_numpy(arrays["codes"])), rgb)
     assert (tmp_path / "out" / "grid.png").is_file()
+
+
+def test_the_grid_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_IN_GRID", 4)
+    trained = trained_run(tmp_path / "run")
+    for count in (4, 9):
+        sample(trained, count, tmp_path / str(count))
+    assert (tmp_path / "9" / "grid.png").read_bytes() == (tmp_path / "4" / "grid.png").read_bytes()
+    assert len(list((tmp_path / "9" / "samples").iterdir())) == 9
 
 
 def test_seeds_decide_and_the_first_ones_stay(tmp_path: Path) -> None:
