@@ -41,6 +41,7 @@ OTHERS = [
     b"\x89PNG\r\n\x1a\n",
     b"\x93NUMPY\x01\x00",
     b"[" * 9999,
+    b"epoch,step,seconds\n" + b"x" * 200_000 + b",1,2\n",
 ]
 
 

@@ -129,6 +129,6 @@ class Ancestry:
                     raise ValueError(f"circuit {circuit}, head {number}: is out of order, or grew from a later one")
                 heads[-1].append(Head(None if parent == "" else int(parent), int(epoch)))
                 patches[-1].append(int(count))
-        except (ValueError, IndexError) as error:
+        except (ValueError, IndexError, csv.Error) as error:
             raise unreadable(path, error) from error
         return cls(tuple(map(tuple, heads))), patches

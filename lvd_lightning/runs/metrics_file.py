@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from lvd_lightning.files import write_atomically
+from lvd_lightning.files import unreadable, write_atomically
 
 __all__ = ["MetricsFile", "read_metrics"]
 
@@ -85,9 +85,12 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     """The complete rows of a metrics.csv; a last line that a dying process left unfinished is not one of them."""
     if not path.is_file():
         return []
-    text = path.read_text()
-    complete = text[: text.rfind("\n") + 1]
-    return [row for row in csv.DictReader(complete.splitlines()) if None not in row.values()]
+    try:
+        text = path.read_text()
+        complete = text[: text.rfind("\n") + 1]
+        return [row for row in csv.DictReader(complete.splitlines()) if None not in row.values()]
+    except (ValueError, csv.Error) as error:
+        raise unreadable(path, error) from error
 
 
 def _is_kept(row: Mapping[str, str], last_epoch: int, step: int | None) -> bool:

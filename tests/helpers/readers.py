@@ -25,16 +25,24 @@ from datamodules.arrays import Arrays
 from datamodules.mnist import read_idx
 from datamodules.pickles import read_pixels
 from datamodules.text_files import read_texts
+from helpers.trained_runs import random_circuit
 from lvd_lightning.coding.archive import Archive, Entry, pack, unpack
 from lvd_lightning.events import read_events
 from lvd_lightning.files import read_array, read_json, read_tensors, write_tensors
+from lvd_lightning.growing.ancestry import Ancestry
 from lvd_lightning.latents.features import FeatureStore
+from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.models.hmm_graph import random_tables
+from lvd_lightning.models.language import HiddenMarkovModel
+from lvd_lightning.parts import ImagePatches
 from lvd_lightning.runs.checkpoint import EpochCheckpoint
 from lvd_lightning.runs.metrics_file import read_metrics
 from lvd_lightning.runs.resuming import where_to_resume
 from lvd_lightning.runs.run_directory import read_config
 from lvd_lightning.teachers import VQVAE, load_teacher, save_teacher
+from lvd_lightning.use.codes import ImageCodes
 from lvd_lightning.use.pictures import PictureSet
+from lvd_lightning.use.trained import CONFIG, FORMAT, from_pretrained
 
 __all__ = ["READERS", "Reader", "spoiled"]
 
@@ -130,6 +138,21 @@ def _file(name: str, content: Callable[[], bytes], read: Callable[[Path], object
     return Reader(name, lambda folder: (folder / name).write_bytes(content()) and None, read)
 
 
+def _exported(folder: Path) -> None:
+    codes, parts = ImageCodes("rgb"), ImagePatches((3, 4, 4), 2, [256] * 3)
+    random_circuit(parts, pc.Categorical(256)).save(folder)
+    (folder / CONFIG).write_text(json.dumps({"format": FORMAT, "codes": codes.plain()}))
+
+
+def _language(folder: Path) -> None:
+    tables = random_tables(3, 2, 4, True, torch.Generator().manual_seed(0), torch.float32)
+    HiddenMarkovModel.from_tables(tables, 3, None).save(folder)
+
+
+def _heads(folder: Path) -> None:
+    Ancestry.first([1, 2]).grown([[0], []], epoch=4).write(folder, [[3, 4], [5, 6]])
+
+
 _YAML = b"name: photos\nshared: &a {patch_size: 4, list: [1, 2.5, no]}\nstages: {teacher: {model: *a}}\n"
 _PICKLE = pickle.dumps({b"data": np.zeros((2, 3 * SIDE * SIDE), dtype=np.uint8), b"labels": [0, 1]}, protocol=2)
 
@@ -158,6 +181,10 @@ READERS: dict[str, Reader] = {
     "teacher": Reader("teacher.json", _teacher, lambda path: load_teacher(path.parent)),
     "weights": Reader("teacher.safetensors", _teacher, lambda path: load_teacher(path.parent)),
     "checkpoint": Reader("last.ckpt", lambda folder: _checkpoint(folder / "last.ckpt"), _resume),
+    "exported": Reader(CONFIG, _exported, lambda path: from_pretrained(path.parent)),
+    "assembled": Reader("assembled.json", _exported, lambda path: AssembledCircuit.load(path.parent)),
+    "language": Reader("language.json", _language, lambda path: HiddenMarkovModel.load(path.parent)),
+    "heads": Reader("heads.csv", _heads, lambda path: Ancestry.read(path.parent)),
     "compressed": _file("a.lvd", _compressed, lambda path: unpack(path.read_bytes(), path)),
     "compressed and signed": _file("a.lvd", _compressed, _unpack_signed),
     "metrics": _file("metrics.csv", lambda: b"epoch,step,seconds\n0,1,2.0\n", read_metrics),

@@ -122,6 +122,16 @@ def test_wrong_settings_of_one_student_are_named(student: type[Any], settings: d
         student(**settings)
 
 
+def test_a_step_that_is_refused_says_where_it_was(run: Any) -> None:
+    class Explodes(ConditionalStudent):
+        def em_step(self, *losses: torch.Tensor) -> None:
+            bad = torch.nan if self.global_step == 2 else 1.0
+            super().em_step(*(loss * bad for loss in losses))
+
+    with pytest.raises(ValueError, match=r"^stage conditional, epoch 1, step 2: Anemone: the step is refused"):
+        run.train("conditional", Explodes(num_units=2, tied=True))
+
+
 def test_optimizers_by_name() -> None:
     circuit = pc.Circuit(pc.hclt(torch.tensor([-1, 0]), 2, pc.Categorical(3)))
     anemone, em = (make_optimizer(rule, circuit, 0.3, 0.5, 0.1) for rule in ("anemone", "em"))
