@@ -153,7 +153,9 @@ class Run:
         """The last finished stage that left a model; a ValueError without one."""
         found = self.leaving("model")
         if not found:
-            raise ValueError(f"{self.dir} holds no trained model: run `fit` with the same config first")
+            raise ValueError(
+                f"{self.dir} holds no trained model: `train.py fit --run {self.dir}` goes on until it does"
+            )
         return found[-1]
 
     def figures(self) -> dict[str, Any]:

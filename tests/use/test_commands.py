@@ -108,7 +108,7 @@ def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> N
         ),
         ("score --run RUN nowhere", "nowhere: there is no such file or folder"),
         ("score --run nowhere IN", "neither a run directory nor an exported folder"),
-        ("score --run BEGUN IN", "holds no trained model: run `fit`"),
+        ("score --run BEGUN IN", "holds no trained model: `train.py fit --run"),
         ("score IN", "arguments are required: --run; train.py score --help"),
         ("score --run RUN IN --device gpu", "--device: got 'gpu'"),
         ("sample --run RUN --given 3", "no classes to condition on; `train.py inpaint` draws"),
