@@ -57,7 +57,7 @@ def _load(real: str) -> ctypes.CDLL | None:
     found.backward.argtypes = (pointer, pointer, threads)
     found.finish.argtypes, found.finish.restype = (pointer, pointer, pointer, pointer), ctypes.c_double
     found.collect_ties.argtypes = (pointer, number, pointer, pointer, number, pointer, threads)
-    found.bound_error.argtypes = (pointer, pointer, number, pointer, ctypes.c_double, *(pointer,) * 3, threads)
+    found.bound_error.argtypes = (pointer, pointer, number, pointer, ctypes.c_double, *(pointer,) * 4, threads)
     found.pass_edges.argtypes = (*(number,) * 3, *(pointer,) * 5, threads)
     for name in ("forward", "backward", "collect_ties", "bound_error", "update_table", "pass_edges"):
         getattr(found, name).restype = None

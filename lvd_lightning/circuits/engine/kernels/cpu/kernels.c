@@ -293,7 +293,7 @@ typedef struct {
     real *sums, *scaled; /* (blocks, num_sums, WIDTH): values; their gradients divided by the values */
     real *inner; /* (blocks, num_edges, WIDTH), products divided by the largest of each node; null: no backward pass */
     real *peaks; /* (blocks, num_nodes, WIDTH): what they were divided by */
-    real *lowest, *largest; /* (blocks, num_nodes, WIDTH): the smallest sum among factors; the largest of the node's own */
+    real *lowest; /* (blocks, num_nodes, WIDTH): the smallest sum among factors */
     real *scratch; /* scratch_size numbers for every thread */
 } Space;
 
@@ -471,10 +471,10 @@ static void forward_item(const void *job, int64_t item, real *scratch) {
     real *restrict inner = space->inner ? space->inner + edge * WIDTH : scratch;
     real *restrict peak = space->peaks + node * WIDTH, *restrict lowest = space->lowest + node * WIDTH;
     real *out = space->sums + (block * space->num_sums + layer->first_row + fold * layer->outer) * WIDTH;
-    real inverse[WIDTH], *restrict largest = space->largest + node * WIDTH;
+    real inverse[WIDTH];
     for (int c = 0; c < WIDTH; c++) lowest[c] = (real)__builtin_inff();
     if (block >= blocks_of(space, space->circuit_of_node[layer->first_node + fold])) {
-        for (int c = 0; c < WIDTH; c++) peak[c] = largest[c] = 1;
+        for (int c = 0; c < WIDTH; c++) peak[c] = 1;
         for (int64_t i = 0; i < layer->outer * WIDTH; i++) out[i] = 1;
         return;
     }
@@ -493,9 +493,6 @@ static void forward_item(const void *job, int64_t item, real *scratch) {
         multiply_edges(layer->outer, layer->edge_start + fold * layer->outer, layer->edge_column, 0, weight, inner, out);
     else
         multiply(layer->outer, WIDTH, units, weight, units, 1, inner, WIDTH, out, WIDTH, 0);
-    memcpy(largest, out, WIDTH * sizeof(real));
-    for (int64_t h = 1; h < layer->outer; h++)
-        for (int c = 0; c < WIDTH; c++) largest[c] = out[h * WIDTH + c] > largest[c] ? out[h * WIDTH + c] : largest[c];
 }
 
 /* One fold of logistics: where a value lies far out in the tails of all units, how far it does from the nearest one. */
@@ -600,8 +597,8 @@ double finish(const Space *space, real *fraction, int32_t *exponent, real *heads
 
 /* ---- what numbers that were too small can have led astray: see error_bound.py ---- */
 
-typedef struct { /* sum nodes of one level: what they are products of */
-    int64_t folds, first_node, sums_width, inputs_width; /* F */
+typedef struct { /* sum nodes of one level, as `Layer` has them, and what they are products of */
+    int64_t folds, outer, first_node, first_row, sums_width, inputs_width;
     const int64_t *sums, *inputs; /* (F, sums_width), nodes; (F, inputs_width), rows of `largest_input`; filled with -1 */
     const double *losses; /* (F) */
 } Level;
@@ -611,6 +608,7 @@ typedef struct {
     const Level *level;
     const real *largest_input; /* (L, B) */
     double smallest, *share; /* (blocks, num_nodes, WIDTH): the bound, relative to the largest unit */
+    real *largest; /* (blocks, num_nodes, WIDTH): that unit */
 } Bound;
 
 static void bound_item(const void *job, int64_t item, real *scratch) {
@@ -619,15 +617,25 @@ static void bound_item(const void *job, int64_t item, real *scratch) {
     const Level *level = bound->level;
     const int64_t fold = item / space->blocks, block = item % space->blocks, node = level->first_node + fold;
     const int64_t n = columns_of(space, block), first = block * space->num_nodes;
-    const real *peak = space->peaks + (first + node) * WIDTH, *own = space->largest + (first + node) * WIDTH;
+    const real *peak = space->peaks + (first + node) * WIDTH;
+    const real *sums = space->sums + (block * space->num_sums + level->first_row + fold * level->outer) * WIDTH;
+    real *restrict own = bound->largest + (first + node) * WIDTH;
     double product[WIDTH], sum[WIDTH] = {0}, *restrict share = bound->share + (first + node) * WIDTH;
     (void)scratch;
     if (block >= blocks_of(space, space->circuit_of_node[node])) return;
+    for (int c = 0; c < WIDTH; c += LANES) {
+        vec most = *(const vec *)(sums + c);
+        for (int64_t h = 1; h < level->outer; h++) {
+            const vec other = *(const vec *)(sums + h * WIDTH + c);
+            most = PICK_LANES(other > most, other, most);
+        }
+        *(vec *)(own + c) = most;
+    }
     for (int c = 0; c < WIDTH; c++) product[c] = 1 / (double)peak[c];
     for (int64_t i = 0; i < level->sums_width; i++) {
         const int64_t child = level->sums[fold * level->sums_width + i];
         if (child < 0) continue;
-        const real *restrict largest = space->largest + (first + child) * WIDTH;
+        const real *restrict largest = bound->largest + (first + child) * WIDTH;
         const double *restrict below = bound->share + (first + child) * WIDTH;
         for (int c = 0; c < WIDTH; c++) product[c] *= positive(largest[c]), sum[c] += below[c];
     }
@@ -643,15 +651,15 @@ static void bound_item(const void *job, int64_t item, real *scratch) {
 
 /* By how much the heads of circuits may be too small, (num_circuits, B); of their roots, which are nodes. */
 void bound_error(const Space *space, const Level *levels, int64_t count, const real *largest_input, double smallest,
-                 const int64_t *roots, double *share, double *out, int threads) {
+                 const int64_t *roots, double *share, real *largest, double *out, int threads) {
     for (const Level *level = levels; level < levels + count; level++) {
-        const Bound bound = {space, level, largest_input, smallest, share};
-        run_items(bound_item, &bound, level->folds * space->blocks, level->folds * space->batch, threads, 0, 0);
+        const Bound bound = {space, level, largest_input, smallest, share, largest};
+        run_items(bound_item, &bound, level->folds * space->blocks, level->folds * level->outer * space->batch, threads, 0, 0);
     }
     for (int64_t g = 0; g < space->num_circuits; g++)
         for (int64_t b = 0; b < space->batch; b++) {
             const int64_t place = (b / WIDTH * space->num_nodes + roots[g]) * WIDTH + b % WIDTH;
-            out[g * space->batch + b] = b / WIDTH < blocks_of(space, g) ? share[place] * positive(space->largest[place]) : 0;
+            out[g * space->batch + b] = b / WIDTH < blocks_of(space, g) ? share[place] * positive(largest[place]) : 0;
         }
 }
 

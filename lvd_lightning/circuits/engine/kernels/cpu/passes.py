@@ -73,13 +73,13 @@ class _Space(ctypes.Structure):
         *((name, c_int64) for name in ("batch", "blocks", "first_sum", "num_sums", "num_edges", "num_nodes")),
         *((name, c_int64) for name in ("num_leaves", "num_layers", "scratch_size", "num_circuits", "num_heads")),
         *((name, c_void_p) for name in ("leaves", "layers", "circuit_of_node", "columns", "head_rows")),
-        *((name, c_void_p) for name in ("sums", "scaled", "inner", "peaks", "lowest", "largest", "scratch")),
+        *((name, c_void_p) for name in ("sums", "scaled", "inner", "peaks", "lowest", "scratch")),
     )
 
 
 class _Level(ctypes.Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("folds", "first_node", "sums_width", "inputs_width")),
+        *((name, c_int64) for name in ("folds", "outer", "first_node", "first_row", "sums_width", "inputs_width")),
         *((name, c_void_p) for name in ("sums", "inputs", "losses")),
     )
 
@@ -143,8 +143,7 @@ class FusedWorkspace:
         self.inner_JEC = like.new_empty(self.blocks, num_edges if keep else 0, WIDTH)
         self.peaks_JNC = like.new_empty(self.blocks, num_nodes, WIDTH)
         self.lowest_JNC = torch.empty_like(self.peaks_JNC)
-        self.largest_JNC = torch.empty_like(self.peaks_JNC)
-        self.share_JNC = like.new_empty(0)
+        self.largest_JNC = self.share_JNC = like.new_empty(0)
         self.scratch = like.new_empty(0)
         widest = max(layer.inner_units for layer in self.layers)
         self.scratch_size = (BLOCKS_AT_ONCE * widest + -(-widest // LARGEST_STRIP) * LARGEST_STRIP) * WIDTH
@@ -212,8 +211,7 @@ class FusedWorkspace:
         self.space.leaves, self.space.layers = ctypes.addressof(self.leaf_structs), ctypes.addressof(self.layer_structs)
         self.space.circuit_of_node = self.circuit_of_node.data_ptr()
         self.space.head_rows = self.head_rows_GH.data_ptr()
-        self.space.sums = self.sums_JVC.data_ptr()
-        for name, buffer in (("peaks", self.peaks_JNC), ("lowest", self.lowest_JNC), ("largest", self.largest_JNC)):
+        for name, buffer in (("sums", self.sums_JVC), ("peaks", self.peaks_JNC), ("lowest", self.lowest_JNC)):
             setattr(self.space, name, buffer.data_ptr())
         if self.scaled_JVC.numel():
             self.space.scaled, self.space.inner = self.scaled_JVC.data_ptr(), self.inner_JEC.data_ptr()
@@ -322,19 +320,21 @@ class FusedWorkspace:
     def error(self, bound: ErrorBound, largest_input_LB: Tensor) -> Tensor:
         """See `ErrorBound.error`; of the last batch, in double precision."""
         levels = (_Level * len(bound.levels))()
-        for struct, level in zip(levels, bound.levels, strict=True):
-            struct.folds, struct.first_node = len(level.sums), level.low
+        for struct, layer, level in zip(levels, self.layer_structs, bound.levels, strict=True):
+            struct.folds, struct.outer = layer.folds, layer.outer
+            struct.first_node, struct.first_row = layer.first_node, layer.first_row
             struct.sums_width, struct.inputs_width = level.sums.shape[1], level.inputs.shape[1]
             for name in ("sums", "inputs", "losses"):
                 setattr(struct, name, getattr(level, name).data_ptr())
         if not len(self.share_JNC):
+            self.largest_JNC = torch.empty_like(self.peaks_JNC)
             self.share_JNC = torch.empty(self.peaks_JNC.shape, dtype=torch.float64)
         out_GB = torch.empty(len(bound.roots), self.size, dtype=torch.float64)
         largest_input_LB, smallest = largest_input_LB.contiguous(), torch.finfo(self.peaks_JNC.dtype).tiny
-        found = (largest_input_LB.data_ptr(), smallest, bound.roots.data_ptr(), self.share_JNC.data_ptr())
-        size = len(bound.levels)
+        buffers = (bound.roots, self.share_JNC, self.largest_JNC, out_GB)
         self.library.bound_error(
-            ctypes.byref(self.space), ctypes.addressof(levels), size, *found, out_GB.data_ptr(), self._threads()
+            *(ctypes.byref(self.space), ctypes.addressof(levels), len(bound.levels)),
+            *(largest_input_LB.data_ptr(), smallest, *(buffer.data_ptr() for buffer in buffers), self._threads()),
         )
         return out_GB
 
