@@ -11,6 +11,8 @@ __all__ = ["BROKEN_IMAGE", "why_broken"]
 #: Of Pillow's decoders, on damaged files and on kinds that they do not know; and of zip archives.
 BROKEN_IMAGE = (
     *(OSError, SyntaxError, ValueError, EOFError, LookupError, OverflowError, NotImplementedError, RuntimeError),
+    # Of a TIFF whose places of pixels are said to be fractions.
+    *(TypeError, AttributeError, MemoryError),
     *(struct.error, zlib.error, Image.DecompressionBombError, zipfile.BadZipFile),
 )
 

@@ -158,6 +158,16 @@ def test_what_explodes_is_not_unpacked(tmp_path: Path) -> None:
         pictures[0]
 
 
+def test_a_tiff_whose_places_are_fractions_is_broken(tmp_path: Path) -> None:
+    path = tmp_path / "a.tiff"
+    Image.new("RGB", (8, 8)).save(path)
+    content = path.read_bytes()
+    place = content.index(struct.pack("<HH", 273, 4))  # where strips begin, a whole number
+    path.write_bytes(content[:place] + struct.pack("<HHIf", 273, 11, 1, 8.5) + content[place + 12 :])
+    with PictureSet([path]) as pictures, pytest.raises(ValueError, match=r"a\.tiff: cannot be read as a picture"):
+        pictures[0]
+
+
 def test_numbers_that_would_take_all_memory_are_refused(tmp_path: Path) -> None:
     memo = tmp_path / "memo.pickle"
     memo.write_bytes(b"\x80\x02Nr" + struct.pack("<I", 2**31 - 1) + b".")

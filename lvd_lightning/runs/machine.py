@@ -58,7 +58,8 @@ class MachineLog(Callback):
         model = trainer.strategy.model
         if isinstance(model, DistributedDataParallel) and model is not self._watched:
             self._watched = model
-            model.register_comm_hook(None, _averaged)
+            with suppress(RuntimeError):  # the strategy was given a hook of its own, whose time is not counted
+                model.register_comm_hook(None, _averaged)
         self._begin(trainer)
 
     @override

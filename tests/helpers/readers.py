@@ -14,11 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 import lvd_lightning.circuits as pc
 from datamodules.arrays import Arrays
@@ -26,6 +28,7 @@ from datamodules.mnist import read_idx
 from datamodules.pickles import read_pixels
 from datamodules.text_files import read_texts
 from helpers.trained_runs import random_circuit
+from lvd_lightning.circuits.io import STRUCTURE, signed
 from lvd_lightning.coding.archive import Archive, Entry, pack, unpack
 from lvd_lightning.events import read_events
 from lvd_lightning.files import read_array, read_json, read_tensors, write_tensors
@@ -105,6 +108,25 @@ def _circuit() -> pc.Circuit:
     return pc.Circuit(pc.hclt([-1, 0, 0], 2, pc.Categorical(3)))
 
 
+def _structure(folder: Path) -> None:
+    """What a circuit's file says of its structure, beside the file."""
+    pc.save(_circuit(), folder / "tree")
+    with safe_open(str(folder / "tree.safetensors"), framework="pt") as file:
+        (folder / "structure.json").write_text(file.metadata()[STRUCTURE])
+
+
+def _load_signed(path: Path) -> None:
+    """Whoever changes the structure can change the checksum as well."""
+    structure = read_json(path)
+    if not isinstance(structure, dict):
+        raise ValueError("no structure")
+    structure.pop("checksum", None)
+    tensors = read_tensors(path.with_name("tree.safetensors"))
+    with TemporaryDirectory() as folder:
+        write_tensors(Path(folder, "a.safetensors"), tensors, {STRUCTURE: signed(structure, tensors)})
+        pc.load(Path(folder, "a.safetensors"))
+
+
 def _teacher(folder: Path) -> None:
     sizes: dict[str, Any] = {"channels": 4, "num_residual_blocks": 1, "num_features": 4, "codebook_size": 4}
     save_teacher(
@@ -178,6 +200,7 @@ READERS: dict[str, Reader] = {
     ),
     "side-car": Reader("features.json", _features, lambda path: FeatureStore(path.with_suffix(".npy"))),
     "circuit": Reader("tree.safetensors", lambda folder: pc.save(_circuit(), folder / "tree") and None, pc.load),
+    "circuit and signed": Reader("structure.json", _structure, _load_signed),
     "teacher": Reader("teacher.json", _teacher, lambda path: load_teacher(path.parent)),
     "weights": Reader("teacher.safetensors", _teacher, lambda path: load_teacher(path.parent)),
     "checkpoint": Reader("last.ckpt", lambda folder: _checkpoint(folder / "last.ckpt"), _resume),
