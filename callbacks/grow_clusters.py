@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from callbacks.structure_edit import StructureEdit
 from lvd_lightning.checks import check_at_least, check_counts, check_share
-from lvd_lightning.growing import CircuitSize, grow_circuits, mean_log_probs, recluster, select_heads
+from lvd_lightning.growing import grow_circuits, mean_log_probs, recluster, select_heads
 from lvd_lightning.stages.conditional import ConditionalStudent
 
 __all__ = ["GrowClusters"]
@@ -73,7 +73,7 @@ class GrowClusters(StructureEdit):
     @override
     def edit(self, trainer: Trainer, student: ConditionalStudent) -> Mapping[str, float]:
         conditional, examples, num_heads = student.assembled.conditional, student.examples(), student.heads_per_circuit
-        before = CircuitSize.of(conditional)
+        before = student.size()
         mean_GH, count_GH = mean_log_probs(conditional, examples)
         heads = select_heads(
             mean_GH, count_GH, num_heads, target=self.target, share=self.share, min_examples=self.min_examples
@@ -85,7 +85,7 @@ class GrowClusters(StructureEdit):
             )
             student.round += 1
             student.replace_circuits(grown, heads_NP, copied=heads)
-        after = CircuitSize.of(student.assembled.conditional)
+        after = student.size()
         return {
             **before.figures("before"),
             **after.figures("after"),

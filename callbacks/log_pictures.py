@@ -35,6 +35,14 @@ class LogSamples(PictureCallback):
     def __init__(self, every_n_epochs: int = 1, seed: int = 0) -> None:
         super().__init__(every_n_epochs, seed)
 
+    def check_module(self, module: LightningModule) -> None:
+        """Raise a ValueError for a stage whose circuits no process has all of."""
+        if module.hparams.get("sharding") == "circuits":
+            raise ValueError(
+                "LogSamples: under sharding: circuits no process has all circuits, and nothing can be drawn: set "
+                "sharding: data, or leave this callback to other stages"
+            )
+
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         circuit = getattr(pl_module, "assembled", None)

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from callbacks.structure_edit import StructureEdit
 from lvd_lightning.checks import check_share
-from lvd_lightning.growing import CircuitSize, prune_circuits
+from lvd_lightning.growing import prune_circuits
 from lvd_lightning.stages.conditional import ConditionalStudent
 
 __all__ = ["Prune"]
@@ -47,7 +47,7 @@ class Prune(StructureEdit):
 
     @override
     def edit(self, trainer: Trainer, student: ConditionalStudent) -> Mapping[str, float]:
-        before = CircuitSize.of(student.assembled.conditional)
+        before = student.size()
         student.replace_circuits(prune_circuits(student.assembled.conditional, student.examples(), self.threshold))
-        after = CircuitSize.of(student.assembled.conditional)
+        after = student.size()
         return {**before.figures("before"), **after.figures("after")}

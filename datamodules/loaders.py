@@ -27,6 +27,8 @@ class GlobalLoaders(LightningDataModule):
     val_batch_size: int
     num_workers: int
     seed: int
+    #: Whether every rank gets whole batches: for stages that divide something else than data.
+    whole_batches: bool = False
 
     @abstractmethod
     def dataset(self, split: Split) -> Dataset[Batch]:
@@ -45,11 +47,19 @@ class GlobalLoaders(LightningDataModule):
         return self._loader("test", self.val_batch_size, shuffle=False)
 
     def _loader(self, split: Split, batch_size: int, shuffle: bool) -> DataLoader[Batch]:
-        return global_batches(self.dataset(split), batch_size, self.seed, shuffle, self.num_workers, self.trainer)
+        share = (0, 1) if self.whole_batches else rank_and_size()
+        settings = (batch_size, self.seed, shuffle, self.num_workers, self.trainer)
+        return global_batches(self.dataset(split), *settings, share=share)
 
 
 def global_batches(
-    examples: Dataset[Batch], batch_size: int, seed: int, shuffle: bool, num_workers: int, trainer: Any = None
+    examples: Dataset[Batch],
+    batch_size: int,
+    seed: int,
+    shuffle: bool,
+    num_workers: int,
+    trainer: Any = None,
+    share: tuple[int, int] | None = None,
 ) -> DataLoader[Batch]:
     """This rank's share of every batch of a split; see `GlobalBatchSampler`.
 
@@ -60,8 +70,9 @@ def global_batches(
         shuffle: whether every epoch has an order of its own.
         num_workers: processes that read batches.
         trainer: the Trainer whose epoch counts, if there is one.
+        share: which share of every batch, and of how many; by default the rank's.
     """
-    rank, size = rank_and_size()
+    rank, size = share or rank_and_size()
     count = len(examples)  # type: ignore[arg-type]
     sampler = GlobalBatchSampler(count, batch_size, seed=seed, shuffle=shuffle, rank=rank, world_size=size)
     settings: dict[str, Any] = {

@@ -28,12 +28,15 @@ __all__ = [
     "Ranks",
     "any_rank",
     "check_agreement",
+    "from_each",
     "from_first",
     "gathered",
     "highest",
     "leave",
     "on_first",
     "rank_and_size",
+    "receive_from",
+    "send_to_first",
     "stop_together",
     "sum_in_place",
     "summed",
@@ -246,6 +249,29 @@ def from_first(tensor: Tensor) -> Tensor:
     with sending(found.nbytes):
         dist.broadcast(found, src=0)
     return found.to(tensor.device)
+
+
+def from_each(given: T) -> Iterator[T]:
+    """What each of the other ranks gives, one after another, so that little is held at once; objects of the CPU."""
+    rank, size = rank_and_size()
+    for other in range(size if size > 1 else 0):
+        message = [given if other == rank else None]
+        dist.broadcast_object_list(message, src=other, group=_patient_group())
+        if other != rank:
+            assert message[0] is not None
+            yield message[0]
+
+
+def send_to_first(tensors: Iterable[Tensor]) -> None:
+    """Give tensors on the CPU to the first rank, which takes them by `receive_from`."""
+    for tensor in tensors:
+        dist.send(tensor.contiguous(), dst=0, group=_patient_group())
+
+
+def receive_from(rank: int, tensors: Iterable[Tensor]) -> None:
+    """On the first rank: fill tensors on the CPU with what another one sends, of the same shapes and types."""
+    for tensor in tensors:
+        dist.recv(tensor, src=rank, group=_patient_group())
 
 
 def check_agreement(what: str, text: str, tensors: Iterable[Tensor] | Mapping[str, Tensor] = ()) -> None:

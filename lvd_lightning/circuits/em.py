@@ -39,7 +39,10 @@ class _CircuitOptimizer(torch.optim.Optimizer, ABC):
     `module` is a module that contains circuits, or parameter groups {"params": module, "lr": ...} of such modules.
     """
 
-    def __init__(self, module: nn.Module | Iterable[dict[str, Any]], defaults: dict[str, Any]) -> None:
+    def __init__(
+        self, module: nn.Module | Iterable[dict[str, Any]], defaults: dict[str, Any], shared: bool = True
+    ) -> None:
+        self.shared = shared
         if not isinstance(module, (nn.Module, Iterable)):
             raise ValueError(self._expected(module))
         wanted = [{"params": module}] if isinstance(module, nn.Module) else list(module)
@@ -73,7 +76,7 @@ class _CircuitOptimizer(torch.optim.Optimizer, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """As in every optimizer, and its circuits: a copy has copies of them, those that are copied along with it."""
-        return {**super().__getstate__(), "circuits": self.circuits}
+        return {**super().__getstate__(), "circuits": self.circuits, "shared": self.shared}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only the constructor adds groups.
@@ -143,7 +146,7 @@ class _CircuitOptimizer(torch.optim.Optimizer, ABC):
 
     def _reduce(self) -> None:
         """Sum gradients and statistics over ranks; a rank without examples contributes zeros."""
-        if rank_and_size()[1] == 1:
+        if rank_and_size()[1] == 1 or not self.shared:
             return
         taking_part = any_rank([any(table.grad is not None for table in circuit.tables) for circuit in self.circuits])
         sums: list[Tensor] = []
@@ -177,6 +180,8 @@ class CircuitEM(_CircuitOptimizer):
         module: every Circuit in it is trained.
         lr: step size s in (0, 1]; a schedule may take it to 0, where nothing moves.
         pseudocount: a, per sum node (or input unit) and step, in examples.
+        shared: whether several processes train these circuits, whose flows are summed then; False: they are this
+            process's alone, and nothing is sent.
 
     Raises:
         ValueError: a module without circuits, or with logits in place of probabilities, or a number out of its range.
@@ -197,9 +202,14 @@ class CircuitEM(_CircuitOptimizer):
     """
 
     def __init__(
-        self, module: nn.Module | Iterable[dict[str, Any]], lr: float = 0.1, *, pseudocount: float = 0.01
+        self,
+        module: nn.Module | Iterable[dict[str, Any]],
+        lr: float = 0.1,
+        *,
+        pseudocount: float = 0.01,
+        shared: bool = True,
     ) -> None:
-        super().__init__(module, {"lr": lr, "pseudocount": pseudocount})
+        super().__init__(module, {"lr": lr, "pseudocount": pseudocount}, shared)
 
     def _step_circuit(self, circuit: Circuit, group: dict[str, Any]) -> None:
         step, pseudocount, engine = group["lr"], group["pseudocount"], circuit.engine
@@ -271,6 +281,7 @@ class Anemone(_CircuitOptimizer):
         lr: step size s in (0, 1]; a schedule may take it to 0, where pseudocounts alone count.
         momentum: of the moving averages, in [0, 1).
         pseudocount: a, per sum node (or input unit), in examples.
+        shared: as of `CircuitEM`.
 
     Raises:
         ValueError: a module without circuits, or with logits in place of probabilities, or a number out of its range.
@@ -300,8 +311,9 @@ class Anemone(_CircuitOptimizer):
         *,
         momentum: float = 0.9,
         pseudocount: float = 1e-6,
+        shared: bool = True,
     ) -> None:
-        super().__init__(module, {"lr": lr, "momentum": momentum, "pseudocount": pseudocount})
+        super().__init__(module, {"lr": lr, "momentum": momentum, "pseudocount": pseudocount}, shared)
 
     def _check(self, group: dict[str, Any], *, is_new: bool = False) -> None:
         super()._check(group, is_new=is_new)

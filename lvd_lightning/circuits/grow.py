@@ -25,6 +25,7 @@ def grow(
     heads: Sequence[int] | Sequence[Sequence[int]],
     sigma: float = 0.2,
     generator: torch.Generator | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> CircuitGraph | list[CircuitGraph]:
     r"""Give a circuit new heads: the units that matter to `heads` become two, and so do these heads.
 
@@ -57,6 +58,8 @@ def grow(
         heads: which heads grow; for a batch of circuits one such list for each. Without any a circuit stays as it is.
         sigma: standard deviation of the perturbing factors.
         generator: a generator of the CPU; the same one gives the same growth wherever the circuit is.
+        numbers: of a batch of circuits that is a part of a larger one, the number of each in that: it grows as it would
+            grow there. By default 0, 1, ...
 
     Returns:
         A graph on the CPU, for a batch of circuits a list of them.
@@ -84,6 +87,9 @@ def grow(
     wanted = _check_heads(circuit, heads)
     check_number("sigma", sigma, 0, meaning=", a standard deviation")
     check_generator("grow", generator)
+    known = range(circuit.num_circuits) if numbers is None else numbers
+    if len(known) != circuit.num_circuits:
+        raise ValueError(f"numbers: got {len(known)}, expected one for each of the {circuit.num_circuits} circuits")
     seed = int(torch.randint(1 << 62, (), generator=generator))
     examples, flow = flows.num_examples.tolist(), flows.all_units()
     graphs = []
@@ -96,7 +102,7 @@ def grow(
             raise ValueError(NOTHING_ADDED)
         mean_flow = np.concatenate(flow[g]) / max(examples[g], 1e-300)
         split = find_split(graph, flag(graph, mean_flow, wanted[g]))
-        graphs.append(Doubling(graph, split, wanted[g], sigma, (seed, g)).run())
+        graphs.append(Doubling(graph, split, wanted[g], sigma, (seed, known[g])).run())
     return graphs if circuit.batched else graphs[0]
 
 

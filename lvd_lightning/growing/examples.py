@@ -14,6 +14,7 @@ from torch import Tensor
 from lvd_lightning import circuits as pc
 from lvd_lightning.context import Data
 from lvd_lightning.models.evidence import CircuitGroups
+from lvd_lightning.models.members import Members
 from lvd_lightning.shares import own_chunks
 from lvd_lightning.stopping import stop_if_requested
 
@@ -39,12 +40,24 @@ class Examples:
 
     data: where images are read from; split: which ones.
     circuit_NP, head_NP: integers (N, P), on the CPU.
+    members: where ranks have circuits of their own, which is whose. A rank then takes the patches of its circuits in
+        all images, and numbers circuits as it holds them.
     """
 
     data: Data
     circuit_NP: Tensor
     head_NP: Tensor
     split: str = "train"
+    members: Members | None = None
+
+    def shape(self, conditional: pc.Circuit) -> tuple[int, int]:
+        """(G, H) of all circuits; conditional: those that this process holds."""
+        known = conditional if self.members is None else self.members
+        return known.num_circuits, known.num_heads
+
+    def own(self, values: Tensor) -> Tensor:
+        """Of numbers for every circuit, (G, ...), those for the circuits that this process holds."""
+        return values if self.members is None else values[self.members.own]
 
     def counts(self, num_circuits: int, num_heads: int) -> Tensor:
         """How many patches every head has, int64 (G, H); the same on every process."""
@@ -61,16 +74,21 @@ class Examples:
     def chunks(self, device: torch.device, heads: Tensor | None = None, every_image: bool = False) -> Iterator[Chunk]:
         """The patches of this process, some images at a time.
 
-        heads: bool (G, H); only patches of these heads.
+        heads: bool (G, H) of all circuits; only patches of these heads.
         every_image: this process takes all images.
         """
-        images = range(len(self.circuit_NP)) if every_image else self.images()
+        alone = every_image or self.members is not None
+        images = range(len(self.circuit_NP)) if alone else self.images()
+        place_G = None if self.members is None else self.members.places()
         positions = self.circuit_NP.shape[1]
         for low in range(images.start, images.stop, CHUNK_IMAGES):
             stop_if_requested()
             high = min(low + CHUNK_IMAGES, images.stop)
             circuit, head = (found[low:high].reshape(-1).long() for found in (self.circuit_NP, self.head_NP))
-            at = torch.arange(len(circuit)) if heads is None else heads.cpu()[circuit, head].nonzero()[:, 0]
+            wanted = torch.ones_like(circuit, dtype=torch.bool) if heads is None else heads.cpu()[circuit, head]
+            if place_G is not None:
+                wanted, circuit = wanted & (place_G[circuit] >= 0), place_G[circuit]
+            at = wanted.nonzero()[:, 0]
             if not len(at):
                 continue
             rows, place = (at // positions).unique(return_inverse=True)
@@ -80,4 +98,4 @@ class Examples:
 
     def groups(self, conditional: pc.Circuit) -> CircuitGroups:
         """The circuits in groups with about equally many of these patches, so that little is padded."""
-        return CircuitGroups(conditional, self.counts(conditional.num_circuits, conditional.num_heads).sum(1))
+        return CircuitGroups(conditional, self.own(self.counts(*self.shape(conditional)).sum(1)))

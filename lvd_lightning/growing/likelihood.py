@@ -26,11 +26,15 @@ def mean_log_probs(conditional: pc.Circuit, examples: Examples) -> tuple[Tensor,
         float64 (G, H), NaN for heads without patches, and int64 (G, H).
     """
     groups = examples.groups(conditional)
-    shape = (conditional.num_circuits, conditional.num_heads)
-    total_GH = torch.zeros(shape, dtype=torch.float64)
+    shape = examples.shape(conditional)
+    own_GH = torch.zeros(conditional.num_circuits, shape[1], dtype=torch.float64)
     for chunk, log_nH in _log_probs(groups, examples):
         own_n = log_nH.gather(1, chunk.head[:, None])[:, 0].double().cpu()
-        total_GH.view(-1).index_add_(0, (chunk.circuit * shape[1] + chunk.head).cpu(), own_n)
+        own_GH.view(-1).index_add_(0, (chunk.circuit * shape[1] + chunk.head).cpu(), own_n)
+    total_GH = own_GH
+    if examples.members is not None:
+        total_GH = torch.zeros(shape, dtype=torch.float64)
+        total_GH[examples.members.own] = own_GH
     count_GH = examples.counts(*shape)
     return summed(total_GH) / torch.where(count_GH > 0, count_GH, torch.nan), count_GH
 

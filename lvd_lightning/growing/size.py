@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+import torch
+
 from lvd_lightning import circuits as pc
+from lvd_lightning.ranks import summed
 
 __all__ = ["CircuitSize"]
 
@@ -30,6 +33,10 @@ class CircuitSize:
                     edges += node.num_units * sum(graph.nodes[child].num_units for child in node.children)
         heads = sum(graph.num_heads for graph in circuit.structures)
         return cls(circuit.num_circuits, heads, edges, circuit.num_parameters)
+
+    def of_all_ranks(self) -> CircuitSize:
+        """The sum over ranks that have circuits of their own; all have to call."""
+        return CircuitSize(*(int(total) for total in summed(torch.tensor(list(asdict(self).values())))))
 
     def figures(self, when: str) -> dict[str, float]:
         """For a logger: "clusters_<when>", "heads_<when>", ..."""

@@ -38,6 +38,7 @@ class AssembledCircuit(nn.Module):
         conditional: batch of circuits (`pc.Circuit([...])`) with K heads altogether over the D variables of a part,
             tied over positions; or with P x K heads, position by position.
         parts: how an example falls into parts.
+        head_index: which head a latent value stands for, where the conditional does not have all of them.
 
     Attributes:
         head_index: which head of the conditional a latent value stands for.
@@ -46,7 +47,9 @@ class AssembledCircuit(nn.Module):
         ValueError: prior, conditional and parts do not belong together.
     """
 
-    def __init__(self, prior: pc.Circuit, conditional: pc.Circuit, parts: Parts) -> None:
+    def __init__(
+        self, prior: pc.Circuit, conditional: pc.Circuit, parts: Parts, head_index: HeadIndex | None = None
+    ) -> None:
         super().__init__()
         evidence = prior.plan.inputs[0].distribution
         if prior.batched or not isinstance(evidence, pc.SoftEvidence):
@@ -58,7 +61,7 @@ class AssembledCircuit(nn.Module):
         self.num_states = evidence.num_states
         self._check_parts()
         self._lookup: tuple[pc.Circuit, TreeLookup | None] | None = None
-        self.head_index = HeadIndex.of(conditional, self.num_states, self.num_positions)
+        self.head_index = head_index or HeadIndex.of(conditional, self.num_states, self.num_positions)
 
     @property
     def num_parameters(self) -> int:

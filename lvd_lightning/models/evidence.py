@@ -21,7 +21,7 @@ from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.models.routing import route_in_passes
 from lvd_lightning.stopping import stop_if_requested
 
-__all__ = ["Candidates", "CircuitGroups", "EvidenceCache", "candidate_table"]
+__all__ = ["Candidates", "CircuitGroups", "EvidenceCache", "candidate_table", "split_by_load"]
 
 #: Images per step of filling a cache.
 CHUNK_IMAGES = 256
@@ -39,11 +39,17 @@ class CircuitGroups:
         whole: the folded circuits.
         load: (G,), how many examples each circuit gets, roughly.
         ratio: largest load in a group over its smallest; 1 or larger.
+        members: the numbers of the circuits of every group, in place of a load.
     """
 
-    def __init__(self, whole: pc.Circuit, load: Tensor, ratio: float = 2.0) -> None:
+    def __init__(
+        self, whole: pc.Circuit, load: Tensor | None = None, ratio: float = 2.0, members: list[Tensor] | None = None
+    ) -> None:
         self.whole = whole
-        self.members = _split_by_load(load.cpu(), ratio)
+        if members is None:
+            assert load is not None
+            members = split_by_load(load.cpu(), ratio)
+        self.members = members
         graphs = whole.to_graph()
         assert isinstance(graphs, list)
         self.circuits = [pc.Circuit([graphs[int(g)] for g in members]) for members in self.members]
@@ -143,7 +149,7 @@ class _Copy:
     source_rows: Tensor
 
 
-def _split_by_load(load: Tensor, ratio: float) -> list[Tensor]:
+def split_by_load(load: Tensor, ratio: float = 2.0) -> list[Tensor]:
     """Circuits in groups whose loads differ by a factor of at most `ratio`, the busiest group first."""
     order = load.argsort(descending=True)
     groups, start = [], 0

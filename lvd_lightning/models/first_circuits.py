@@ -5,6 +5,9 @@ Shapes: N images, P patches, D variables of a patch, M patches read, G circuits,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,6 +32,7 @@ def first_circuits(
     num_latents: int,
     from_data: bool,
     max_examples: int,
+    kept: Sequence[int] | None = None,
 ) -> list[pc.CircuitGraph]:
     """A graph per circuit; a tree, and first parameters, are learnt on a sample of its own training patches.
 
@@ -41,6 +45,7 @@ def first_circuits(
         num_latents: states of every hidden variable of an HCLT, units of every region of other structures.
         from_data: whether first parameters come from these patches, see `PartStructure`, or are random.
         max_examples: patches per circuit.
+        kept: the circuits that are wanted, ascending, as they are among all; None for all.
     """
     sets, heads = _examples(context, circuit, head, num_circuits, max_examples)
     heads_G = torch.zeros(num_circuits, dtype=torch.int64)
@@ -52,17 +57,17 @@ def first_circuits(
         else [None] * num_circuits
     )
     generator, counts = context.generator("parameters"), (heads_G + 1).tolist()
-    if not from_data:
-        return [
-            structure.graph(parts.shape, num_latents, count, leaf=leaf, parents=tree, generator=generator)
-            for tree, count in zip(trees, counts, strict=True)
-        ]
-    return [
-        structure.graph_from_data(
-            x, parts.shape, num_latents, count, leaf=leaf, head=head_n, parents=tree, generator=generator
-        )
-        for x, head_n, tree, count in zip(sets, heads, trees, counts, strict=True)
-    ]
+    wanted = set(range(num_circuits) if kept is None else kept)
+    graphs = []
+    for g, (x, head_n, tree, count) in enumerate(zip(sets, heads, trees, counts, strict=True)):
+        settings: dict[str, Any] = {"leaf": leaf, "parents": tree, "generator": generator}
+        if from_data:
+            graph = structure.graph_from_data(x, parts.shape, num_latents, count, head=head_n, **settings)
+        else:
+            graph = structure.graph(parts.shape, num_latents, count, **settings)
+        if g in wanted:  # all are made, since each draws random numbers
+            graphs.append(graph)
+    return graphs
 
 
 def _examples(

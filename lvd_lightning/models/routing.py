@@ -27,6 +27,10 @@ class Routed:
     index: Tensor
     weight: Tensor
 
+    def of(self, circuits: Tensor) -> Routed:
+        """The slots of some circuits alone, int64 (n,)."""
+        return Routed(self.index[circuits], self.weight[circuits])
+
 
 def route(
     circuit: Tensor,

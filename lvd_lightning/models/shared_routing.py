@@ -24,6 +24,7 @@ def route_batch(
     order: Tensor | None = None,
     weight: Tensor | None = None,
     generator: torch.Generator | None = None,
+    whole: bool = False,
 ) -> Routed:
     """As `route`, of the examples of all ranks; each gets slots with its own examples alone. All ranks have to call.
 
@@ -34,9 +35,10 @@ def route_batch(
         order: int64 (N,), ascending: the places of these examples among those of all ranks; not needed by one process.
         weight: (N,) of the examples, 0 or larger; 1 by default.
         generator: in one state on all ranks.
+        whole: whether every rank has all examples: each gets the slots of all, and nothing is sent.
     """
     rank, size = rank_and_size()
-    if size == 1:
+    if size == 1 or whole:
         most = few_sizes(round(slots * len(circuit) / num_circuits))
         return route(circuit, num_circuits, slots=most, weight=weight, generator=generator)
     counts_G = summed(torch.bincount(circuit, minlength=num_circuits))

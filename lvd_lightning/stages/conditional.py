@@ -6,7 +6,7 @@ Shapes: B images, N images of a split, P patches, D variables of a patch, K late
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from lvd_lightning.growing.clustering import first_heads
 from lvd_lightning.growing.examples import Examples
 from lvd_lightning.growing.features import PatchFeatures
 from lvd_lightning.growing.likelihood import best_heads
+from lvd_lightning.growing.size import CircuitSize
 from lvd_lightning.latents import load_latents_info
 from lvd_lightning.latents.assignments import read_clusters, write_assignments
 from lvd_lightning.latents.kept_patches import keep_patches
@@ -28,12 +29,15 @@ from lvd_lightning.models.assembled import MARGIN, AssembledCircuit
 from lvd_lightning.models.first_circuits import first_circuits
 from lvd_lightning.models.head_index import HeadIndex
 from lvd_lightning.models.leaves import LeafChoice
+from lvd_lightning.models.members import Members
 from lvd_lightning.models.priors import chow_liu_prior, edge_kinds, latent_tree
+from lvd_lightning.models.sharded import ShardedCircuit
 from lvd_lightning.models.shared_routing import route_batch
 from lvd_lightning.models.structures import PartStructure, StructureName
 from lvd_lightning.planning import PlanRequest, StagePlan
-from lvd_lightning.ranks import check_agreement, from_first
+from lvd_lightning.ranks import check_agreement, from_first, rank_and_size
 from lvd_lightning.shares import part_order
+from lvd_lightning.stages.circuit_shards import first_members, own_checkpoint, rebalanced, whole_checkpoint
 from lvd_lightning.stages.em_student import EMStudent, Rule
 from lvd_lightning.stages.plans.students import conditional_plan
 
@@ -75,6 +79,9 @@ class ConditionalStudent(EMStudent):
         init: "quantiles", from data (see `hclt_from_data`, and `regions_from_data` for other structures), or "random".
         slots: slots per circuit and step, as a multiple of the mean number of patches.
         max_examples: patches per circuit from which its tree (and first parameters) are learnt.
+        sharding: what ranks divide: "data", every rank having all circuits; or "circuits", every rank having some of
+            them, in memory that falls with the number of ranks, and all data: a step sends nothing. The result is the
+            same, and a run may go on under the other setting.
 
     Example:
         >>> from lvd_lightning.stages import ConditionalStudent
@@ -85,6 +92,9 @@ class ConditionalStudent(EMStudent):
 
     needs = ("latents",)
     leaves: ClassVar[tuple[str, ...]] = ("conditionals",)
+    harmless: ClassVar[tuple[str, ...]] = ("sharding",)
+    #: Which rank has which circuits; None where all have all.
+    members: Members | None = None
 
     def __init__(
         self,
@@ -105,8 +115,10 @@ class ConditionalStudent(EMStudent):
         structure: StructureName = "hclt",
         structure_settings: dict[str, Any] | None = None,
         leaf: str | dict[str, Any] | None = None,
+        sharding: Literal["data", "circuits"] = "data",
     ) -> None:
         super().__init__()
+        check_choice(("data", "circuits"), sharding=sharding)
         self.structure = PartStructure.of(structure, structure_settings)
         self.leaf = LeafChoice(leaf)
         check_choice(("quantiles", "random"), init=init)
@@ -145,6 +157,10 @@ class ConditionalStudent(EMStudent):
                 min_examples=self.hparams["min_examples"],
                 generator=self.generator("first heads"),
             )
+        self.members = None
+        if self.hparams["sharding"] == "circuits" and rank_and_size()[1] > 1:
+            self.members = first_members(context, circuit_NP, heads_NP, num_circuits)
+        self.shares_circuits = self.members is None
         graphs = first_circuits(
             context,
             circuit_NP,
@@ -155,6 +171,7 @@ class ConditionalStudent(EMStudent):
             num_latents=self.hparams["num_units"],
             from_data=self.hparams["init"] == "quantiles",
             max_examples=self.hparams["max_examples"],
+            kept=None if self.members is None else self.members.own.tolist(),
         )
         self._assemble(graphs, heads_NP)
         self.ancestry: Ancestry | None = Ancestry.first(self.heads_per_circuit)
@@ -178,11 +195,14 @@ class ConditionalStudent(EMStudent):
         circuit_N, head_N = (found_BP.flatten() for found_BP in self.assembled.head_index.locate(z_BP))
         routed = route_batch(
             circuit_N,
-            conditional.num_circuits,
+            self._head_index.num_circuits,
             slots=self.hparams["slots"],
             order=part_order(len(images), z_BP.shape[1], images.device),
             generator=self.step_generator(batch_idx),
+            whole=self.members is not None,
         )
+        if self.members is not None:
+            routed = routed.of(self.members.own.to(images.device))
         if not len(images):  # the other ranks have the whole batch
             self.em_step()
             return
@@ -193,8 +213,7 @@ class ConditionalStudent(EMStudent):
         total = (routed.weight * log_GS).sum()
         self.em_step(-total)
         with torch.no_grad():
-            log_z_B = self.assembled.prior_log_prob(z_BP)
-            self.train_objective.update(log_z_B + total.detach() / len(images))
+            self._update_objective(self._share(z_BP), total.detach())
         self.log(
             f"train/lvd_objective_{self.unit.name}", self.train_objective, on_step=False, on_epoch=True, prog_bar=True
         )
@@ -213,6 +232,11 @@ class ConditionalStudent(EMStudent):
 
         With these go the tree of heads, and some training patches of each for people to look at.
         """
+        if isinstance(self.assembled, ShardedCircuit):  # no epoch was the best one
+            content = torch.load(context.dir / "last.ckpt", map_location="cpu", weights_only=True)
+            self.on_load_checkpoint(content)
+            self.load_state_dict(content["state_dict"])
+            self.to(self.device)
         conditional = self.assembled.conditional
         pc.save(conditional, context.dir / "conditional")
         if conditional.num_heads > 1:
@@ -235,7 +259,11 @@ class ConditionalStudent(EMStudent):
 
         The prior, K x K numbers for every patch, is left out: it follows from the heads by counting.
         """
-        text, tensors = pack_structure(self.assembled.conditional.structures)
+        conditional = self.assembled.conditional
+        if self.members is None:
+            text, tensors = pack_structure(conditional.structures)
+        else:
+            text, tensors = whole_checkpoint(conditional, self.members, checkpoint)
         checkpoint["growing"] = {
             "structure": text,
             "tensors": tensors,
@@ -251,7 +279,12 @@ class ConditionalStudent(EMStudent):
         """Build the circuits of a checkpoint, whose parameters are loaded next, and count their prior."""
         found = checkpoint["growing"]
         self.round = int(found["round"])
-        self._assemble(unpack_structure(found["structure"], found["tensors"]), found["heads"])
+        graphs = unpack_structure(found["structure"], found["tensors"])
+        if self.members is not None:
+            self.members = own_checkpoint(checkpoint, graphs)
+            graphs = [graphs[g] for g in self.members.own.tolist()]
+        self._assemble(graphs, found["heads"])
+        self.assembled.to(self.type_in(checkpoint, "assembled.conditional.tables."))
         if "ancestry" in found:
             known = found["ancestry"]
             self.ancestry = None if known is None else Ancestry.of_plain(known)
@@ -259,6 +292,13 @@ class ConditionalStudent(EMStudent):
             self.ancestry = None if self.round else Ancestry.first(self.heads_per_circuit)
         for name, counted in self.assembled.prior.state_dict(prefix=_PRIOR).items():
             checkpoint["state_dict"].setdefault(name, counted)  # older checkpoints have it
+
+    @override
+    def on_fit_end(self) -> None:
+        """From here on the first rank alone goes on, with all circuits."""
+        if self.members is not None:
+            self.members = None
+            self._context.data.whole_batches = False
 
     @property
     def context(self) -> StageContext:
@@ -268,7 +308,14 @@ class ConditionalStudent(EMStudent):
     @property
     def heads_per_circuit(self) -> list[int]:
         """How many heads each circuit has."""
+        if self.members is not None:
+            return list(self.members.heads)
         return [structure.num_heads for structure in self.assembled.conditional.structures]
+
+    def size(self) -> CircuitSize:
+        """How large all circuits are; all ranks have to call."""
+        found = CircuitSize.of(self.assembled.conditional)
+        return found if self.members is None else found.of_all_ranks()
 
     def examples(self) -> Examples:
         """The training patches with their circuits and heads as they are now.
@@ -279,7 +326,7 @@ class ConditionalStudent(EMStudent):
         if not self.hparams["tied"]:
             raise ValueError("tied: is false, but only circuits that positions share are pruned, reassigned and grown")
         context = self._context
-        return Examples(context.data, self.clusters_NP["train"], self.heads_NP, "train")
+        return Examples(context.data, self.clusters_NP["train"], self.heads_NP, "train", self.members)
 
     def features(self) -> PatchFeatures:
         """The features of the training patches."""
@@ -303,16 +350,19 @@ class ConditionalStudent(EMStudent):
         copied: of every circuit the heads that new ones are copies of, in the order of these. Without it the tree of
             heads is known as long as their number stays the same.
         """
-        text, tensors = pack_structure(graphs)
-        where = f"the structure of the edited circuits (epoch {self.current_epoch + 1}, round {self.round})"
-        check_agreement(where, text, tensors)
+        if self.members is None:
+            text, tensors = pack_structure(graphs)
+            where = f"the structure of the edited circuits (epoch {self.current_epoch + 1}, round {self.round})"
+            check_agreement(where, text, tensors)
+        else:
+            graphs, self.members = rebalanced(graphs, self.members)
         self._assemble(graphs, self.heads_NP if heads_NP is None else self._checked(heads_NP))
         if self.ancestry is not None and copied is not None:
             self.ancestry = self.ancestry.grown(copied, self.current_epoch)
         if self.ancestry is not None and self.ancestry.num_heads != self.heads_per_circuit:
             self.ancestry = None
         with torch.no_grad():
-            for table in self.assembled.conditional.tables:
+            for table in self.assembled.conditional.tables if self.members is None else ():
                 table.copy_(from_first(table))
         self.renew_optimizer()
 
@@ -320,6 +370,13 @@ class ConditionalStudent(EMStudent):
         """Go on with other heads of the training patches, int16 (N, P); the prior is counted again."""
         self.heads_NP = self._checked(heads_NP)
         self.assembled.prior = self._prior().to(self.device)
+
+    def _share(self, values: Tensor) -> Tensor:
+        """The rows of this rank's examples, where it has been given all of the batch."""
+        if self.members is None:
+            return values
+        rank, size = rank_and_size()
+        return values[rank::size]
 
     def _checked(self, heads_NP: Tensor) -> Tensor:
         where = f"the heads of the training patches (epoch {self.current_epoch + 1}, round {self.round})"
@@ -330,9 +387,14 @@ class ConditionalStudent(EMStudent):
         """The circuits, and their prior by the counts of latent values."""
         self.heads_NP = heads_NP
         num_sets = 1 if self.hparams["tied"] else heads_NP.shape[1]
-        self._head_index = HeadIndex([graph.num_heads for graph in graphs], num_sets)
-        conditional = pc.Circuit(graphs)
-        self.assembled = AssembledCircuit(self._prior(), conditional, self._context.data.parts).to(self.device)
+        heads = [graph.num_heads for graph in graphs] if self.members is None else self.members.heads
+        self._head_index = HeadIndex(heads, num_sets)
+        conditional, parts = pc.Circuit(graphs), self._context.data.parts
+        if self.members is None:
+            self.assembled = AssembledCircuit(self._prior(), conditional, parts).to(self.device)
+        else:
+            found = ShardedCircuit(self._prior(), conditional, parts, self._head_index, self.members)
+            self.assembled = found.to(self.device)
 
     def _prior(self) -> pc.Circuit:
         z_NP = self._latent_values(self.clusters_NP["train"], self.heads_NP)
@@ -342,6 +404,14 @@ class ConditionalStudent(EMStudent):
     def _latent_values(self, clusters: Tensor, heads: Tensor) -> Tensor:
         """z of patches (..., P) by cluster and head."""
         return self._head_index.value(self._head_index.circuit(clusters), heads)
+
+    def _update_objective(self, z_BP: Tensor, total: Tensor) -> None:
+        """Add the log p(x, z) of this rank's examples; total: the log p(x | z) of these, or of its circuits."""
+        if self.members is None:
+            self.train_objective.update(self.assembled.prior_log_prob(z_BP) + total / len(z_BP))
+            return
+        self.train_objective.update(self.assembled.prior_log_prob(z_BP) if len(z_BP) else total.new_zeros(0))
+        self.train_objective.nats += total.double()
 
     @torch.no_grad()
     def _update_metrics(self, images: Tensor, index: Tensor) -> None:
@@ -354,12 +424,14 @@ class ConditionalStudent(EMStudent):
             evidence_BPK[again] = self.assembled.evidence(images[again])
             z_BP[again] = self._likeliest(evidence_BPK[again], clusters_BP[again])
             given_BP = evidence_BPK.gather(2, z_BP[..., None])[..., 0]
-        self.val_likelihood.update(self.assembled.prior.log_prob(evidence_BPK)[:, 0])
-        self.val_objective.update(given_BP.sum(1) + self.assembled.prior_log_prob(z_BP))
+        evidence_BPK, given_BP, z_BP = self._share(evidence_BPK), self._share(given_BP), self._share(z_BP)
+        if len(z_BP):
+            self.val_likelihood.update(self.assembled.prior.log_prob(evidence_BPK)[:, 0])
+            self.val_objective.update(given_BP.sum(1) + self.assembled.prior_log_prob(z_BP))
 
     def _likeliest(self, evidence_BPK: Tensor, clusters_BP: Tensor) -> Tensor:
         """The likeliest head of each patch's cluster, as a latent value (B, P)."""
-        if self.assembled.conditional.num_heads == 1:
+        if max(self.heads_per_circuit) == 1:
             return clusters_BP
         value_K = torch.arange(self.assembled.num_states, device=clusters_BP.device)
         circuit_K, _ = self.assembled.head_index.locate(value_K)

@@ -40,12 +40,14 @@ def check_step_sizes(lr: float, final_lr: float, momentum: float, lr_name: str =
     check_share(momentum=momentum)
 
 
-def make_optimizer(rule: Rule, module: nn.Module, lr: float, momentum: float, pseudocount: float) -> Optimizer:
-    """Anemone, or the classical mini-batch rule (which has no momentum)."""
+def make_optimizer(
+    rule: Rule, module: nn.Module, lr: float, momentum: float, pseudocount: float, shared: bool = True
+) -> Optimizer:
+    """Anemone, or the classical mini-batch rule (which has no momentum); shared: see `CircuitEM`."""
     check_choice(get_args(Rule), optimizer=rule)
     if rule == "anemone":
-        return pc.Anemone(module, lr=lr, momentum=momentum, pseudocount=pseudocount)
-    return pc.CircuitEM(module, lr=lr, pseudocount=pseudocount)
+        return pc.Anemone(module, lr=lr, momentum=momentum, pseudocount=pseudocount, shared=shared)
+    return pc.CircuitEM(module, lr=lr, pseudocount=pseudocount, shared=shared)
 
 
 def step_factor(step: int, total: float, ratio: float, length: float | None = None) -> float:
@@ -77,6 +79,8 @@ class EMStudent(StageModule, ABC):
     val_setting: ClassVar[str] = "val_images"
     em: ClassVar[bool] = True
     accumulates: ClassVar[bool] = True
+    #: Whether all ranks train the same circuits; False: each has its own, and a step sends nothing.
+    shares_circuits: bool = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,8 +120,8 @@ class EMStudent(StageModule, ABC):
     def make_optimizer(self) -> Optimizer:
         """The optimizer that the settings ask for."""
         settings = self.hparams
-        rule, lr = settings["optimizer"], settings["lr"]
-        return make_optimizer(rule, self.trained(), lr, settings["momentum"], settings["pseudocount"])
+        rule, rest = settings["optimizer"], (settings["lr"], settings["momentum"], settings["pseudocount"])
+        return make_optimizer(rule, self.trained(), *rest, self.shares_circuits)
 
     def factor(self, step: int, total: float) -> float:
         """What `lr` is multiplied by in step `step` (from 0) of `total`."""
@@ -160,6 +164,12 @@ class EMStudent(StageModule, ABC):
         schedule = self.lr_schedulers()
         assert isinstance(schedule, LambdaLR)
         schedule.step()
+
+    @staticmethod
+    def type_in(checkpoint: dict[str, Any], tables: str) -> torch.dtype:
+        """The type of the circuits in a checkpoint, which one that takes their parameters has to have."""
+        found: Tensor = checkpoint["state_dict"][f"{tables}0"]
+        return found.dtype
 
     def _num_steps(self, num_batches: float) -> float:
         """Steps of the stage that has so many batches: an epoch's last step may take fewer than the others."""

@@ -150,6 +150,7 @@ class PriorStudent(EMStudent):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the prior of a checkpoint, whose parameters are loaded next."""
         self.replace_prior(unpack_structure(checkpoint["prior"]["structure"], checkpoint["prior"]["tensors"]))
+        self.assembled.prior.to(self.type_in(checkpoint, "assembled.prior.tables."))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, index = batch
