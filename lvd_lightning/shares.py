@@ -56,10 +56,12 @@ def whole_batch(own: Tensor) -> Tensor:
         return own
     total = batch_total(len(own))
     most = -(-total // size)
-    padded = own.new_zeros(most, *own.shape[1:])
+    # gloo sends no whole numbers of two bytes.
+    kind = torch.int32 if own.dtype == torch.int16 else own.dtype
+    padded = own.new_zeros(most, *own.shape[1:], dtype=kind)
     padded[: len(own)] = own
     found = gathered(padded).unflatten(0, (size, most))
-    return found.transpose(0, 1).flatten(0, 1)[:total]
+    return found.transpose(0, 1).flatten(0, 1)[:total].to(own.dtype)
 
 
 def part_order(count: int, positions: int, device: torch.device | str = "cpu") -> Tensor:

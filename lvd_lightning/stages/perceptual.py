@@ -33,6 +33,7 @@ from lvd_lightning.perceptual.encoder import LatentEncoder
 from lvd_lightning.perceptual.sample_losses import LossWeights, SampleLosses
 from lvd_lightning.ranks import rank_and_size, sum_in_place
 from lvd_lightning.seeds import derive_seed
+from lvd_lightning.shares import batch_total, whole_batch
 from lvd_lightning.stages.stage import StageModule
 from lvd_lightning.stages.validation import validation_likelihood
 from lvd_lightning.teachers import load_teacher
@@ -61,7 +62,7 @@ class PerceptualStudent(StageModule):
         temperature, final_temperature, temperature_shape: from one to the other over the steps of the stage, see
             `TemperatureSchedule`; null: it stays. "simple" has none.
         hard: of "gumbel".
-        num_samples: samples of a step, of each rank; reconstructions are those of the batch.
+        num_samples: samples of a step; reconstructions are those of the batch. Every rank draws all of them.
         lr, final_lr: of Adam, falling linearly per step.
         clip: the largest norm of a step's gradient, which is shortened to it; null for none.
         train_prior: whether the prior learns, too.
@@ -214,10 +215,12 @@ class PerceptualStudent(StageModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, _ = batch
         step = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
-        generator = self._context.generator("step", self.current_epoch, batch_idx, self.global_rank, device=self.device)
+        generator = self._context.generator("step", self.current_epoch, batch_idx, 0, device=self.device)
         found: dict[str, Tensor] = {}
         if self.weights.nll > 0:
             self._learn_likelihood(images)
+        # Losses on samples are none of single examples: every rank has those of the whole batch, with the same noise.
+        images = whole_batch(images)
         scaled = self.losses.spread(images, self._like())
         sampler: dict[str, Any] = self._sampler(step)
         drawn: Tensor | None = None
@@ -289,11 +292,17 @@ class PerceptualStudent(StageModule):
 
     def _learn_likelihood(self, images: Tensor) -> None:
         """Gradients of the weighted negative log-likelihood, with few heads in the graph at a time."""
-        evidence_BPK = training_evidence(self.assembled, images).requires_grad_()
-        log_B = self.assembled.prior.log_prob(evidence_BPK)[:, 0]
-        self.manual_backward(-log_B.sum() * self._per_dimension(images))
-        assert evidence_BPK.grad is not None
-        posterior_BPK = -evidence_BPK.grad / self._per_dimension(images)
+        size, count = rank_and_size()[1], batch_total(len(images))
+        # What a nat of an image of the batch counts; ranks average their gradients.
+        weight = self.weights.nll * size / (count * self._context.data.num_dims)
+        if len(images):
+            evidence_BPK = training_evidence(self.assembled, images).requires_grad_()
+            log_B = self.assembled.prior.log_prob(evidence_BPK)[:, 0]
+            self.manual_backward(-log_B.sum() * weight)
+            assert evidence_BPK.grad is not None
+            posterior_BPK = -evidence_BPK.grad / weight
+        else:  # the other ranks have the whole batch, and wait for what this one has of it
+            posterior_BPK = torch.zeros(0, self.assembled.num_positions, self.assembled.num_states, device=self.device)
         loss = conditional_loss(
             self.assembled,
             images,
@@ -302,13 +311,11 @@ class PerceptualStudent(StageModule):
             slots=self.hparams["slots"],
             generator=self._context.generator("slots", self.current_epoch, 0),
         )
-        self.manual_backward(loss * self._per_dimension(images))
+        if not len(images):
+            return
+        self.manual_backward(loss * weight)
         self.train_likelihood.update(log_B)
         self.log(f"train/{self.unit.name}", self.train_likelihood, on_step=False, on_epoch=True, prog_bar=True)
-
-    def _per_dimension(self, images: Tensor) -> float:
-        """What a nat of one of these images counts."""
-        return self.weights.nll / (len(images) * self._context.data.num_dims)
 
     def _sampler(self, step: int) -> dict[str, Any]:
         """How samples of this step are drawn."""
