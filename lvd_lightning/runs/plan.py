@@ -143,6 +143,9 @@ def _text(name: str, found: ExperimentPlan, rates: Rates) -> str:
     lines.append("steps: of an epoch; sent: what a rank gives to all-reduces")
     for stage in found.stages:
         lines += ["", f"{stage.name} ({stage.kind})", *_details(stage)]
+        sending = None if stage.plan is None else rates.sending_seconds(stage.plan, found.num_ranks)
+        if sending:
+            lines.append(f"  messages: {sending / 3600:.2f} h by themselves")
     return "\n".join(lines)
 
 

@@ -50,8 +50,13 @@ class Rates:
         rate = self.work_per_second.get(kind)
         if rate is None or (plan.sent and self.bandwidth is None):
             return None
-        sending = 2 * (num_ranks - 1) / num_ranks * plan.sent / self.bandwidth if self.bandwidth else 0.0
-        return plan.work / (rate * num_ranks) + sending
+        return plan.work / (rate * num_ranks) + (self.sending_seconds(plan, num_ranks) or 0.0)
+
+    def sending_seconds(self, plan: StagePlan, num_ranks: int) -> float | None:
+        """What the messages of all steps take by themselves; None without a bandwidth."""
+        if self.bandwidth is None:
+            return None
+        return 2 * (num_ranks - 1) / num_ranks * plan.sent / self.bandwidth
 
     @classmethod
     def read(cls, path: Path) -> Rates:

@@ -159,6 +159,7 @@ def test_without_a_rate_hours_are_unknown(planned: Path, capsys: pytest.CaptureF
     assert main(["plan", *words(planned, f"--rates={rates}")]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^conditional .* unknown$", printed, re.M)
+    assert "messages:" not in printed  # nobody has said at which bandwidth
     assert re.search(r"^prior .* 0\.0\d$", printed, re.M)
 
 
