@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lvd_lightning import circuits as pc
 from lvd_lightning.files import read_array, read_json, write_atomically, write_json
-from lvd_lightning.models.assembled import AssembledCircuit
+from lvd_lightning.models.assembled import MARGIN, AssembledCircuit
 from lvd_lightning.models.routing import route_in_passes
 from lvd_lightning.stopping import stop_if_requested
 
@@ -164,14 +164,15 @@ def split_by_load(load: Tensor, ratio: float = 2.0) -> list[Tensor]:
 def candidate_table(assembled: AssembledCircuit, images: Tensor, z_BP: Tensor, num_candidates: int) -> Tensor:
     """For every latent value the values that its patches may also have, itself first; int64 (K, M).
 
-    Ranked by the mean posterior, over a sample of patches assigned to the value, under the values' frequencies.
+    Ranked by the mean posterior, over a sample of patches assigned to the value, under the values' frequencies; values
+    more than MARGIN nats below a patch's best count for nothing there.
     Untied conditionals are pooled over positions.
     """
     num_states = assembled.num_states
     share_K = torch.bincount(z_BP.reshape(-1), minlength=num_states).double() + 1.0
     score_KK = torch.zeros(num_states, num_states, dtype=torch.float64, device=images.device)
     for at in torch.arange(len(images)).split(64):
-        evidence_NK = assembled.evidence(images[at]).flatten(0, 1).double()
+        evidence_NK = assembled.evidence(images[at], margin=MARGIN).flatten(0, 1).double()
         posterior_NK = (evidence_NK + share_K.log()).softmax(1).nan_to_num(0.0)  # a patch that no value explains
         score_KK.index_add_(0, z_BP[at].reshape(-1), posterior_NK)
     score_KK += 1e-9 * share_K  # never seen in the sample: frequent values first
@@ -276,6 +277,8 @@ class EvidenceCache:
     ) -> None:
         """Compute the evidence of images `rows` of a split, of candidates or of all values.
 
+        Of all values, those that lie certainly more than MARGIN nats below the best may come out lower than they are.
+
         Several processes may fill one cache. Call `begin` before, `complete` when all are done.
         """
         device = assembled.conditional.device
@@ -287,7 +290,7 @@ class EvidenceCache:
             at = slice(low, low + len(index))
             images = data.batch(split, index).to(device)
             if candidates is None:
-                log_BPM = assembled.evidence(images)
+                log_BPM = assembled.evidence(images, margin=MARGIN)
             else:
                 states_BPM, log_BPM = candidates.evidence(assembled, images, z_NP[index].to(device))
                 states[at] = states_BPM.cpu().numpy()  # type: ignore[index]

@@ -15,6 +15,7 @@ import lvd_lightning.circuits as pc
 from lvd_lightning.circuits import circuit as limits
 from lvd_lightning.circuits.engine import sparse
 from lvd_lightning.models import evidence as module
+from lvd_lightning.models.assembled import MARGIN
 from lvd_lightning.models.evidence import Candidates, CircuitGroups, EvidenceCache, candidate_table
 
 DIMS = 6
@@ -179,6 +180,27 @@ def test_values_that_never_came_have_frequent_candidates(make_assembly: Callable
     assert candidate_table(make_assembly("tied").circuit, images, z, 3)[2].tolist() == [2, 1, 0]
 
 
+def test_values_far_below_the_best_may_be_lost(
+    make_assembly: Callable[..., Any], images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither candidates nor what is kept ask for digits below the margin, which cost the time of all the others."""
+    circuit, z = make_assembly("tied").circuit, torch.randint(3, (len(images), 4))
+    exact = circuit.evidence
+
+    def lossy(images: Tensor, observed: Tensor | None = None, margin: float | None = None) -> Tensor:
+        found = exact(images, observed) - 100.0 * torch.arange(3)  # two of three values lie below the margin
+        return found if margin is None else found.masked_fill(found < found.amax(-1, keepdim=True) - margin, -torch.inf)
+
+    monkeypatch.setattr(circuit, "evidence", lossy)
+    assert candidate_table(circuit, images, z, 2)[1:].tolist() == [[1, 0], [2, 0]]
+    fill(tmp_path, circuit, images, None, z)
+    cache = EvidenceCache.open(tmp_path)
+    assert cache is not None
+    found = cache.evidence(torch.arange(len(images)), "cpu")
+    assert bool((found[..., 1:] < found[..., :1] - MARGIN).all())
+    torch.testing.assert_close(found[..., 0].double(), exact(images)[..., 0], rtol=1e-6, atol=0)
+
+
 def fill(folder: Path, circuit: Any, images: Tensor, candidates: Candidates | None, z: Tensor, splits: int = 1) -> None:
     kept = 3 if candidates is None else candidates.table.shape[1]
     EvidenceCache.begin(folder, (len(images), 4, kept), 3, candidates is not None)
@@ -256,7 +278,7 @@ def test_impossible_values_and_patches(images: Tensor, tmp_path: Path) -> None:
     log_BPM = torch.zeros(len(images), 4, 3)
     log_BPM[0, 0, 1] = -torch.inf
     log_BPM[1, 2] = -torch.inf
-    circuit = SimpleNamespace(conditional=SimpleNamespace(device="cpu"), evidence=lambda images: log_BPM)
+    circuit = SimpleNamespace(conditional=SimpleNamespace(device="cpu"), evidence=lambda images, margin: log_BPM)
     fill(tmp_path, circuit, images, None, torch.zeros(len(images), 4).long())
     cache = EvidenceCache.open(tmp_path)
     assert cache is not None
