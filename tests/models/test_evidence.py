@@ -198,7 +198,7 @@ def test_values_far_below_the_best_may_be_lost(
     assert cache is not None
     found = cache.evidence(torch.arange(len(images)), "cpu")
     assert bool((found[..., 1:] < found[..., :1] - MARGIN).all())
-    torch.testing.assert_close(found[..., 0].double(), exact(images)[..., 0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[..., 0].double(), exact(images)[..., 0].double(), rtol=1e-6, atol=0)
 
 
 def fill(folder: Path, circuit: Any, images: Tensor, candidates: Candidates | None, z: Tensor, splits: int = 1) -> None:
