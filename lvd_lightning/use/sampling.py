@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ def sample(trained: Trained, num_samples: int, out: Path, *, seed: int = 0) -> T
     """Draw pictures, and write them into a folder: `grid.png`, each as PNG in `samples/`, all in `samples.npz`.
 
     The grid shows 1,024 at most. The archive holds `rgb`, uint8 (n, 3, H, W), and `codes`, the values that the circuit
-    drew, int16 (n, C, H, W) unless leaves are densities. In memory a picture takes as much.
+    drew, int16 (n, C, H, W) unless leaves are densities. Until it is written they lie on disk as well, not in memory.
 
     Args:
         trained: see `open_trained`.
@@ -39,7 +40,7 @@ def sample(trained: Trained, num_samples: int, out: Path, *, seed: int = 0) -> T
         seed: equal seeds on one kind of device give equal pictures.
 
     Returns:
-        The pictures, uint8 RGB (n, 3, H, W).
+        The pictures, uint8 RGB (n, 3, H, W), on disk as long as somebody has them.
 
     Raises:
         ValueError: a number is out of range.
@@ -47,22 +48,32 @@ def sample(trained: Trained, num_samples: int, out: Path, *, seed: int = 0) -> T
     check_counts(num_samples=num_samples)
     check_place(out)
     check_at_least(0, seed=seed)
-    starts = range(0, num_samples, _BATCH)
-    drawn = [
-        _small(trained.circuit.sample(_BATCH, generator=generator_for(seed, "sample", start, device=trained.device)))
-        for start in tracked(starts, "samples", len(starts))
-    ]
-    codes = torch.cat(drawn)[:num_samples]
-    rgb = trained.codes.to_rgb(codes)
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    digits = len(str(num_samples - 1))
-    for number, picture in enumerate(rgb):
-        write_png(out / "samples" / f"{number:0{digits}}.png", picture)
-    arrays = {"rgb": rgb.numpy(), "codes": codes.numpy()}
+    folder = out / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    digits, starts = len(str(num_samples - 1)), range(0, num_samples, _BATCH)
+    arrays: dict[str, np.memmap] = {}
+    for start in tracked(starts, "samples", len(starts)):
+        generator = generator_for(seed, "sample", start, device=trained.device)
+        codes = _small(trained.circuit.sample(_BATCH, generator=generator))[: num_samples - start]
+        rgb = trained.codes.to_rgb(codes)
+        for name, batch in (("rgb", rgb), ("codes", codes)):
+            if name not in arrays:
+                arrays[name] = _on_disk(out, batch, num_samples)
+            arrays[name][start : start + len(batch)] = batch.numpy()
+        for number, picture in enumerate(rgb, start):
+            write_png(folder / f"{number:0{digits}}.png", picture)
     write_atomically(out / "samples.npz", lambda target: np.savez_compressed(target, **arrays))  # type: ignore[arg-type]
-    shown = rgb[:_IN_GRID]
-    save_image(out / "grid.png", grid(shown, math.ceil(math.sqrt(len(shown)))), rgb.shape[-1])
-    return rgb
+    found = torch.from_numpy(np.asarray(arrays["rgb"]))
+    shown = found[:_IN_GRID]
+    save_image(out / "grid.png", grid(shown, math.ceil(math.sqrt(len(shown)))), found.shape[-1])
+    return found
+
+
+def _on_disk(folder: Path, first: Tensor, size: int) -> np.memmap:
+    """Room for (size, ...) numbers like those of the first batch, in a file without a name."""
+    numbers = first.numpy()
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.memmap(file, dtype=numbers.dtype, mode="w+", shape=(size, *numbers.shape[1:]))
 
 
 def _small(codes: Tensor) -> Tensor:
