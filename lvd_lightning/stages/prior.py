@@ -20,7 +20,12 @@ from lvd_lightning.context import Data, StageContext
 from lvd_lightning.latents.assignments import read_assignments
 from lvd_lightning.models.assembled import AssembledCircuit
 from lvd_lightning.models.evidence import CHUNK_IMAGES, Candidates, CircuitGroups, EvidenceCache, candidate_table
-from lvd_lightning.models.evidence_source import EvidenceSource, images_within, save_candidate_table
+from lvd_lightning.models.evidence_source import (
+    EvidenceSource,
+    images_within,
+    load_candidate_table,
+    save_candidate_table,
+)
 from lvd_lightning.models.head_index import HeadIndex
 from lvd_lightning.models.priors import chow_liu_prior, clusters_tree, edge_kinds, hidden_prior
 from lvd_lightning.planning import PlanRequest, StagePlan
@@ -229,8 +234,9 @@ class PriorStudent(EMStudent):
         count = images_within(self.hparams["max_cache_gb"], shape, states)
         cache, candidates = EvidenceCache.open(folder / "train"), None
         finished = cache is not None and cache.shape == (count, *shape[1:])
+        known = load_candidate_table(folder)  # of a run that was killed while it computed the rest
         if kept < states and not (finished and count == shape[0]):
-            candidates = find_candidates(context, self.assembled, self.z_NP["train"], kept)
+            candidates = find_candidates(context, self.assembled, self.z_NP["train"], kept, known_KM=known)
         if not finished:
             table_KM = None if candidates is None else candidates.table
             on_first(partial(save_candidate_table, folder, table_KM))
@@ -251,12 +257,23 @@ class PriorStudent(EMStudent):
 
 
 def find_candidates(
-    context: StageContext, assembled: AssembledCircuit, z_NP: Tensor, num_candidates: int, num_images: int = 512
+    context: StageContext,
+    assembled: AssembledCircuit,
+    z_NP: Tensor,
+    num_candidates: int,
+    num_images: int = 512,
+    known_KM: Tensor | None = None,
 ) -> Candidates:
-    """Candidates of each latent value from a sample of training images, and circuits grouped by their load."""
+    """Candidates of each latent value from a sample of training images, and circuits grouped by their load.
+
+    known_KM: the candidates if they were found before; those of other numbers are not taken.
+    """
     sample = torch.randperm(len(z_NP), generator=context.generator("candidates"))[:num_images].sort().values
     images, z_BP = context.data.batch("train", sample).to(context.device), z_NP[sample].to(context.device)
-    table_KM = candidate_table(assembled, images, z_BP, num_candidates)
+    if known_KM is not None and known_KM.shape == (assembled.num_states, num_candidates):
+        table_KM = known_KM.to(z_BP.device)
+    else:
+        table_KM = candidate_table(assembled, images, z_BP, num_candidates)
     circuit_BMP, _ = assembled.head_index.locate(table_KM[z_BP].permute(0, 2, 1))
     load = torch.bincount(circuit_BMP.flatten(), minlength=assembled.conditional.num_circuits)
     return Candidates(table_KM, CircuitGroups(assembled.conditional, load))
