@@ -9,8 +9,8 @@ import torch
 
 from lvd_lightning.metrics import BitsPerDim
 from lvd_lightning.models.assembled import AssembledCircuit
-from lvd_lightning.models.evidence import EvidenceCache
-from lvd_lightning.stages import ConditionalStudent, PriorStudent
+from lvd_lightning.models.evidence import EvidenceCache, candidate_table
+from lvd_lightning.stages import ConditionalStudent, PriorStudent, prior
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on small loaders
 
@@ -116,6 +116,26 @@ def test_evidence_is_computed_once(conditional: Any, monkeypatch: pytest.MonkeyP
     conditional.begin("prior", PriorStudent(candidates=2, val_images=5))
     conditional.begin("prior", PriorStudent(candidates=None, val_images=5))
     assert filled == ["train", "val", "val", "val", "train"]
+
+
+def test_candidates_of_a_killed_stage_are_taken(conditional: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finding them takes minutes where there are many values; those of another number are found anew."""
+    first = conditional.begin("prior", PriorStudent(candidates=2))
+    evidence = conditional.folder / "prior" / "evidence"
+    (evidence / "train" / "evidence.json").unlink()  # as if it had been killed while it computed the evidence
+    found: list[int] = []
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        found.append(arguments[-1])
+        return candidate_table(*arguments)
+
+    monkeypatch.setattr(prior, "candidate_table", counted)
+    second = conditional.begin("prior", PriorStudent(candidates=2))
+    assert found == []
+    assert torch.equal(first.train_evidence.candidates.table, second.train_evidence.candidates.table)
+    (evidence / "train" / "evidence.json").unlink()
+    conditional.begin("prior", PriorStudent(candidates=1))
+    assert found == [1]
 
 
 @pytest.mark.parametrize("candidates", [None, 2])
