@@ -501,7 +501,8 @@ def test_a_damaged_file_of_a_run_is_one_line(
     assert main(["fit", "--config", base, "--changed=continue"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith(f"error: runs/base/{name}: cannot be read (")
+    what = "is no configuration" if name.endswith(".yaml") else "cannot be read"
+    assert lines[0].startswith(f"error: runs/base/{name}: {what} (")
 
 
 def test_runs_from_before_ycocg_r_had_more_codes(base: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,7 +125,7 @@ def test_the_tree_of_heads_is_kept(coarse: Any) -> None:
     checkpoint: dict[str, Any] = {}
     module.on_save_checkpoint(checkpoint)
     again = coarse.begin("conditional", student())
-    again.on_load_checkpoint({**checkpoint, "state_dict": {}})
+    again.on_load_checkpoint({**checkpoint, "state_dict": module.state_dict()})
     assert again.ancestry == module.ancestry
     module.finish_stage(coarse.context("conditional"))
     found = Ancestry.read(coarse.folder / "conditional")
@@ -139,11 +139,11 @@ def test_the_tree_of_heads_is_kept(coarse: Any) -> None:
     expected = [min(16, count) for numbers in counts for count in numbers]
     assert [len(kept.of(value)) for value in range(8)] == expected
     del checkpoint["growing"]["ancestry"]  # as older checkpoints are
-    again.on_load_checkpoint({**checkpoint, "state_dict": {}})
+    again.on_load_checkpoint({**checkpoint, "state_dict": module.state_dict()})
     assert again.ancestry is None
     again.begin_stage(coarse.context("conditional"))
     checkpoint["growing"] |= {"round": 0}
-    again.on_load_checkpoint({**checkpoint, "state_dict": {}})
+    again.on_load_checkpoint({**checkpoint, "state_dict": module.state_dict()})
     assert again.ancestry == Ancestry.first([4, 4])
 
 
